@@ -1,0 +1,38 @@
+# Everything a newcomer types. `make quickstart` and `make test` need Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help venv quickstart test test-slow lint format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.installed ## the environment, in .venv
+
+quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (about half an hour on 2 cores)
+	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart
+
+test: venv lint ## what CI runs
+	$(BIN)/python -m pytest -q
+
+test-slow: venv ## what takes longer
+	$(BIN)/python -m pytest -q -m slow
+
+lint: venv ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## let ruff rewrite the layout
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,221 @@
+"""One class around open_clip: frozen, in eval mode for ever, and with a fingerprint that tells two CLIPs apart."""
+
+import hashlib
+import json
+import logging
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip_pl.types import TextFeatures
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def _register_tiny_architectures() -> None:
+    open_clip.add_model_config(Path(str(files("unclip_pl.clip") / "model_configs")))
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """open_clip's model config of ``name``: one of its own names, one of ours, or ``local-dir:PATH``.
+
+    Raises:
+        ValueError: nobody knows that name.
+    """
+    _register_tiny_architectures()
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: a local-dir CLIP is a folder with open_clip_config.json.")
+        return json.loads(path.read_text())["model_cfg"]
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(f"Expected a CLIP architecture that open_clip knows, or local-dir:PATH. Got {name!r}.")
+    return config
+
+
+def build_clip(name: str, pretrained: str = "") -> nn.Module:
+    """open_clip's model of that architecture: trainable, and random unless ``pretrained`` says otherwise.
+
+    Args:
+        name: architecture, see :func:`architecture`.
+        pretrained: an open_clip tag, a weights file, a checkpoint of ``ClipTask``, or nothing (random weights).
+    """
+    architecture(name)
+    if name.startswith("local-dir:") or pretrained in open_clip.list_pretrained_tags_by_model(name):
+        return open_clip.create_model(name, pretrained=pretrained or None)
+    model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+    if pretrained:
+        _load_weights(model, pretrained)
+    return model
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
+    state = open_clip.load_state_dict(path)
+    if all(key.startswith("net.") for key in state):  # a checkpoint of ClipTask: the averaged weights, under `net.`
+        state = {key.removeprefix("net."): value for key, value in state.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit this CLIP architecture: {len(missing)} keys missing ({missing[:3]}…), "
+            f"{len(unexpected)} unexpected ({unexpected[:3]}…)."
+        )
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """Which CLIP: enough to build one, and to know its widths without building it.
+
+    Args:
+        name: an architecture of open_clip, one of ours (``tiny-rn``, ``tiny-judge``, …), or ``local-dir:PATH``.
+        pretrained: open_clip tag, weights file or ``ClipTask`` checkpoint; empty means random weights.
+    """
+
+    name: str
+    pretrained: str = ""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width d of the shared embedding space."""
+        return int(architecture(self.name)["embed_dim"])
+
+    @property
+    def text_width(self) -> int:
+        """Width W of the text tower's token states."""
+        return int(architecture(self.name)["text_cfg"]["width"])
+
+    @property
+    def context_length(self) -> int:
+        """Text positions, including start and end tokens."""
+        return int(architecture(self.name)["text_cfg"].get("context_length", 77))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that CLIP sees, in pixels."""
+        size = architecture(self.name)["vision_cfg"]["image_size"]
+        return int(size if isinstance(size, int) else size[0])
+
+    def load(self) -> "ClipEncoder":
+        """Build the frozen encoder."""
+        return ClipEncoder(self)
+
+
+class ClipEncoder(nn.Module):
+    """Frozen CLIP. Never an attribute of a trained Task: EMA and checkpoints would copy it.
+
+    Embeddings come out raw, not normalised.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = build_clip(spec.name, spec.pretrained)
+        self.tokenizer = open_clip.get_tokenizer(spec.name)
+        preprocess = getattr(self.model.visual, "preprocess_cfg", {})
+        preprocess = PreprocessCfg(**preprocess) if preprocess else PreprocessCfg(size=spec.image_size)
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode whatever is asked."""
+        return self
+
+    @property
+    def embed_dim(self) -> int:
+        """Width d of the shared embedding space."""
+        return self.spec.embed_dim
+
+    @property
+    def text_width(self) -> int:
+        """Width W of the token states."""
+        return self.spec.text_width
+
+    @property
+    def context_length(self) -> int:
+        """Text positions, including start and end tokens."""
+        return self.spec.context_length
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that CLIP sees, in pixels."""
+        return self.spec.image_size
+
+    @property
+    def fingerprint(self) -> str:
+        """``name-xxxxxxxxxxxx``: a hash over architecture, weights and preprocessing."""
+        digest = hashlib.sha256(json.dumps(architecture(self.spec.name), sort_keys=True).encode())
+        digest.update(json.dumps([self.mean.flatten().tolist(), self.std.flatten().tolist()]).encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+        return f"{self.spec.name.replace('local-dir:', '').rstrip('/').rsplit('/', 1)[-1]}-{digest.hexdigest()[:12]}"
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """(B, context_length) token ids; a caption that is too long is cut, with a warning."""
+        tokens = self.tokenizer(captions)
+        end = getattr(self.tokenizer, "eot_token_id", None)
+        if end is not None and len(captions):
+            long = (tokens[:, -1] == end).nonzero().flatten().tolist()
+            cut = [captions[i] for i in long if len(self.tokenizer.encode(captions[i])) + 2 > self.context_length]
+            if cut:
+                log.warning("%d caption(s) cut to CLIP's %d tokens: %.60r…", len(cut), self.context_length, cut[0])
+        return tokens
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor) -> TextFeatures:
+        """Token states after the final LayerNorm and the raw pooled embedding, cut to the longest caption.
+
+        Args:
+            tokens: (B, context_length) ids from :meth:`tokenize`.
+        """
+        out = self.model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+        # CLIP's end token has the highest id of its vocabulary and pooling reads there: what follows is padding.
+        length = tokens.argmax(dim=-1) + 1
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
+        longest = int(length.max())
+        states = out["text_intermediates"][-1] * mask[..., None]
+        return TextFeatures((tokens * mask)[:, :longest], states[:, :longest], mask[:, :longest], out["text_features"])
+
+    def describe(self, captions: list[str]) -> TextFeatures:
+        """Tokenise and encode captions on this encoder's device."""
+        return self.encode_text(self.tokenize(captions).to(self.mean.device))
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, d) raw embeddings.
+
+        Args:
+            images: (B, 3, H, H) in [-1, 1]; resized (antialiased bicubic) where H is not CLIP's own size.
+        """
+        return self.model.encode_image(self.preprocess(images))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """[-1, 1] pixels of any size → what the image tower wants."""
+        size = self.image_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return (images.add(1).div(2) - self.mean) / self.std
+
+
+def logit_scale_limit() -> float:
+    """CLIP clamps its log temperature here (Radford et al. 2021, §2.5): logits never exceed 100 times the cosine."""
+    return math.log(100)

@@ -1,0 +1,50 @@
+"""Gaussian diffusion: schedules, parameterisations, objectives and samplers; nothing here knows what is diffused."""
+
+from unclip_pl.diffusion.analytic import PosteriorMSE
+from unclip_pl.diffusion.loss import hybrid_loss, simple_loss, variational_bound
+from unclip_pl.diffusion.process import (
+    Denoised,
+    GaussianDiffusion,
+    PowerTime,
+    TimeDensity,
+    UniformTime,
+    noise_like,
+)
+from unclip_pl.diffusion.sampling import (
+    DDIM,
+    Ancestral,
+    Denoise,
+    Sampler,
+    clip_x0,
+    ddim_invert,
+    dynamic_threshold,
+    guided,
+    time_grid,
+)
+from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Posterior, Schedule
+
+__all__ = [
+    "DDIM",
+    "Ancestral",
+    "CosineSchedule",
+    "Denoise",
+    "Denoised",
+    "GaussianDiffusion",
+    "LinearSchedule",
+    "Posterior",
+    "PosteriorMSE",
+    "PowerTime",
+    "Sampler",
+    "Schedule",
+    "TimeDensity",
+    "UniformTime",
+    "clip_x0",
+    "ddim_invert",
+    "dynamic_threshold",
+    "guided",
+    "hybrid_loss",
+    "noise_like",
+    "simple_loss",
+    "time_grid",
+    "variational_bound",
+]

@@ -1,0 +1,292 @@
+"""Samplers: from noise to data, given only `denoise(x_t, t) -> Denoised`. Guidance and thresholds wrap that function."""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion.process import Denoised, noise_like
+from unclip_pl.diffusion.schedule import CosineSchedule, Schedule
+
+Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,) in (0, 1]
+Grid: TypeAlias = Literal["strided", "uniform"]
+Variance: TypeAlias = Literal["small", "large", "learned", "analytic"]
+Progress: TypeAlias = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
+
+
+def guided(denoise_both: Denoise, scale: float) -> Denoise:
+    """Classifier-free guidance, Ho & Salimans (2022): away from the unconditional estimate of x0.
+
+    Args:
+        denoise_both: sees x_t and t twice, (2B, ...): the first half is to be conditioned, the second is not.
+        scale: 1 is off, 0 ignores the condition. It acts on the mean only: the learned variance stays conditional.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        x0, frac = denoise_both(torch.cat([x_t, x_t]), torch.cat([t, t]))
+        cond, uncond = x0.chunk(2)
+        return Denoised(uncond.lerp(cond, scale), None if frac is None else frac.chunk(2)[0])
+
+    return denoise
+
+
+def clip_x0(denoise: Denoise, bound: float = 1.0) -> Denoise:
+    """Clamp the estimate of x0 to [-bound, bound]."""
+
+    def clipped(x_t: Tensor, t: Tensor) -> Denoised:
+        x0, frac = denoise(x_t, t)
+        return Denoised(x0.clamp(-bound, bound), frac)
+
+    return clipped
+
+
+def dynamic_threshold(denoise: Denoise, quantile: float = 0.995) -> Denoise:
+    """Clamp each sample's x0 to s = max(1, quantile of |x0|) and divide by s, Saharia et al. (2022), section 2.3."""
+
+    def thresholded(x_t: Tensor, t: Tensor) -> Denoised:
+        x0, frac = denoise(x_t, t)
+        size = x0.flatten(1).abs()
+        # Nearest rank: torch.quantile refuses large images.
+        s = size.kthvalue(max(1, math.ceil(quantile * size.shape[1])), dim=1).values.clamp(min=1)
+        s = s.view(-1, *[1] * (x0.ndim - 1))
+        return Denoised(x0.clamp(-s, s) / s, frac)
+
+    return thresholded
+
+
+def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
+    """The times that a sampler of n steps visits, from 1 down, and 0 after them: n + 1 numbers.
+
+    Args:
+        steps: n, network evaluations.
+        grid: `strided`, the training indices round(i (T - 1) / (n - 1)), i < n, the paper's; or `uniform`, i / n.
+        train_steps: T; index k is the time (k + 1) / T.
+
+    Raises:
+        ValueError: steps < 1, more strided steps than training steps, or an unknown grid.
+    """
+    if steps < 1:
+        raise ValueError(f"Expected steps >= 1. Got {steps}.")
+    if grid == "uniform":
+        return [i / steps for i in range(steps, -1, -1)]
+    if grid != "strided":
+        raise ValueError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}.")
+    if steps > train_steps:
+        raise ValueError(f"Expected at most {train_steps} strided steps, the training steps. Got {steps}.")
+    indices = [round(i * (train_steps - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [train_steps - 1]
+    return [(k + 1) / train_steps for k in reversed(indices)] + [0.0]
+
+
+class Step(NamedTuple):
+    """x_s = c_x0 x0 + c_xt x_t + std n: every sampler here is this line. Python floats: no device is asked for them."""
+
+    c_x0: float
+    c_xt: float
+    std: float
+
+
+class Sampler(ABC):
+    """Walks a grid of times from t = 1 to clean data, which is the last estimate of x0, without noise.
+
+    Args:
+        steps: network evaluations.
+        grid: see `time_grid`.
+        schedule: of the training diffusion; cosine when None.
+        train_steps: T of the training diffusion.
+    """
+
+    def __init__(self, steps: int, grid: Grid, schedule: Schedule | None, train_steps: int) -> None:
+        self.steps = steps
+        self.grid = grid
+        self.schedule = schedule or CosineSchedule()
+        self.train_steps = train_steps
+        self.times = time_grid(steps, grid, train_steps)
+
+    @abstractmethod
+    def next(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+        """x at times[i + 1] from x_t at times[i], i < steps - 1."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Denoise,
+        x_T: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Data (B, ...) from x_T ~ N(0, 1) of the same shape.
+
+        Args:
+            denoise: estimates x0, (B, ...), from x_t and t, (B,) in float32 (float64 if x_T is).
+            x_T: the noise to start from, on the device to work on.
+            generator: of the noise of stochastic samplers. The same generator state gives the same bytes.
+            progress: called after each step as progress(steps done, steps, x0).
+        """
+        x_t = x_T
+        for i, t in enumerate(self.times[:-1]):
+            denoised = denoise(x_t, _time(t, x_t))
+            x_t = self.next(i, x_t, denoised, generator) if i + 1 < self.steps else denoised.x0
+            if progress is not None:
+                progress(i + 1, self.steps, denoised.x0)
+        return x_t
+
+
+class Ancestral(Sampler):
+    """Ho et al. (2020), algorithm 2, on any grid: draws x_s from q(x_s | x_t, x0) with the estimate for x0.
+
+    Args:
+        steps: network evaluations.
+        variance: of each draw. `small`: beta_tilde. `large`: beta. `learned`: between them as `Denoised.frac` says.
+            `analytic`: beta_tilde + c_x0^2 c_t, c_t the variance of x0 given x_t: exact for a Gaussian posterior of
+            independent dimensions (Bao et al. 2022, eq. 8).
+        grid: see `time_grid`.
+        schedule: of the training diffusion; cosine when None.
+        train_steps: T of the training diffusion.
+        posterior_mse: c_t per training index, (T,), for `analytic`; may come later by `with_posterior_mse`.
+
+    Raises:
+        ValueError: unknown variance, or posterior_mse is not (T,) finite numbers.
+    """
+
+    def __init__(
+        self,
+        steps: int = 64,
+        variance: Variance = "small",
+        grid: Grid = "strided",
+        schedule: Schedule | None = None,
+        train_steps: int = 1000,
+        posterior_mse: Tensor | None = None,
+    ) -> None:
+        super().__init__(steps, grid, schedule, train_steps)
+        if variance not in ("small", "large", "learned", "analytic"):
+            raise ValueError(f"Expected variance 'small', 'large', 'learned' or 'analytic'. Got {variance!r}.")
+        self.variance = variance
+        self._set_posterior_mse(posterior_mse)
+
+    def with_posterior_mse(self, c_t: Tensor) -> "Ancestral":
+        """A copy that knows the variance of x0 given x_t, c_t per training index, (T,)."""
+        sampler = copy.copy(self)
+        sampler._set_posterior_mse(c_t)
+        return sampler
+
+    def _set_posterior_mse(self, c_t: Tensor | None) -> None:
+        if c_t is not None and (c_t.shape != (self.train_steps,) or not c_t.isfinite().all()):
+            raise ValueError(f"Expected posterior_mse of shape ({self.train_steps},), finite. Got {tuple(c_t.shape)}.")
+        self.posterior_mse = c_t
+        times = torch.tensor(self.times, dtype=torch.float64, device="cpu")
+        q = self.schedule.posterior(times[:-2], times[1:-1])  # all steps but the last, which is noise-free
+        variance = {"large": q.beta, "learned": q.beta}.get(self.variance, q.beta_tilde)
+        if self.variance == "analytic" and c_t is not None:
+            index = times[:-2].numpy() * self.train_steps - 1
+            c = np.interp(index, np.arange(self.train_steps), c_t.detach().double().cpu().numpy().clip(min=0))
+            variance = variance + q.c_x0.square() * torch.from_numpy(c)
+        columns = (q.c_x0, q.c_xt, variance.sqrt())
+        self._path = [Step(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        self._log_ratio = (q.beta / q.beta_tilde).log().tolist()
+
+    def next(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+        step = self._path[i]
+        noise = step.std * noise_like(x_t, generator=generator)
+        if self.variance == "learned":
+            if denoised.frac is None:
+                raise ValueError("Expected Denoised.frac for variance='learned'. Got None: the network predicts no variance.")
+            noise = noise * (0.5 * self._log_ratio[i] * (denoised.frac - 1)).exp()
+        if self.variance == "analytic" and self.posterior_mse is None:
+            raise ValueError("Expected posterior_mse for variance='analytic'. Got None: see `with_posterior_mse`.")
+        return step.c_x0 * denoised.x0 + step.c_xt * x_t + noise
+
+
+class DDIM(Sampler):
+    """Song et al. (2021), eq. 12 and 16, with the noise re-derived from the (clipped, guided) estimate of x0.
+
+    Args:
+        steps: network evaluations.
+        eta: 0 is deterministic, 1 is `Ancestral` with the small variance.
+        grid: see `time_grid`.
+        schedule: of the training diffusion; cosine when None.
+        train_steps: T of the training diffusion.
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        steps: int = 27,
+        eta: float = 0.0,
+        grid: Grid = "strided",
+        schedule: Schedule | None = None,
+        train_steps: int = 1000,
+    ) -> None:
+        super().__init__(steps, grid, schedule, train_steps)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"Expected 0 <= eta <= 1. Got {eta}.")
+        self.eta = eta
+        self._path = ddim_path(self.schedule, self.times[:-1], eta)
+
+    def next(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+        step = self._path[i]
+        x_s = step.c_x0 * denoised.x0 + step.c_xt * x_t
+        return x_s + step.std * noise_like(x_t, generator=generator) if self.eta > 0 else x_s
+
+
+def ddim_path(schedule: Schedule, times: list[float], eta: float = 0.0) -> list[Step]:
+    """The DDIM step between each two neighbouring times, in either direction if eta is 0; t > 0."""
+    alphas, sigmas = schedule.alpha_sigma(torch.tensor(times, dtype=torch.float64, device="cpu"))
+    path = []
+    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(zip(alphas.tolist(), sigmas.tolist(), strict=True)):
+        std = eta * sigma_s / sigma_t * math.sqrt(max(0.0, 1 - (alpha_t / alpha_s) ** 2))
+        c_xt = math.sqrt(sigma_s**2 - std**2) / sigma_t
+        path.append(Step(alpha_s - c_xt * alpha_t, c_xt, std))
+    return path
+
+
+@torch.no_grad()
+def ddim_invert(
+    denoise: Denoise,
+    x0: Tensor,
+    *,
+    steps: int,
+    schedule: Schedule | None = None,
+    grid: Grid = "strided",
+    train_steps: int = 1000,
+    sigma_min: float = 0.0,
+) -> Tensor:
+    """The x_T (B, ...) from which `DDIM(steps, eta=0)` on the same grid comes back to x0, up to the step size.
+
+    Exact only as steps grow, and less so the stronger the guidance; do not clip x0 in `denoise`, and use float32.
+
+    Args:
+        denoise: as for `Sampler.sample`.
+        x0: data, (B, ...).
+        steps: of the DDIM run to invert; one network evaluation fewer here.
+        schedule: of the training diffusion; cosine when None.
+        grid: see `time_grid`.
+        train_steps: T of the training diffusion.
+        sigma_min: skip the grid's times with less noise. Noise that an x0-predicting network sees in clean data is
+            its error times alpha / sigma, 156 at the first index: give 0.05 or more there, 0 for an eps-predicting one.
+
+    Raises:
+        ValueError: no time of the grid has that much noise.
+    """
+    schedule = schedule or CosineSchedule()
+    times = torch.tensor(time_grid(steps, grid, train_steps)[-2::-1], dtype=torch.float64, device="cpu")
+    times = times[schedule.alpha_sigma(times)[1] >= sigma_min]
+    if len(times) == 0:
+        raise ValueError(f"Expected sigma_min below 1. Got {sigma_min}.")
+    x_t = x0  # taken to be at the first level already, as in OpenAI's code
+    levels = times.tolist()
+    for t, step in zip(levels, ddim_path(schedule, levels), strict=False):  # the last level is reached, not left
+        x_t = step.c_x0 * denoise(x_t, _time(t, x_t)).x0 + step.c_xt * x_t
+    return x_t
+
+
+def _time(t: float, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0],), t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

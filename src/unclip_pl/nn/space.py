@@ -1,0 +1,167 @@
+"""The embedding space a model was trained in: how raw CLIP embeddings are scaled, and what 'no caption' looks like.
+
+Embeddings are stored raw and scaled here, at load. Statistics, null text and the CLIP's fingerprint are buffers, so
+they travel in the checkpoint and a model can never meet embeddings of another CLIP unnoticed.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip_pl.types import TextFeatures
+
+Scaling = Literal["unit", "standardize", "whiten"]
+
+#: RMS of an ImageNet pixel in [-1, 1]: 17.2 / sqrt(1024), the paper's factor at CLIP's own width (App. C).
+PIXEL_RMS = 0.5375
+
+
+class Moments(NamedTuple):
+    """Streaming first and second moments of raw and of unit-norm embeddings, float64."""
+
+    count: Tensor  # ()
+    raw_sum: Tensor  # (d,)
+    raw_square: Tensor  # (d,) sum of squares
+    unit_sum: Tensor  # (d,)
+    unit_outer: Tensor  # (d, d) sum of outer products
+
+    @classmethod
+    def of(cls, embed: Tensor) -> Self:
+        """Moments of (N, d) raw embeddings."""
+        raw = embed.double()
+        unit = F.normalize(raw, dim=-1)
+        count = torch.tensor(float(len(raw)), dtype=torch.float64)
+        return cls(count, raw.sum(0), raw.square().sum(0), unit.sum(0), unit.T @ unit)
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Moments of both sets together."""
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def write_statistics(path: str | Path, *, moments: Moments, null_text: TextFeatures, fingerprint: str) -> None:
+    """Mean, std and principal axes of a training set's embeddings beside CLIP's features of the empty caption.
+
+    Args:
+        path: the safetensors file to write.
+        moments: of the training split.
+        null_text: CLIP's features of ``""``, batch size 1.
+        fingerprint: of the CLIP that made both.
+    """
+    n = moments.count
+    raw_mean = moments.raw_sum / n
+    mean = moments.unit_sum / n
+    covariance = (moments.unit_outer - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    tensors = {
+        "raw_mean": raw_mean,
+        "raw_std": ((moments.raw_square / n - raw_mean.square()).clamp(min=0) * n / (n - 1).clamp(min=1)).sqrt(),
+        "mean": mean,
+        "components": vectors.flip(-1).T,
+        "eigenvalues": eigenvalues.flip(0).clamp(min=0),
+        "null_states": null_text.states,
+        "null_embed": null_text.embed,
+    }
+    tensors = {name: value.float().contiguous() for name, value in tensors.items()}
+    tensors["null_tokens"] = null_text.tokens.long().contiguous()
+    tensors["fingerprint_bytes"] = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
+    temporary = Path(path).with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+class EmbeddingSpace(nn.Module):
+    """Scales CLIP embeddings for a network and keeps the null text and fingerprint that belong to them.
+
+    Args:
+        statistics: file made by ``unclip precompute``; empty when a checkpoint is about to fill the buffers.
+        scaling: ``unit``: unit norm × 0.5375·√d (the paper's 17.2 at d = 1,024). ``standardize``: raw coordinates with
+            mean 0 and std 1 (Karlo). ``whiten``: unit norm, centred, each principal axis to unit variance.
+
+    Raises:
+        FileNotFoundError: no statistics there.
+    """
+
+    raw_mean: Tensor
+    raw_std: Tensor
+    mean: Tensor
+    components: Tensor
+    eigenvalues: Tensor
+    null_states: Tensor
+    null_embed: Tensor
+    null_tokens: Tensor
+    fingerprint_bytes: Tensor
+
+    #: Axes below this share of the first eigenvalue are noise: whitening must not blow them up.
+    FLOOR = 1e-3
+
+    def __init__(self, statistics: str = "", scaling: Scaling = "unit") -> None:
+        super().__init__()
+        self.scaling = scaling
+        tensors: dict[str, Tensor] = {}
+        if statistics:
+            if not Path(statistics).is_file():
+                raise FileNotFoundError(f"No embedding statistics at {statistics}: run `unclip precompute` first.")
+            with safe_open(statistics, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name in self.__annotations__:
+            if name != "FLOOR":
+                self.register_buffer(name, tensors.get(name, torch.empty(0)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The widths are the checkpoint's to say: whoever loads one need not have the statistics file any more.
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and buffer is not None and buffer.shape != saved.shape:
+                self._buffers[name] = saved.new_empty(saved.shape, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def embed_dim(self) -> int:
+        """d."""
+        return self.mean.shape[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the CLIP these embeddings belong to."""
+        return bytes(self.fingerprint_bytes.tolist()).decode()
+
+    @property
+    def null_text(self) -> TextFeatures:
+        """CLIP's features of the empty caption, batch size 1, raw."""
+        mask = torch.ones(self.null_states.shape[:2], dtype=torch.bool, device=self.null_states.device)
+        return TextFeatures(self.null_tokens, self.null_states, mask, self.null_embed)
+
+    @property
+    def unit_scale(self) -> float:
+        """0.5375·√d: what a unit vector is multiplied by."""
+        return PIXEL_RMS * self.embed_dim**0.5
+
+    def scale(self, embed: Tensor) -> Tensor:
+        """(…, d) raw image embeddings → what the network sees."""
+        if self.scaling == "standardize":
+            return (embed - self.raw_mean) / self.raw_std
+        unit = F.normalize(embed, dim=-1)
+        if self.scaling == "unit":
+            return unit * self.unit_scale
+        floor = self.FLOOR * self.eigenvalues[0]
+        return (unit - self.mean) @ self.components.T / self.eigenvalues.clamp(min=floor).sqrt()
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """Inverse of :meth:`scale`; for ``unit`` and ``whiten`` it returns to unit-norm coordinates."""
+        if self.scaling == "standardize":
+            return z * self.raw_std + self.raw_mean
+        if self.scaling == "unit":
+            return z / self.unit_scale
+        floor = self.FLOOR * self.eigenvalues[0]
+        return (z * self.eigenvalues.clamp(min=floor).sqrt()) @ self.components + self.mean
+
+    def scale_text(self, text: TextFeatures) -> TextFeatures:
+        """The caption's features with z_t scaled for the network: as z_i under ``unit``, raw otherwise (Karlo)."""
+        if self.scaling != "unit":
+            return text
+        return text._replace(embed=F.normalize(text.embed, dim=-1) * self.unit_scale)

@@ -1,0 +1,1 @@
+"""Shapes: a built-in data set with captions and an exact oracle."""
