@@ -5,7 +5,7 @@ dimension, H side of a square image. Pixels are float in [-1, 1]; embeddings are
 business of :mod:`unclip_pl.nn.space`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,3 +54,4 @@ class EvaluationBatch(NamedTuple):
     image_embed: Tensor  # (B, d) z_i
     text: TextFeatures
     captions: list[str]
+    metadata: list[dict[str, Any]]  # the sample's json; empty where it has none

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -64,8 +63,8 @@ def _load_weights(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
     state = open_clip.load_state_dict(path)
-    if all(key.startswith("net.") for key in state):  # a checkpoint of ClipTask: the averaged weights, under `net.`
-        state = {key.removeprefix("net."): value for key, value in state.items()}
+    if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
+        state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ValueError(
@@ -107,9 +106,39 @@ class ClipSpec:
         size = architecture(self.name)["vision_cfg"]["image_size"]
         return int(size if isinstance(size, int) else size[0])
 
+    def within(self, root: Path) -> "ClipSpec":
+        """The same CLIP with weights named relative to a run's folder made findable from here."""
+        inside = root / self.pretrained
+        return ClipSpec(self.name, str(inside)) if self.pretrained and inside.is_file() else self
+
     def load(self) -> "ClipEncoder":
         """Build the frozen encoder."""
         return ClipEncoder(self)
+
+
+class Preprocess(nn.Module):
+    """[-1, 1] pixels of any size → what an open_clip image tower wants: its own size, its own mean and std.
+
+    Args:
+        model: as :func:`build_clip` made it.
+        size: side that the image tower wants, in pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        config = PreprocessCfg(**model.visual.preprocess_cfg)
+        self.size = size
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, H) in [-1, 1] → (B, 3, size, size) normalised; antialiased bicubic where the size differs."""
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return (images.add(1).div(2) - self.mean) / self.std
 
 
 class ClipEncoder(nn.Module):
@@ -118,18 +147,12 @@ class ClipEncoder(nn.Module):
     Embeddings come out raw, not normalised.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
         self.spec = spec
         self.model = build_clip(spec.name, spec.pretrained)
         self.tokenizer = open_clip.get_tokenizer(spec.name)
-        preprocess = getattr(self.model.visual, "preprocess_cfg", {})
-        preprocess = PreprocessCfg(**preprocess) if preprocess else PreprocessCfg(size=spec.image_size)
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        self.preprocess = Preprocess(self.model, spec.image_size)
         self.requires_grad_(False)
         super().train(False)
 
@@ -161,7 +184,7 @@ class ClipEncoder(nn.Module):
     def fingerprint(self) -> str:
         """``name-xxxxxxxxxxxx``: a hash over architecture, weights and preprocessing."""
         digest = hashlib.sha256(json.dumps(architecture(self.spec.name), sort_keys=True).encode())
-        digest.update(json.dumps([self.mean.flatten().tolist(), self.std.flatten().tolist()]).encode())
+        digest.update(json.dumps([part.flatten().tolist() for part in self.preprocess.buffers()]).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
@@ -197,7 +220,7 @@ class ClipEncoder(nn.Module):
 
     def describe(self, captions: list[str]) -> TextFeatures:
         """Tokenise and encode captions on this encoder's device."""
-        return self.encode_text(self.tokenize(captions).to(self.mean.device))
+        return self.encode_text(self.tokenize(captions).to(self.preprocess.mean.device))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -207,15 +230,3 @@ class ClipEncoder(nn.Module):
             images: (B, 3, H, H) in [-1, 1]; resized (antialiased bicubic) where H is not CLIP's own size.
         """
         return self.model.encode_image(self.preprocess(images))
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """[-1, 1] pixels of any size → what the image tower wants."""
-        size = self.image_size
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return (images.add(1).div(2) - self.mean) / self.std
-
-
-def logit_scale_limit() -> float:
-    """CLIP clamps its log temperature here (Radford et al. 2021, §2.5): logits never exceed 100 times the cosine."""
-    return math.log(100)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip_pl.diffusion.schedule import widen
 
 
 class PosteriorMSE:
@@ -11,8 +12,7 @@ class PosteriorMSE:
 
     For the exact denoiser, the error E |x0 - x0_hat|^2 / d *is* c_t (Bao et al. 2022 estimate it from |eps|^2, which
     at high noise multiplies the Monte-Carlo error by 1 / abar). Give it the validation errors, then hand
-    `compute()` to `Ancestral(variance="analytic")`. Sums are public: over several ranks add `total`, `index` and
-    `count` before `compute`.
+    `compute()` to `Ancestral(variance="analytic")`. Over several ranks, add up `sums`, (3, buckets), before `compute`.
 
     Args:
         steps: T, the number of training times.
@@ -31,14 +31,14 @@ class PosteriorMSE:
 
     def reset(self) -> None:
         """Forget every error."""
-        self.total, self.index, self.count = torch.zeros(3, self.buckets, device="cpu").unbind()
+        self.sums = torch.zeros(3, self.buckets, device="cpu")
 
     def update(self, t: Tensor, mse: Tensor) -> None:
-        """Add errors: t (B,) times in (0, 1], mse (B,) each the mean of (x0 - x0_hat)^2 over a sample's dimensions."""
-        index = t.float() * self.steps - 1
+        """Add errors: t times in (0, 1], mse each the mean of (x0 - x0_hat)^2 over a sample's dimensions; one shape."""
+        index = widen(t).flatten() * self.steps - 1
         bucket = (index.round() * self.buckets / self.steps).long().clamp(0, self.buckets - 1)
-        for name, value in (("total", mse.float()), ("index", index), ("count", torch.ones_like(index))):
-            setattr(self, name, getattr(self, name).to(t.device).index_add(0, bucket, value))
+        values = torch.stack([mse.detach().flatten().to(index), index, torch.ones_like(index)])
+        self.sums = self.sums.to(index).index_add(1, bucket, values)
 
     def compute(self, *, bound: float | None = None) -> Tensor:
         """c_t at the indices 0..T-1, (T,) float32 on the CPU: the buckets' means, joined by straight lines.
@@ -50,9 +50,9 @@ class PosteriorMSE:
         Raises:
             ValueError: no errors were added.
         """
-        total, index, count = torch.stack([self.total, self.index, self.count]).double().cpu().numpy()
+        total, index, count = self.sums.cpu().double().numpy()
         seen = count > 0
         if not seen.any():
             raise ValueError("Expected errors of a trained network. Got none: call update(t, mse) first.")
-        c = np.interp(np.arange(self.steps), index[seen] / count[seen], total[seen] / count[seen])
-        return torch.from_numpy(c.clip(0, bound)).float()
+        c_t = np.interp(np.arange(self.steps), index[seen] / count[seen], total[seen] / count[seen])
+        return torch.from_numpy(c_t.clip(0, bound)).float()

@@ -10,7 +10,7 @@ from unclip_pl.diffusion.schedule import per_sample, widen
 
 BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal (2021), eq. 16
 HALF_BIN = 1 / 255  # 256 pixel values on [-1, 1]
-MIN_PROBABILITY = 1e-12
+MIN_PROBABILITY = 1e-12  # as in OpenAI's code: a pixel missed by more teaches nothing
 
 
 def simple_loss(F: Tensor, target: Tensor) -> Tensor:
@@ -50,15 +50,16 @@ def variational_bound(
     # beta_tilde is 0 at the first time; OpenAI's code takes the second's there.
     second = k.clamp(min=2) / diffusion.steps
     beta_tilde = diffusion.schedule.posterior(second, second - 1 / diffusion.steps).beta_tilde
-    c_x0, log_beta, log_beta_tilde, first = (
-        per_sample(c, x0) for c in (q.c_x0.to(x0.dtype), q.beta.log().to(x0.dtype), beta_tilde.log().to(x0.dtype), k == 1)
-    )
+    coefficients = (q.c_x0, q.beta.log(), beta_tilde.log())
+    c_x0, log_beta, log_beta_tilde = (per_sample(c.to(x0.dtype), x0) for c in coefficients)
 
     log_var = log_beta_tilde + 0.5 * (frac_raw + 1) * (log_beta - log_beta_tilde)
     error = x0 - diffusion.to_x0(F, x_t, t)
     gap = log_var - log_beta_tilde
     kl = 0.5 * (gap + (-gap).expm1() + (c_x0 * error).square() * (-log_var).exp())
-    nll = _pixel_nll(x0, error, log_var)
+    first = per_sample(k == 1, x0)
+    # Errors at high noise are huge: keep them out of the likelihood, or its unused branch puts nan into the gradient.
+    nll = _pixel_nll(x0, torch.where(first, error, 0.0), log_var)
     return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
@@ -68,7 +69,7 @@ def _pixel_nll(x0: Tensor, error: Tensor, log_var: Tensor) -> Tensor:
     # The mass is even in the error: in the lower tail the difference of the two does not cancel.
     upper = torch.special.ndtr(inv_std * (HALF_BIN - error.abs()))
     lower = torch.special.ndtr(inv_std * (-HALF_BIN - error.abs()))
-    inside = (upper - lower).clamp(min=MIN_PROBABILITY).log()
-    black = torch.special.log_ndtr(inv_std * (HALF_BIN + error))
-    white = torch.special.log_ndtr(inv_std * (HALF_BIN - error))
-    return -torch.where(x0 < -0.999, black, torch.where(x0 > 0.999, white, inside))
+    black = torch.special.ndtr(inv_std * (HALF_BIN + error))
+    white = torch.special.ndtr(inv_std * (HALF_BIN - error))
+    mass = torch.where(x0 < -0.999, black, torch.where(x0 > 0.999, white, upper - lower))
+    return -mass.clamp(min=MIN_PROBABILITY).log()

@@ -39,6 +39,7 @@ class UniformTime(TimeDensity):
     def draw(
         self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
+        """As `TimeDensity.draw`."""
         source = device if generator is None else generator.device
         return (torch.randint(1, steps + 1, (n,), generator=generator, device=source) / steps).to(device)
 
@@ -60,6 +61,7 @@ class PowerTime(TimeDensity):
     def draw(
         self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
+        """As `TimeDensity.draw`."""
         source = device if generator is None else generator.device
         u = torch.rand(n, generator=generator, device=source)
         return (((1 - u**self.power) * steps).ceil().clamp(1, steps) / steps).to(device)

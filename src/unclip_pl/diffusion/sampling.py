@@ -1,4 +1,4 @@
-"""Samplers: from noise to data, given only `denoise(x_t, t) -> Denoised`. Guidance and thresholds wrap that function."""
+"""Samplers: from noise to data, given only `denoise(x_t, t) -> Denoised`; guidance and thresholds wrap it."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.process import Denoised, noise_like
-from unclip_pl.diffusion.schedule import CosineSchedule, Schedule
+from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,) in (0, 1]
 Grid: TypeAlias = Literal["strided", "uniform"]
@@ -52,9 +52,8 @@ def dynamic_threshold(denoise: Denoise, quantile: float = 0.995) -> Denoise:
     def thresholded(x_t: Tensor, t: Tensor) -> Denoised:
         x0, frac = denoise(x_t, t)
         size = x0.flatten(1).abs()
-        # Nearest rank: torch.quantile refuses large images.
-        s = size.kthvalue(max(1, math.ceil(quantile * size.shape[1])), dim=1).values.clamp(min=1)
-        s = s.view(-1, *[1] * (x0.ndim - 1))
+        rank = max(1, math.ceil(quantile * size.shape[1]))  # torch.quantile refuses large images
+        s = per_sample(size.kthvalue(rank, dim=1).values.clamp(min=1), x0)
         return Denoised(x0.clamp(-s, s) / s, frac)
 
     return thresholded
@@ -79,7 +78,9 @@ def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
         raise ValueError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}.")
     if steps > train_steps:
         raise ValueError(f"Expected at most {train_steps} strided steps, the training steps. Got {steps}.")
-    indices = [round(i * (train_steps - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [train_steps - 1]
+    # Stride first, as Karlo and diffusers do: the order decides which way a tie such as 499.5 goes.
+    stride = (train_steps - 1) / (steps - 1) if steps > 1 else 0.0
+    indices = [round(i * stride) for i in range(steps - 1)] + [train_steps - 1]
     return [(k + 1) / train_steps for k in reversed(indices)] + [0.0]
 
 
@@ -109,7 +110,7 @@ class Sampler(ABC):
         self.times = time_grid(steps, grid, train_steps)
 
     @abstractmethod
-    def next(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
         """x at times[i + 1] from x_t at times[i], i < steps - 1."""
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ class Sampler(ABC):
         x_t = x_T
         for i, t in enumerate(self.times[:-1]):
             denoised = denoise(x_t, _time(t, x_t))
-            x_t = self.next(i, x_t, denoised, generator) if i + 1 < self.steps else denoised.x0
+            x_t = self.step(i, x_t, denoised, generator) if i + 1 < self.steps else denoised.x0
             if progress is not None:
                 progress(i + 1, self.steps, denoised.x0)
         return x_t
@@ -168,39 +169,46 @@ class Ancestral(Sampler):
         if variance not in ("small", "large", "learned", "analytic"):
             raise ValueError(f"Expected variance 'small', 'large', 'learned' or 'analytic'. Got {variance!r}.")
         self.variance = variance
-        self._set_posterior_mse(posterior_mse)
+        self.posterior_mse = self._check(posterior_mse)
+        self._path, self._log_ratio = self._plan()
 
     def with_posterior_mse(self, c_t: Tensor) -> "Ancestral":
         """A copy that knows the variance of x0 given x_t, c_t per training index, (T,)."""
         sampler = copy.copy(self)
-        sampler._set_posterior_mse(c_t)
+        sampler.posterior_mse = self._check(c_t)
+        sampler._path, _ = sampler._plan()
         return sampler
 
-    def _set_posterior_mse(self, c_t: Tensor | None) -> None:
-        if c_t is not None and (c_t.shape != (self.train_steps,) or not c_t.isfinite().all()):
-            raise ValueError(f"Expected posterior_mse of shape ({self.train_steps},), finite. Got {tuple(c_t.shape)}.")
-        self.posterior_mse = c_t
-        times = torch.tensor(self.times, dtype=torch.float64, device="cpu")
-        q = self.schedule.posterior(times[:-2], times[1:-1])  # all steps but the last, which is noise-free
-        variance = {"large": q.beta, "learned": q.beta}.get(self.variance, q.beta_tilde)
-        if self.variance == "analytic" and c_t is not None:
-            index = times[:-2].numpy() * self.train_steps - 1
-            c = np.interp(index, np.arange(self.train_steps), c_t.detach().double().cpu().numpy().clip(min=0))
-            variance = variance + q.c_x0.square() * torch.from_numpy(c)
-        columns = (q.c_x0, q.c_xt, variance.sqrt())
-        self._path = [Step(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-        self._log_ratio = (q.beta / q.beta_tilde).log().tolist()
-
-    def next(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
-        step = self._path[i]
-        noise = step.std * noise_like(x_t, generator=generator)
+    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+        """As `Sampler.step`."""
+        c_x0, c_xt, std = self._path[i]
+        noise = std * noise_like(x_t, generator=generator)
         if self.variance == "learned":
             if denoised.frac is None:
-                raise ValueError("Expected Denoised.frac for variance='learned'. Got None: the network predicts no variance.")
+                raise ValueError("Expected a network that predicts its variance, for variance='learned'. Got none.")
             noise = noise * (0.5 * self._log_ratio[i] * (denoised.frac - 1)).exp()
         if self.variance == "analytic" and self.posterior_mse is None:
-            raise ValueError("Expected posterior_mse for variance='analytic'. Got None: see `with_posterior_mse`.")
-        return step.c_x0 * denoised.x0 + step.c_xt * x_t + noise
+            raise ValueError("Expected posterior_mse for variance='analytic'. Got none: see `with_posterior_mse`.")
+        return c_x0 * denoised.x0 + c_xt * x_t + noise
+
+    def _plan(self) -> tuple[list[Step], list[float]]:
+        """Every step but the last, which is noise-free, and log(beta / beta_tilde) there."""
+        times = torch.tensor(self.times, dtype=torch.float64, device="cpu")[:-1]
+        q = self.schedule.posterior(times[:-1], times[1:])
+        variance = q.beta if self.variance in ("large", "learned") else q.beta_tilde
+        if self.variance == "analytic" and self.posterior_mse is not None:
+            c_t = self.posterior_mse.detach().double().cpu().numpy().clip(min=0)
+            index = times[:-1].numpy() * self.train_steps - 1
+            variance = variance + q.c_x0.square() * torch.from_numpy(np.interp(index, np.arange(len(c_t)), c_t))
+        path = torch.stack([q.c_x0, q.c_xt, variance.sqrt()], dim=1)
+        return [Step(*row) for row in path.tolist()], (q.beta / q.beta_tilde).log().tolist()
+
+    def _check(self, c_t: Tensor | None) -> Tensor | None:
+        if c_t is not None and c_t.shape != (self.train_steps,):
+            raise ValueError(f"Expected posterior_mse of shape ({self.train_steps},). Got {tuple(c_t.shape)}.")
+        if c_t is not None and not c_t.isfinite().all():
+            raise ValueError("Expected posterior_mse to be finite. Got nan or inf: was the network trained?")
+        return c_t
 
 
 class DDIM(Sampler):
@@ -231,10 +239,11 @@ class DDIM(Sampler):
         self.eta = eta
         self._path = ddim_path(self.schedule, self.times[:-1], eta)
 
-    def next(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
-        step = self._path[i]
-        x_s = step.c_x0 * denoised.x0 + step.c_xt * x_t
-        return x_s + step.std * noise_like(x_t, generator=generator) if self.eta > 0 else x_s
+    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+        """As `Sampler.step`."""
+        c_x0, c_xt, std = self._path[i]
+        x_s = c_x0 * denoised.x0 + c_xt * x_t
+        return x_s + std * noise_like(x_t, generator=generator) if self.eta > 0 else x_s
 
 
 def ddim_path(schedule: Schedule, times: list[float], eta: float = 0.0) -> list[Step]:
@@ -281,8 +290,7 @@ def ddim_invert(
     times = times[schedule.alpha_sigma(times)[1] >= sigma_min]
     if len(times) == 0:
         raise ValueError(f"Expected sigma_min below 1. Got {sigma_min}.")
-    x_t = x0  # taken to be at the first level already, as in OpenAI's code
-    levels = times.tolist()
+    x_t, levels = x0, times.tolist()  # x0 is taken to be at the first level already, as in OpenAI's code
     for t, step in zip(levels, ddim_path(schedule, levels), strict=False):  # the last level is reached, not left
         x_t = step.c_x0 * denoise(x_t, _time(t, x_t)).x0 + step.c_xt * x_t
     return x_t

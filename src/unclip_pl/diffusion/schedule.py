@@ -61,6 +61,7 @@ class CosineSchedule(Schedule):
     MIN_LOG_SNR = math.log(MIN_ABAR) - math.log1p(-MIN_ABAR)
 
     def log_snr(self, t: Tensor) -> Tensor:
+        """As `Schedule.log_snr`."""
         signal = (self.SCALE * (1 - t)).sin().square()
         noise = (self.SCALE * t).sin() * (self.SCALE * (t + 2 * self.OFFSET)).sin()  # sin^2(u) - sin^2(u0)
         return (signal.log() - noise.log()).clamp(min=self.MIN_LOG_SNR)
@@ -69,13 +70,14 @@ class CosineSchedule(Schedule):
 class LinearSchedule(Schedule):
     """beta from 1e-4 to 0.02 over 1000 steps, Ho et al. (2020), as the closed form of its continuous limit.
 
-    -log abar = 0.1 t + 9.95 t^2 (Song et al. 2021, eq. 33); within 8e-4 of the table's abar.
+    -log abar = 0.1 t + 9.95 t^2 (Song et al. 2021, eq. 33); within 8.2e-4 of the table's abar.
     """
 
     BETA_MIN = 0.1
     BETA_MAX = 20.0
 
     def log_snr(self, t: Tensor) -> Tensor:
+        """As `Schedule.log_snr`."""
         return -(self.BETA_MIN * t + 0.5 * (self.BETA_MAX - self.BETA_MIN) * t.square()).expm1().log()
 
 

@@ -30,7 +30,7 @@ from unclip_pl.shapes.render import (
 
 _BANK_SIZE = 32  # pixels; larger pictures are ranked at this size and fitted at their own
 _CANDIDATES = 4  # cells whose jitter is fitted
-_STEPS = 4  # of Gauss-Newton
+_STEPS = 3  # of Gauss-Newton, twice
 _PROBE = 0.1  # of a jitter's range, for finite differences
 _DAMPING = 0.1  # against a circle's rotation, which has no slope; a pixel's shift has 10 to 40
 _NOISE = 0.01  # pixel error below which two readings are no longer told apart
@@ -55,6 +55,11 @@ class ShapesOracle(nn.Module):
         size: side of the pictures in pixels.
     """
 
+    starts: Tensor  # (S, 4) of a cell's jitter
+    bank: Tensor  # (cells · S, side²) unit masks, the starts of a cell in a row
+    colors: Tensor
+    backgrounds: Tensor
+
     def __init__(self, size: int = 32) -> None:
         super().__init__()
         self.size = size
@@ -63,9 +68,8 @@ class ShapesOracle(nn.Module):
         thirds, halves = torch.tensor([-2 / 3, 0, 2 / 3]), torch.tensor([-0.5, 0.5])
         starts = torch.cartesian_prod(thirds, thirds, halves, halves)
         masks = coverage(self.cells.repeat_interleave(len(starts), 0), starts.repeat(len(self.cells), 1), side)
-        bank = F.normalize(_centred(masks.flatten(1)), dim=1)
-        self.register_buffer("starts", starts, persistent=False)  # (S, 4)
-        self.register_buffer("bank", bank, persistent=False)  # (cells · S, side²), S starts of a cell in a row
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer("bank", F.normalize(_centred(masks.flatten(1)), dim=1), persistent=False)
         self.register_buffer("colors", torch.tensor(list(COLORS.values())), persistent=False)
         self.register_buffer("backgrounds", torch.tensor(list(BACKGROUNDS.values())), persistent=False)
 
@@ -74,70 +78,78 @@ class ShapesOracle(nn.Module):
         """Read pictures.
 
         Args:
-            images: (B, 3, size, size) in [-1, 1]. Values outside are clipped; NaN counts as mid-gray.
+            images: (B, 3, size, size) in [-1, 1]; values outside are clipped. A picture with values that are not
+                finite gets confidence 0 and residual 1.
         """
         if images.shape[1:] != (3, self.size, self.size):
             raise ValueError(f"Expected images of shape (B, 3, {self.size}, {self.size}). Got {tuple(images.shape)}.")
         pixels = (images.float().nan_to_num(0).clamp(-1, 1) + 1) / 2
-        chunk = max(1, 2**16 // self.size**2)
+        chunk = max(1, 2**15 // self.size**2)  # what stays in cache
         readings = [self._read(part) for part in pixels.split(chunk)]
-        return Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True)))
+        indices, confidence, residual = (torch.cat(parts) for parts in zip(*readings, strict=True))
+        broken = ~images.isfinite().all(dim=(1, 2, 3))
+        return Reading(indices, confidence.masked_fill(broken, 0), residual.masked_fill(broken, 1))
 
     def _read(self, pixels: Tensor) -> Reading:
-        cells, jitter = self._rank(pixels)
-        x = pixels.flatten(2)
-        jitter, error = self._fit(_centred(x), cells, jitter)
+        small = F.interpolate(pixels, size=_BANK_SIZE, mode="area") if self.size > _BANK_SIZE else pixels
+        cells, jitter = self._rank(small)
+        jitter = self._fit(small, cells, jitter)
+        jitter = self._fit(pixels, cells, jitter)
+        error, color, background = self._paint(pixels, cells, jitter)
 
-        error, order = error.topk(2, largest=False)  # (B, 2)
-        floor = x[0].numel() * _NOISE**2 if len(x) else 1.0
-        confidence = 1 - (error[:, 0] + floor) / (error[:, 1] + floor)
-        rows = torch.arange(len(x), device=x.device)
-        cell, jitter = cells[rows, order[:, 0]], jitter[rows, order[:, 0]]
-
-        mask = coverage(cell.cpu(), jitter, self.size).flatten(1)
-        slope = _slopes(_centred(x), _centred(mask)[:, None]).squeeze(1)  # (B, 3): foreground − background
-        ground = x.mean(-1) - slope * mask.mean(-1, keepdim=True)
-        color, foreground = _nearest(ground + slope, self.colors)
-        background, ground = _nearest(ground, self.backgrounds)
-        drawn = torch.lerp(ground[..., None], foreground[..., None], mask[:, None])
-        residual = (x - drawn).square().mean((1, 2)).sqrt()
-        indices = torch.stack((cell[:, 0], color, cell[:, 1], cell[:, 2], background), dim=1)
-        return Reading(indices, confidence, residual)
+        (first, second), (best, _) = (part.unbind(1) for part in error.topk(2, largest=False))
+        values = 3 * self.size**2
+        floor = values * _NOISE**2
+        confidence = 1 - (first + floor) / (second + floor)
+        cells = cells.to(best.device)
+        shape, size, position, color, background = (
+            choices.gather(1, best[:, None]).squeeze(1) for choices in (*cells.unbind(2), color, background)
+        )
+        indices = torch.stack((shape, color, size, position, background), dim=1)
+        return Reading(indices, confidence, (first / values).sqrt())
 
     def _rank(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The best cells of the bank, (B, K, 3), and where in their jitter to start, (B, K, 4)."""
-        if self.size > _BANK_SIZE:
-            pixels = F.interpolate(pixels, size=_BANK_SIZE, mode="area")
-        explained = (_centred(pixels.flatten(2)) @ self.bank.T).square().sum(1)  # (B, cells · S)
+        """The best K cells of the bank, (B, K, 3) on the CPU, and where in their jitter to start, (B, K, 4)."""
+        channels = _centred(pixels.reshape(-1, self.bank.shape[1]))  # (B · 3, side²): one plain product, 14× a batched one
+        explained = (channels @ self.bank.T).square().unflatten(0, (-1, 3)).sum(1)  # (B, cells · S)
         best, start = explained.unflatten(1, (len(self.cells), -1)).max(-1)
         top = best.topk(_CANDIDATES).indices
-        return self.cells.to(top.device)[top], self.starts[start.gather(1, top)]
+        return self.cells[top.cpu()], self.starts[start.gather(1, top)]
 
-    def _fit(self, x: Tensor, cells: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit the jitter (B, K, 4) of K cells to centred pictures x (B, 3, P). Returns it with its error (B, K)."""
-        total = x.square().sum((1, 2))[:, None]
-        best, error = jitter, total.expand(jitter.shape[:2])
+    def _fit(self, pixels: Tensor, cells: Tensor, jitter: Tensor) -> Tensor:
+        """Fit the jitter (B, K, 4) of K cells to pictures in free colours."""
+        x = _centred(pixels.flatten(2))
         probes = torch.cat((torch.zeros(1, 4), _PROBE * torch.eye(4))).to(jitter)  # (5, 4)
-        copies = cells.cpu().reshape(-1, 3).repeat_interleave(len(probes), 0)
+        copies = cells.reshape(-1, 3).repeat_interleave(len(probes), 0)
         for _ in range(_STEPS):
-            masks = coverage(copies, (jitter[:, :, None] + probes).reshape(-1, 4), self.size)
-            masks = _centred(masks.reshape(*jitter.shape[:2], len(probes), -1))  # (B, K, 5, P)
+            masks = coverage(copies, (jitter[:, :, None] + probes).reshape(-1, 4), pixels.shape[-1])
+            masks = _centred(masks.flatten(1).unflatten(0, (*jitter.shape[:2], len(probes))))  # (B, K, 5, P)
             mask, change = masks[:, :, 0], (masks[:, :, 1:] - masks[:, :, :1]) / _PROBE
-            slope = _slopes(x, mask)  # (B, K, 3)
-            energy = mask.square().sum(-1)
-            current = (total - slope.square().sum(-1) * energy).clamp(min=0)
-            best = torch.where((current < error)[..., None], jitter, best)
-            error = torch.minimum(current, error)
-
+            slope, energy = _slopes(x, mask), mask.square().sum(-1)  # (B, K, 3), (B, K)
             # The least-squares mask under these colours is the channels' mean, weighted by their contrast.
             weight = slope / slope.square().sum(-1, keepdim=True).clamp(min=1e-12)
             missing = weight @ x - mask  # (B, K, P)
             overlap = torch.einsum("bkjp,bkp->bkj", change, mask) / energy[..., None]
             change = change - overlap[..., None] * mask[:, :, None]
             normal = change @ change.mT + _DAMPING * torch.eye(4, device=x.device)
-            step = torch.linalg.solve_ex(normal, change @ missing[..., None]).result.squeeze(-1)
-            jitter = (jitter + step).clamp(-1, 1)
-        return best, error
+            update = torch.linalg.solve_ex(normal, change @ missing[..., None]).result.squeeze(-1)
+            jitter = (jitter + update).clamp(-1, 1)
+        return jitter
+
+    def _paint(self, pixels: Tensor, cells: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared error (B, K) of fitted cells in the best colours of the palettes, and the indices of these colours."""
+        x = pixels.flatten(2)
+        masks = coverage(cells.reshape(-1, 3), jitter.reshape(-1, 4), self.size).reshape(*cells.shape[:2], -1)
+        slope = _slopes(_centred(x), _centred(masks))
+        ground = x.mean(-1)[:, None] - slope * masks.mean(-1, keepdim=True)  # (B, K, 3)
+        free = x[:, None] - ground[..., None] - slope[..., None] * masks[:, :, None]
+        front, back = _within(ground + slope, self.colors), _within(ground, self.backgrounds)  # (B, K, colours, 3)
+        u = (back - ground[:, :, None])[:, :, None]  # (B, K, 1, backgrounds, 3)
+        v = front[:, :, :, None] - back[:, :, None] - slope[:, :, None, None]  # (B, K, colours, backgrounds, 3)
+        total, energy = masks.sum(-1)[..., None, None, None], masks.square().sum(-1)[..., None, None, None]
+        error = (x.shape[-1] * u * u + 2 * total * u * v + energy * v * v).sum(-1)
+        error, pair = error.flatten(2).min(-1)
+        return error + free.square().sum((2, 3)), pair // len(self.backgrounds), pair % len(self.backgrounds)
 
 
 def attributes(reading: Reading) -> list[Attributes]:
@@ -155,8 +167,6 @@ def _slopes(x: Tensor, masks: Tensor) -> Tensor:
     return masks @ x.mT / masks.square().sum(-1, keepdim=True)
 
 
-def _nearest(fitted: Tensor, palette: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the nearest palette colour (B,), and the nearest colour to `fitted` within its jitter (B, 3)."""
-    index = torch.cdist(fitted, palette).argmin(-1)
-    centre = palette[index]
-    return index, centre + (fitted - centre).clamp(-COLOR_JITTER, COLOR_JITTER)
+def _within(fitted: Tensor, palette: Tensor) -> Tensor:
+    """For every palette colour, the nearest one to `fitted` (B, K, 3) within its jitter: (B, K, colours, 3)."""
+    return palette + (fitted[:, :, None] - palette).clamp(-COLOR_JITTER, COLOR_JITTER)

@@ -94,8 +94,8 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 """Name -> RGB in [0, 1]. The palettes keep COLOR_JITTER away from 0 and 1, so no jittered colour is ever clipped."""
 
-SIZES: dict[str, float] = {"small": 0.2, "large": 0.33}
-"""Name -> radius in image sides: 6.4 and 10.6 pixels of 32."""
+SIZES: dict[str, float] = {"small": 0.2, "large": 0.32}
+"""Name -> radius in image sides: 6.4 and 10.2 pixels of 32."""
 
 POSITIONS: dict[str, tuple[int, int]] = {
     "center": (0, 0),
@@ -148,7 +148,7 @@ HELD_OUT = frozenset(
 )
 """(shape, colour) pairs that only the held-out split shows. Every shape and every colour is in exactly one."""
 
-SHIFT_JITTER = 1 / 32  # image sides, either way on both axes
+SHIFT_JITTER = 0.025  # image sides, either way on both axes
 SCALE_JITTER = 0.06  # relative; small and large stay far apart
 TURN_JITTER = math.radians(8)
 COLOR_JITTER = 0.04  # per channel

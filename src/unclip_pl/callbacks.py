@@ -1,0 +1,100 @@
+"""What Lightning's own callbacks leave to us: a warm-up for EMA, a bar over the whole fit, grids of samples."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+class WarmupEMA(WeightAveraging):
+    """Exponential moving average with decay min(d, (1 + n) / (10 + n)) after n updates.
+
+    Early weights are forgotten fast, so that short runs profit too. Validation and checkpoints use the average. Does
+    not work under FSDP, where Lightning's WeightAveraging does not either.
+
+    Args:
+        decay: d, the decay it ends at.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        self.decay = decay
+        # Buffers are statistics and fingerprints: copied, never averaged.
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+class StepProgressBar(TQDMProgressBar):
+    """One bar over all optimizer steps of the fit, not one an epoch: its time left is the training's.
+
+    Args:
+        refresh_rate: steps between two updates.
+    """
+
+    def __init__(self, refresh_rate: int = 5) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the total, and where a resumed run stands."""
+        super().on_train_start(trainer, pl_module)
+        total = trainer.estimated_stepping_batches
+        self.train_progress_bar.reset(total if total != float("inf") else None)
+        self.train_progress_bar.initial = trainer.global_step
+        self.train_progress_bar.set_description(type(pl_module).__name__.removesuffix("Task"))
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """The bar goes on."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Moves to the optimizer step reached."""
+        step = trainer.global_step
+        if self._should_update(step, self.train_progress_bar.total):
+            self.train_progress_bar.n = step
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Losses without the version number."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
+
+
+class SampleGrid(Callback):
+    """Draws images for the first validation pairs, always from the same noise, into TensorBoard.
+
+    Args:
+        every_n_steps: optimizer steps between two grids; drawn at the validation that follows.
+        num: images.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, num: int = 16) -> None:
+        self.every_n_steps = every_n_steps
+        self.num = num
+        self._next = every_n_steps
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """At the first batch of a validation that is due: the averaged weights are in place here."""
+        if batch_idx or trainer.sanity_checking or trainer.global_step < self._next:
+            return
+        self._next = trainer.global_step + self.every_n_steps
+        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+            return
+        few = first(batch, self.num)
+        images = torch.cat([few.image, pl_module.draw(few, torch.Generator().manual_seed(0))])
+        grid = make_grid(images.float().cpu().add(1).div(2), nrow=self.num)
+        trainer.logger.experiment.add_image("samples (true above, drawn below)", grid, trainer.global_step)
+
+
+def first(batch: Any, n: int) -> Any:
+    """The first n samples of a batch, which may hold batches."""
+    return type(batch)(*(part[:n] if isinstance(part, Tensor) else first(part, n) for part in batch))

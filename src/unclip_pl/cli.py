@@ -1,0 +1,108 @@
+"""One parser, one door: LightningCLI for the Tasks, plain functions for the rest."""
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+#: Errors that a user can mend: one line. Anything else is ours, and shows its traceback.
+EXPECTED = (ValueError, TypeError, OSError, KeyError)
+
+#: What linked arguments are made of: never written in a config.
+LINKS = (
+    ("data.embed_dim", "model.init_args.net.init_args.embed_dim"),
+    ("data.text_width", "model.init_args.net.init_args.text_width"),
+    ("data.context_length", "model.init_args.net.init_args.context_length"),
+    ("data.statistics", "model.init_args.statistics"),
+    ("data.clip_name", "model.init_args.name"),
+)
+
+NOISE = (
+    ".*does not have many workers.*",
+    ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ".*is an instance of `nn.Module` and is already saved during checkpointing.*",  # wanted: rebuilt from the config
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*WeightAveraging callback, but .* outside the 'fit' stage.*",
+    ".*GPU available but not used.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+)
+
+
+def run(words: list[str], *, debug: bool = False) -> int:
+    """Run a command line; see :func:`unclip_pl.__main__.main` for the exit status."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
+    try:
+        dispatch(words)
+    except SystemExit as stop:  # jsonargparse has printed what was wrong, or the help
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except EXPECTED as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def dispatch(words: list[str]) -> None:
+    """Parse and run one command; errors pass through."""
+    from unclip_pl.__main__ import COMMANDS
+
+    command, rest = words[0], words[1:]
+    if command in COMMANDS:
+        module = importlib.import_module(f"unclip_pl.commands.{command}")
+        call(f"unclip {command}", getattr(module, "COMMANDS", None) or getattr(module, command), rest)
+    else:
+        train(words)
+
+
+def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[str]) -> Any:
+    """Call a plain function with a command line; its signature is the interface, its docstring the help.
+
+    Args:
+        program: as the help shows it.
+        entry: the function, or several by name. A parameter ``captions`` is what stands before the options.
+        words: the rest of the command line.
+    """
+    if isinstance(entry, dict):
+        if not words or words[0] not in entry:
+            names = ", ".join(entry)
+            if words and words[0] in ("-h", "--help"):
+                print(f"usage: {program} {{{names}}} [OPTIONS]   ({program} {next(iter(entry))} --help for more)")
+                return None
+            raise ValueError(f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}.")
+        return call(f"{program} {words[0]}", entry[words[0]], words[1:])
+    parser = ArgumentParser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    positional = "captions" in entry.__annotations__
+    if positional:
+        parser.add_argument("captions", nargs="*", type=str, help="texts to draw")
+    parser.add_function_arguments(entry, skip={"captions"} if positional else set(), sub_configs=True)
+    options = parser.instantiate_classes(parser.parse_args(words))
+    options.pop("config", None)
+    return entry(**vars(options))
+
+
+def train(words: list[str]) -> Any:
+    """``fit``, ``validate``, ``test`` or ``predict`` by LightningCLI."""
+    from lightning import LightningDataModule, LightningModule
+
+    from unclip_pl.trainer_cli import UnclipCLI
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    missing = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config" and not Path(words[i + 1]).is_file()]
+    if missing:
+        raise FileNotFoundError(f"No config at {missing[0]}: expected a YAML file, such as those under configs/.")
+    return UnclipCLI(LightningModule, LightningDataModule, args=words)

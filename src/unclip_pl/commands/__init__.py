@@ -1,0 +1,1 @@
+"""Plain functions whose signature is their command line, one file each."""

@@ -1,0 +1,1 @@
+"""Shards in, batches out: packing, the embedding store, samplers and the LightningDataModules."""

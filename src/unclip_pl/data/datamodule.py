@@ -1,0 +1,247 @@
+"""LightningDataModules: frozen CLIP features and images for every task, and plain pairs for training a CLIP."""
+
+import os
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from unclip_pl.clip.encoder import ClipSpec
+from unclip_pl.data.pairs import PairStore
+from unclip_pl.data.precompute import pending, precompute
+from unclip_pl.data.sampler import BLOCK, BlockShuffleSampler, EvaluationSampler, RowBatch
+from unclip_pl.data.shards import Split
+from unclip_pl.data.store import STATISTICS, EmbeddingStore
+from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, UpsamplerBatch
+
+#: Missing shards that one rank may embed while the others wait in a barrier.
+FEW = 4
+
+
+class Batches(Dataset[Any]):
+    """Whole batches by their rows: what a DataLoader with ``batch_size=None`` and a batch-drawing sampler asks for."""
+
+    def __init__(self, assemble: Callable[[RowBatch], Any]) -> None:
+        self.assemble = assemble
+
+    def __getitem__(self, index: RowBatch) -> Any:
+        return self.assemble(index)
+
+
+def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        Batches(assemble),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _in_order(data: LightningDataModule, rows: np.ndarray, batch_size: int) -> EvaluationSampler:
+    rank, world_size = _place(data)
+    return EvaluationSampler(rows, batch_size, rank=rank, world_size=world_size)
+
+
+def _place(data: LightningDataModule) -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
+
+
+def _launched() -> int:
+    """Processes that a launcher (torchrun, SLURM) started, before there is a trainer to ask."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+class UnclipDataModule(LightningDataModule):
+    """Frozen CLIP features, and the images where the task wants them.
+
+    What a batch holds is the task's to say: its class attribute ``batch_type`` is one of PriorBatch, DecoderBatch,
+    UpsamplerBatch and EvaluationBatch.
+
+    Args:
+        source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar.
+        store: folder of the embeddings; what is missing there is made before the fit.
+        clip: the CLIP that embeds.
+        batch_size: images per rank and step in training.
+        eval_batch_size: the same in validation, test and prediction; as ``batch_size`` if not given.
+        num_workers: processes that assemble batches; 0 is this one, and enough for priors.
+        seed: of the order, and of which caption an image gets in an epoch.
+        image_size: side of the images in a batch; CLIP's if not given.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        store: str,
+        clip: ClipSpec,
+        batch_size: int = 256,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.prepare_data_per_node = False  # one store, on a file system that all nodes see
+        self.source = source
+        self.store = store
+        self.clip = clip
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.image_size = image_size or clip.image_size
+
+    @property
+    def embed_dim(self) -> int:
+        """Width d of the embeddings."""
+        return self.clip.embed_dim
+
+    @property
+    def text_width(self) -> int:
+        """Width W of the text states."""
+        return self.clip.text_width
+
+    @property
+    def context_length(self) -> int:
+        """Text positions of the CLIP."""
+        return self.clip.context_length
+
+    @property
+    def statistics(self) -> str:
+        """Path of the statistics that ``EmbeddingSpace`` reads; the store is made first where it is missing."""
+        self.ensure_store(_launched())
+        return str(Path(self.store) / STATISTICS)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the CLIP; builds it once."""
+        return self.clip.load().fingerprint
+
+    @cached_property
+    def embeddings(self) -> EmbeddingStore:
+        """The opened store."""
+        return EmbeddingStore(self.store, self.source, image_size=self.image_size)
+
+    def ensure_store(self, world_size: int = 1, *, allowed: int = 0) -> None:
+        """Embed what is missing.
+
+        Args:
+            world_size: processes of this run.
+            allowed: shards that may be missing where there are several processes.
+
+        Raises:
+            ValueError: more are missing, or the store belongs to another CLIP.
+        """
+        missing = pending(self.source, self.store, self.fingerprint)
+        if world_size > 1 and len(missing) > allowed:
+            raise ValueError(
+                f"{len(missing)} shards of {self.source} have no embeddings in {self.store}, and {world_size} "
+                f"processes cannot wait for one to make them: run `unclip precompute --source {self.source} "
+                f"--store {self.store} --clip.name {self.clip.name} --clip.pretrained '{self.clip.pretrained}'` first."
+            )
+        if missing:
+            precompute(self.source, self.store, self.clip)
+
+    def prepare_data(self) -> None:
+        """Make the store whole; Lightning calls this on one process while the others wait."""
+        self.ensure_store(self.trainer.world_size if self.trainer else 1, allowed=FEW)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training rows, one caption of each per epoch."""
+        rank, world_size = _place(self)
+        sampler = BlockShuffleSampler(
+            self.embeddings.blocks(Split.TRAIN), self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+        )
+        return _loader(self._assemble(), sampler, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Validation rows in order with their first captions; no loader where the source has none."""
+        return self._evaluation(Split.VAL) if len(self.embeddings.rows(Split.VAL)) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Held-out rows in order with their first captions."""
+        return self._evaluation(Split.HELDOUT)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """As for test."""
+        return self._evaluation(Split.HELDOUT)
+
+    def _evaluation(self, split: Split) -> DataLoader[Any]:
+        rows = self.embeddings.rows(split)
+        if not len(rows):
+            raise ValueError(
+                f"Expected {split.name.lower()} images in {self.source}. Got none: shards called "
+                f"{split.name.lower()}-*.tar hold them."
+            )
+        return _loader(self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
+
+    def _assemble(self) -> Callable[[RowBatch], Any]:
+        """The store's method for the task's batch type."""
+        task = self.trainer.lightning_module if self.trainer else None
+        makers: dict[type, Callable[[RowBatch], Any]] = {
+            PriorBatch: self.embeddings.prior_batch,
+            DecoderBatch: self.embeddings.decoder_batch,
+            UpsamplerBatch: self.embeddings.upsampler_batch,
+            EvaluationBatch: self.embeddings.evaluation_batch,
+        }
+        wanted = getattr(task, "batch_type", None)
+        if wanted not in makers:
+            names = ", ".join(kind.__name__ for kind in makers)
+            raise ValueError(f"Expected {type(task).__name__}.batch_type to be one of {names}. Got {wanted!r}.")
+        return makers[wanted]
+
+
+class PairDataModule(LightningDataModule):
+    """Images and token ids straight from the shards, for training a CLIP; no embedding store is needed.
+
+    Args:
+        source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar.
+        clip: the architecture whose tokenizer and image size the batches are for.
+        batch_size: pairs per rank and step.
+        num_workers: processes that assemble batches.
+        seed: of the order, the captions and the shifts.
+        shift: training images are moved by up to this many pixels on both axes.
+    """
+
+    def __init__(
+        self, source: str, clip: ClipSpec, batch_size: int = 256, num_workers: int = 0, seed: int = 0, shift: int = 0
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.clip = clip
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shift = shift
+
+    @property
+    def clip_name(self) -> str:
+        """Architecture, for the task that trains it."""
+        return self.clip.name
+
+    @cached_property
+    def pairs(self) -> PairStore:
+        """The loaded pairs."""
+        return PairStore(self.source, self.clip.load().tokenize, image_size=self.clip.image_size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training pairs, one caption of each image per epoch."""
+        rank, world_size = _place(self)
+        rows = self.pairs.rows(Split.TRAIN)
+        blocks = np.split(rows, range(BLOCK, len(rows), BLOCK))
+        sampler = BlockShuffleSampler(blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
+        return _loader(partial(self.pairs.batch, shift=self.shift), sampler, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Validation pairs in order; no loader where the source has none."""
+        rows = self.pairs.rows(Split.VAL)
+        if not len(rows):
+            return []
+        return _loader(self.pairs.batch, _in_order(self, rows, self.batch_size), self.num_workers)

@@ -1,0 +1,120 @@
+"""Which rows make up which batch: a deterministic function of (seed, epoch, rank, step)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+#: Rows of a block, neighbours in one shard.
+BLOCK = 256
+
+
+class RowBatch(NamedTuple):
+    """The rows of one batch, and what is drawn for each of them this epoch."""
+
+    rows: np.ndarray  # (B,) int64, into the store
+    draws: np.ndarray  # (B,) uint64, picks a row's caption and its shift; zero in evaluation: first caption, no shift
+
+
+def row_draws(rows: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """(B,) uniform uint64, fixed by (seed, epoch, row): the same whatever the batch, rank or worker."""
+    epoch_key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
+    return _mix(rows.astype(np.uint64) + epoch_key)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea & Flood, 2014); uint64 arrays wrap around."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class BlockShuffleSampler(DistributedSampler[RowBatch]):
+    """Training batches: blocks of neighbouring rows in random order, rows shuffled inside a window of blocks.
+
+    Every rank gets the same number of whole batches; the epoch's last few rows that make none are left to the next
+    epoch's order. A ``DistributedSampler`` by type, so that Lightning sets the epoch and puts no sampler of its own
+    in this one's place.
+
+    Args:
+        blocks: row numbers, one array per block, such as ``EmbeddingStore.blocks`` gives.
+        batch_size: rows of one rank's batch.
+        seed: of the order and of the draws.
+        rank: of this process, below ``world_size``.
+        world_size: number of processes.
+        start: steps of the first epoch that are already done.
+        window: blocks that are shuffled together; a data set smaller than the window is shuffled as a whole.
+
+    Raises:
+        ValueError: not even one batch for every rank.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[np.ndarray],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        window: int = 64,
+    ) -> None:
+        rows = sum(map(len, blocks))
+        if rows < batch_size * world_size:
+            raise ValueError(
+                f"Expected at least batch_size × ranks = {batch_size} × {world_size} training images. Got {rows}: "
+                "lower data.batch_size."
+            )
+        super().__init__(cast(Any, range(rows)), num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
+        self.blocks = blocks
+        self.batch_size = batch_size
+        self.start = start
+        self.window = window
+
+    def __len__(self) -> int:
+        return len(self.dataset) // (self.batch_size * self.num_replicas)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        start, self.start = self.start, 0
+        order = self.order()
+        stride = self.batch_size * self.num_replicas
+        for step in range(start, len(self)):
+            first = step * stride + self.rank * self.batch_size
+            rows = order[first : first + self.batch_size]
+            yield RowBatch(rows, row_draws(rows, seed=self.seed, epoch=self.epoch))
+
+    def order(self) -> np.ndarray:
+        """(N,) every row once, in this epoch's order over all ranks."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        blocks = rng.permutation(len(self.blocks))
+        windows = [blocks[first : first + self.window] for first in range(0, len(blocks), self.window)]
+        return np.concatenate([rng.permutation(np.concatenate([self.blocks[b] for b in each])) for each in windows])
+
+
+class EvaluationSampler(DistributedSampler[RowBatch]):
+    """Every row exactly once, in order, split over the ranks.
+
+    All ranks get the same number of batches, of near-equal sizes (unless a rank has fewer rows than batches are due).
+
+    Args:
+        rows: (N,) row numbers.
+        batch_size: largest batch.
+        rank: of this process, below ``world_size``.
+        world_size: number of processes.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(cast(Any, rows), num_replicas=world_size, rank=rank, shuffle=False)
+        part = np.array_split(rows, world_size)[rank]
+        largest = -(-len(rows) // world_size)
+        count = min(-(-largest // batch_size), len(part))
+        self.batches = np.array_split(part, count) if count else []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        return iter(RowBatch(rows, np.zeros(len(rows), np.uint64)) for rows in self.batches)

@@ -1,0 +1,84 @@
+"""Sampled embeddings beside the true one, without a decoder.
+
+Cosine to the truth alone rewards collapse onto the mean: with m = E[z | caption] of unit-norm z, a true sample reaches
+‖m‖² on average, and the mean itself ‖m‖ > ‖m‖². What tells them apart is cos(sample, sample′), which is ‖m‖² for true
+samples too. So a calibrated prior has cos(sample, true) = cos(sample, sample′) = ‖m‖² = cos(m, true)².
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from unclip_pl.metrics.diversity import intra_caption_cosine
+
+
+class Calibration(NamedTuple):
+    """Per caption (N,), or scalars once averaged."""
+
+    to_true: Tensor  # cos(sample, true), mean over the samples
+    between_samples: Tensor  # cos(sample, sample′), mean over pairs
+    gap: Tensor  # to_true − between_samples: 0 calibrated, below 0 too sure (collapsed, guided), above 0 too spread
+    mean_norm: Tensor  # ‖mean of the unit-norm samples‖, without the 1 / S that S samples add to its square
+    mean_to_true: Tensor  # cos(mean of the samples, true): what collapse onto the mean would earn
+
+
+def cosine_to_true(samples: Tensor, true: Tensor) -> Tensor:
+    """Mean cosine of a caption's samples to its true embedding.
+
+    Args:
+        samples: (N, d) or (N, S, d), of any scale.
+        true: (N, d).
+
+    Returns:
+        (N,) float in [-1, 1].
+    """
+    samples = samples.float().reshape(len(true), -1, true.shape[-1])  # (N, S, d)
+    return F.cosine_similarity(samples, true.float().unsqueeze(1), dim=-1).mean(1)
+
+
+def calibration(samples: Tensor, true: Tensor) -> Calibration:
+    """All cosines of the calibration identity, per caption.
+
+    Args:
+        samples: (N, S, d), S ≥ 2, of any scale.
+        true: (N, d).
+
+    Returns:
+        Calibration of (N,) tensors. Read ``gap`` as a mean over captions: one caption has one truth.
+    """
+    to_true, between = cosine_to_true(samples, true), intra_caption_cosine(samples)
+    mean = F.normalize(samples.float(), dim=-1).mean(1)
+    return Calibration(
+        to_true=to_true,
+        between_samples=between,
+        gap=to_true - between,
+        mean_norm=between.clamp_min(0).sqrt(),  # ‖mean of S‖² = between + (1 − between) / S
+        mean_to_true=F.cosine_similarity(mean, true.float(), dim=-1),
+    )
+
+
+class EmbeddingCalibration(Metric):
+    """:func:`calibration`, averaged over all captions seen by all processes."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("totals", torch.zeros(len(Calibration._fields), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.totals: Tensor
+        self.count: Tensor
+
+    def update(self, samples: Tensor, true: Tensor) -> None:
+        """Count in samples (B, S, d) and true embeddings (B, d)."""
+        self.totals += torch.stack(calibration(samples, true)).double().sum(1)
+        self.count += len(true)
+
+    def compute(self) -> Calibration:
+        """Calibration of scalars."""
+        return Calibration(*(self.totals / self.count))

@@ -1,0 +1,147 @@
+"""Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6).
+
+Features decide the name of the number: ``fid`` only for the Inception weights of FID. The distance is biased upward,
+more so for small n: compare at equal n only. All of it is float64, which neither autocast nor TF32 touches.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from unclip_pl.metrics.interval import Interval, recentred_interval
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    """‖μ1 − μ2‖² + Tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½), leading dimensions broadcast.
+
+    The trace of the root is the sum of singular values of Σ1^½ Σ2^½: real and stable where the eigenvalues of the
+    non-symmetric product Σ1 Σ2 are not, also for fewer samples than features.
+
+    Args:
+        mean1, mean2: (..., F).
+        cov1, cov2: (..., F, F).
+
+    Returns:
+        (...) float64.
+    """
+    mean1, cov1, mean2, cov2 = mean1.double(), cov1.double(), mean2.double(), cov2.double()
+    overlap = torch.linalg.svdvals(_root(cov1).mT @ _root(cov2)).sum(-1)
+    traces = cov1.diagonal(dim1=-2, dim2=-1).sum(-1) + cov2.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (mean1 - mean2).square().sum(-1) + traces - 2 * overlap
+
+
+def _root(cov: Tensor) -> Tensor:
+    """A with A Aᵀ = Σ. Singular values of A1ᵀ A2 do not depend on which root is taken."""
+    eigenvalues, axes = torch.linalg.eigh(cov)
+    return axes * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+
+
+class FrechetDistance(Metric):
+    """Fréchet distance of real and generated features, pooled over batches and processes through sums.
+
+    Args:
+        num_features: F, the width of the features.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        # The first feature is a constant 1, so one matrix holds count, sum and second moment: [n, Σx; Σxᵀ, Σxxᵀ].
+        moments = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64)
+        self.add_state("real", moments.clone(), dist_reduce_fx="sum")
+        self.add_state("fake", moments.clone(), dist_reduce_fx="sum")
+        self.real: Tensor
+        self.fake: Tensor
+
+    def update(self, features: Tensor, *, real: bool) -> None:
+        """Count features (B, F) in, of real or of generated images.
+
+        Raises:
+            ValueError: if they are not (B, num_features).
+        """
+        if features.ndim != 2 or features.shape[1] != self.num_features:
+            raise ValueError(f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}.")
+        rows = torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
+        if real:
+            self.real += rows.mT @ rows
+        else:
+            self.fake += rows.mT @ rows
+
+    def compute(self) -> Tensor:
+        """The distance, a float64 scalar, with unbiased covariances (n − 1) as FID has them.
+
+        Raises:
+            ValueError: with fewer than two samples on either side.
+        """
+        counts = int(self.real[0, 0]), int(self.fake[0, 0])
+        if min(counts) < 2:
+            raise ValueError(f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}.")
+        return frechet_distance(*_mean_and_cov(self.real), *_mean_and_cov(self.fake))
+
+
+def _mean_and_cov(moments: Tensor) -> tuple[Tensor, Tensor]:
+    count = moments[0, 0]
+    mean = moments[0, 1:] / count
+    return mean, (moments[1:, 1:] - count * mean.outer(mean)) / (count - 1)
+
+
+def frechet_resamples(
+    real: Tensor, fakes: dict[str, Tensor], resamples: int = 200, *, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Distances on bootstrap resamples of the captions: every name sees the same resamples (paired).
+
+    The difference of two names' resamples is thus a bootstrap of their difference, with what they share cancelled.
+
+    Args:
+        real: (N, F), row i belongs to caption i.
+        fakes: name → (N, F), or (S, N, F) for S sampling seeds: the distance is then the mean over seeds.
+        resamples: R.
+
+    Returns:
+        name → (R + 1,) float64; element 0 is the estimate on all captions, the others are resamples.
+
+    Raises:
+        ValueError: if a name has another N or F than ``real``: distances compare at equal n only.
+    """
+    for name, fake in fakes.items():
+        if fake.ndim not in (2, 3) or fake.shape[-2:] != real.shape:
+            raise ValueError(f"Expected {name!r} of shape {tuple(real.shape)}, as real. Got {tuple(fake.shape)}.")
+    count = len(real)
+    device = generator.device if generator is not None else None
+    index = torch.randint(count, (resamples, count), generator=generator, device=device)
+    times = torch.zeros_like(index).scatter_add_(1, index, torch.ones_like(index))  # how often each caption was drawn
+    weights = torch.cat([times.new_ones(1, count), times]).to(real.device, torch.float64)  # (R + 1, N)
+    rows = torch.cat([side.double().reshape(-1, *real.shape) for side in (real, *fakes.values())])  # (1 + seeds, N, F)
+    rows = rows - rows[0].mean(0)  # no distance moves, and second moments cancel less
+    distances = []
+    for weight in weights:
+        mean, cov = _moments(rows, weight)
+        distances.append(frechet_distance(mean[0], cov[0], mean[1:], cov[1:]))
+    seeds = [fake.numel() // real.numel() for fake in fakes.values()]
+    per_name = torch.stack(distances, dim=1).split(seeds)  # each (S, R + 1)
+    return {name: per_seed.mean(0) for name, per_seed in zip(fakes, per_name, strict=True)}
+
+
+def _moments(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (K, F) and unbiased covariance (K, F, F) of rows (K, N, F), of which row i occurs ``weight[i]`` times."""
+    count = len(weight)
+    weighted = rows.mT * weight  # (K, F, N)
+    mean = weighted.sum(-1) / count
+    return mean, (weighted @ rows - count * mean.unsqueeze(-1) * mean.unsqueeze(-2)) / (count - 1)
+
+
+def frechet_interval(
+    real: Tensor, fakes: dict[str, Tensor], resamples: int = 200, *, generator: torch.Generator | None = None
+) -> dict[str, Interval]:
+    """Each name's distance at this n with its 95 % interval over captions, recentred on the full estimate.
+
+    Arguments and errors as :func:`frechet_resamples`, whose differences are the way to compare two names: their
+    intervals may overlap where the paired difference is clear. Each resample decomposes F × F matrices: for features
+    up to a few hundred.
+    """
+    distances = frechet_resamples(real, fakes, resamples, generator=generator)
+    return {name: recentred_interval(value[0].item(), value[1:]) for name, value in distances.items()}

@@ -1,0 +1,62 @@
+"""95 % intervals over captions: the unit that is drawn anew when somebody repeats a comparison.
+
+Several samples of one caption are not independent, so they are averaged first (clustering by caption). An interval here
+says nothing of training seeds: that takes several trained priors.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORMAL_975 = 1.959964  # 97.5 % quantile of the standard normal
+
+
+class Interval(NamedTuple):
+    """An estimate and the two ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Tensor) -> Interval:
+    """Normal-approximation interval of the mean over captions.
+
+    Args:
+        values: (N,) one number (or bool) per caption, or (S, N) for S sampling seeds of the same N captions.
+
+    Raises:
+        ValueError: for another shape, or fewer than two captions.
+    """
+    if values.ndim not in (1, 2) or values.shape[-1] < 2:
+        raise ValueError(f"Expected values of shape (N,) or (S, N) with N >= 2 captions. Got {tuple(values.shape)}.")
+    per_caption = values.double().reshape(-1, values.shape[-1]).mean(0)  # (N,)
+    mean = per_caption.mean().item()
+    half = NORMAL_975 * per_caption.std().item() / math.sqrt(len(per_caption))
+    return Interval(mean, mean - half, mean + half)
+
+
+def win_rate(ours: Tensor, theirs: Tensor) -> Interval:
+    """How often ``ours`` is the larger of two scores of one caption, ties half a win each (GLIDE, app. A.1).
+
+    Args:
+        ours, theirs: (N,) or (S, N) scores of the same captions, larger is better.
+    """
+    return mean_interval((ours > theirs).double() + 0.5 * (ours == theirs).double())
+
+
+def recentred_interval(estimate: float, resampled: Tensor) -> Interval:
+    """Percentile interval of a bootstrap, moved so that its mean lies on the full estimate.
+
+    A resample repeats captions, which biases a Fréchet distance upward: the plain percentiles may miss the very
+    estimate that they should surround.
+
+    Args:
+        estimate: the statistic on all captions.
+        resampled: (R,) the statistic on R resamples.
+    """
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64, device=resampled.device)
+    low, high = torch.quantile(resampled.double() - resampled.double().mean(), quantiles).tolist()
+    return Interval(estimate, estimate + low, estimate + high)

@@ -1,0 +1,94 @@
+"""Fidelity and coverage apart from each other, by balls around nearest neighbours.
+
+A sample's ball reaches to its k-th nearest neighbour of its own set, the border included (≤, as OpenAI's evaluator and
+torch-fidelity have it; prdc has <, which differs on duplicates only).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+ROWS = 1024  # of a distance matrix at a time
+
+
+class PrecisionRecall(NamedTuple):
+    """Scalars: float32 tensors in [0, 1], only density may exceed 1."""
+
+    precision: Tensor  # share of generated samples inside some real ball (Kynkäänniemi et al. 2019)
+    recall: Tensor  # share of real samples inside some generated ball
+    density: Tensor  # real balls around a generated sample, over k (Naeem et al. 2020, eq. 3)
+    coverage: Tensor  # share of real balls with a generated sample in it (eq. 4)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+    """Precision, recall, density and coverage.
+
+    Args:
+        real: (N, F).
+        fake: (M, F).
+        k: the neighbour that bounds a ball; 3 is customary.
+
+    Raises:
+        ValueError: if either set has no more than k samples.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"Expected more than k = {k} samples on either side. Got {len(real)} real, {len(fake)} fake.")
+    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
+    balls = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls that hold each generated sample
+    recalled, covered = [], []
+    for distance, radius in zip(_distances(real, fake), real_radius.split(ROWS), strict=True):
+        inside = distance <= radius.unsqueeze(1)  # (R, M)
+        balls += inside.sum(0)
+        covered.append(inside.any(1))
+        recalled.append((distance <= fake_radius).any(1))
+    return PrecisionRecall(
+        precision=(balls > 0).float().mean(),
+        recall=torch.cat(recalled).float().mean(),
+        density=balls.float().mean() / k,
+        coverage=torch.cat(covered).float().mean(),
+    )
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """(N,) distance to the k-th nearest neighbour; the nearest of all is the sample itself."""
+    return torch.cat([distance.kthvalue(k + 1, dim=1).values for distance in _distances(features, features)])
+
+
+def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Rows of the (N, M) distance matrix, float32 at least."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    for rows in a.split(ROWS):
+        # Through a matrix product, equal rows would be a rounding error apart and duplicates fall out of their ball.
+        yield torch.cdist(rows.to(dtype), b.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class NeighbourScores(Metric):
+    """:func:`precision_recall` of all features seen, by all processes.
+
+    Args:
+        k: the neighbour that bounds a ball.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, k: int = 3) -> None:
+        super().__init__()
+        self.k = k
+        self.add_state("real", [], dist_reduce_fx="cat")
+        self.add_state("fake", [], dist_reduce_fx="cat")
+        self.real: list[Tensor]
+        self.fake: list[Tensor]
+
+    def update(self, features: Tensor, *, real: bool) -> None:
+        """Keep features (B, F), of real or of generated images."""
+        (self.real if real else self.fake).append(features)
+
+    def compute(self) -> PrecisionRecall:
+        """The four scores of all that was kept."""
+        return precision_recall(dim_zero_cat(self.real), dim_zero_cat(self.fake), self.k)

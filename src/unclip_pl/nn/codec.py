@@ -1,0 +1,279 @@
+"""The codec between CLIP embeddings and the AR prior's tokens: PCA, then one scalar quantiser per axis (§2.2)."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip_pl.nn.space import Moments
+
+#: Called once per pass over the training set; yields raw (image_embed (B, d), text_embed (B, d)).
+Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Spacing = Literal["uniform", "quantile"]
+
+#: Every tenth embedding is held out of the PCA, to choose how many axes to keep.
+HOLD_OUT = 10
+#: Rows from which bucket edges are read: 256 per bucket at the paper's 1,024.
+EDGE_SAMPLE = 2**18
+
+
+class Axes(NamedTuple):
+    """Centred PCA of unit-norm embeddings, by decreasing eigenvalue."""
+
+    mean: Tensor  # (d,)
+    components: Tensor  # (n, d) orthonormal rows
+    std: Tensor  # (n,) of the coordinates along them
+
+    def project(self, embed: Tensor) -> Tensor:
+        """(B, d) raw → (B, n) coordinates."""
+        return (F.normalize(embed.to(self.mean), dim=-1) - self.mean) @ self.components.T
+
+
+class Buckets(NamedTuple):
+    """Quantisers of n axes."""
+
+    edges: Tensor  # (n, buckets − 1) inner edges, ascending
+    low: Tensor  # (n,) outer edges, where an end bucket without data is taken to end
+    high: Tensor  # (n,)
+
+    def midpoints(self) -> Tensor:
+        """(n, buckets)."""
+        edges = torch.cat([self.low[:, None], self.edges, self.high[:, None]], dim=1)
+        return (edges[:, 1:] + edges[:, :-1]) / 2
+
+
+class EmbeddingCodec(nn.Module):
+    """Turns z_i into n codes and back. Works on unit-norm embeddings: norms in are ignored, norms out are 1.
+
+    z_i is centred and projected on its first n principal axes; each coordinate falls into one of ``buckets`` and is
+    decoded as the mean of the training data in there. Everything is a buffer, so it travels in the checkpoint.
+
+    Args:
+        path: file made by :meth:`save`; empty when a checkpoint is about to fill the buffers.
+
+    Raises:
+        FileNotFoundError: no codec there.
+    """
+
+    mean: Tensor  # (d,)
+    components: Tensor  # (n, d)
+    std: Tensor  # (n,)
+    edges: Tensor  # (n, buckets − 1)
+    levels: Tensor  # (n, buckets) what a code decodes to
+    dot_edges: Tensor  # (1, dot_buckets − 1)
+    fingerprint_bytes: Tensor  # uint8
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        tensors: dict[str, Tensor] = {}
+        if path:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"No codec at {path}: run `unclip codec` first.")
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name in EmbeddingCodec.__annotations__:
+            self.register_buffer(name, tensors.get(name, torch.empty(0)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The shapes are the checkpoint's to say: whoever loads one need not have the codec's file any more.
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and buffer is not None and buffer.shape != saved.shape:
+                self._buffers[name] = saved.new_empty(saved.shape, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def fit(
+        cls,
+        chunks: Chunks,
+        *,
+        fingerprint: str = "",
+        code_length: int | None = None,
+        buckets: int = 1024,
+        dot_buckets: int = 256,
+        spacing: Spacing = "quantile",
+    ) -> Self:
+        """Fits in three passes over the data and memory for one chunk (and 2^18 projected rows).
+
+        Args:
+            chunks: gives the training set's (image_embed, text_embed) anew at every call, raw.
+            fingerprint: of the CLIP that made them.
+            code_length: n. None is the paper's rule: the fewest axes that lose less than 1 % of the variance of
+                held-out embeddings.
+            buckets: per axis.
+            dot_buckets: of z_i·z_t, always with equal counts.
+            spacing: edges of the axes' buckets: ``quantile`` (equal counts) or ``uniform`` (equal widths).
+
+        Raises:
+            ValueError: fewer than 20 embeddings, or more axes asked for than there are dimensions.
+        """
+        count, axes = _principal_axes(chunks, code_length)
+        y, dots = _sample(chunks, axes, stride=-(-count // EDGE_SAMPLE))
+        quantisers = _buckets(y, buckets, spacing)
+        codec = cls()
+        codec.mean, codec.components, codec.std = (x.float() for x in axes)
+        codec.edges = quantisers.edges.float()
+        codec.levels = _conditional_means(chunks, axes, quantisers).float()
+        codec.dot_edges = _buckets(dots, dot_buckets, "quantile").edges.float()
+        codec.fingerprint_bytes = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
+        return codec
+
+    def save(self, path: str | Path) -> None:
+        """Writes the codec as safetensors, under a temporary name first."""
+        temporary = Path(path).with_suffix(".tmp")
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
+        temporary.replace(path)
+
+    @property
+    def embed_dim(self) -> int:
+        """d."""
+        return self.mean.shape[0]
+
+    @property
+    def code_length(self) -> int:
+        """n."""
+        return self.levels.shape[0]
+
+    @property
+    def buckets(self) -> int:
+        """Values of a code."""
+        return self.levels.shape[1]
+
+    @property
+    def dot_buckets(self) -> int:
+        """Values of the dot-product token."""
+        return self.dot_edges.shape[1] + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the CLIP it was fitted on."""
+        return bytes(self.fingerprint_bytes.tolist()).decode()
+
+    @property
+    def value_table(self) -> Tensor:
+        """(n, buckets): what each code decodes to, each axis at unit variance."""
+        return self.levels / self.std.clamp(min=1e-6)[:, None]
+
+    def encode(self, embed: Tensor) -> Tensor:
+        """(B, d) raw embeddings → (B, n) int64 codes."""
+        return _codes(self.edges, self._project(embed))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, n) codes → (B, d) embeddings of unit norm."""
+        with _full_precision(codes):
+            return F.normalize(self._levels_at(codes) @ self.components + self.mean, dim=-1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """(B, n) codes → (B, n) coordinates, each axis at unit variance: what a network sees beside the codes."""
+        return self._levels_at(codes) / self.std.clamp(min=1e-6)
+
+    def encode_dot(self, cosine: Tensor) -> Tensor:
+        """(B,) z_i·z_t of unit-norm embeddings → (B,) int64."""
+        return torch.searchsorted(self.dot_edges[0], cosine.float().contiguous())
+
+    def pca_error(self, embed: Tensor) -> Tensor:
+        """Share of the variance of (B, d) embeddings about the training mean that lies off the n axes; scalar.
+
+        With :meth:`quantisation_error` it adds up to the codec's whole squared error (before normalisation).
+        """
+        return 1 - self._project(embed).square().sum() / self._variance(embed)
+
+    def quantisation_error(self, embed: Tensor) -> Tensor:
+        """Squared error of the buckets on (B, d) embeddings, as a share of the same variance; scalar."""
+        y = self._project(embed)
+        return (y - self._levels_at(self.encode(embed))).square().sum() / self._variance(embed)
+
+    def roundtrip_cosine(self, embed: Tensor) -> Tensor:
+        """(B,) cosine between embeddings (B, d) and what their codes decode to."""
+        return F.cosine_similarity(embed.float(), self.decode(self.encode(embed)), dim=-1)
+
+    def _project(self, embed: Tensor) -> Tensor:
+        with _full_precision(embed):
+            return Axes(self.mean, self.components, self.std).project(embed)
+
+    def _levels_at(self, codes: Tensor) -> Tensor:
+        return self.levels.T.gather(0, codes)
+
+    def _variance(self, embed: Tensor) -> Tensor:
+        return (F.normalize(embed.float(), dim=-1) - self.mean).square().sum()
+
+
+def _codes(edges: Tensor, y: Tensor) -> Tensor:
+    """(B, n) coordinates → (B, n) int64; bucket i holds edge i−1 < y ≤ edge i, the end buckets all beyond."""
+    return torch.searchsorted(edges, y.T.contiguous()).T
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """A training step's bfloat16 has 3 digits: too few to tell 1,024 buckets apart."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]:
+    """First pass: number of embeddings, and the axes to keep."""
+    train, held_out, count = None, None, 0
+    for embed, _ in chunks():
+        out = (torch.arange(len(embed)) + count) % HOLD_OUT == HOLD_OUT - 1
+        count += len(embed)
+        a, b = Moments.of(embed[~out]), Moments.of(embed[out])
+        train, held_out = (train.plus(a), held_out.plus(b)) if train and held_out else (a, b)
+    if train is None or held_out is None or count < 2 * HOLD_OUT:
+        raise ValueError(f"Expected at least {2 * HOLD_OUT} embeddings to fit a codec. Got {count}.")
+    mean, covariance = _about(train, train.unit_sum / train.count)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    eigenvalues, components = eigenvalues.flip(0), vectors.flip(-1).T
+    if code_length is None:
+        seen = torch.einsum("nd,de,ne->n", components, _about(held_out, mean)[1], components)
+        lost = 1 - seen.cumsum(0) / seen.sum()
+        code_length = int((lost >= 0.01).sum()) + 1  # decreasing: the first axis count below 1 %
+    if not 0 < code_length <= len(mean):
+        raise ValueError(f"Expected a code_length from 1 to embed_dim = {len(mean)}. Got {code_length}.")
+    return count, Axes(mean, components[:code_length], eigenvalues[:code_length].clamp(min=0).sqrt())
+
+
+def _about(moments: Moments, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The centre, and the second moment (d, d) about it."""
+    cross = torch.outer(moments.unit_sum / moments.count, centre)
+    return centre, moments.unit_outer / moments.count - cross - cross.T + torch.outer(centre, centre)
+
+
+def _sample(chunks: Chunks, axes: Axes, stride: int) -> tuple[Tensor, Tensor]:
+    """Second pass: coordinates (S, n) and dot products (S, 1) of every ``stride``-th row."""
+    rows, dots, count = [], [], 0
+    for embed, text in chunks():
+        chosen = (torch.arange(len(embed)) + count) % stride == 0
+        count += len(embed)
+        rows.append(axes.project(embed[chosen]))
+        dots.append(F.cosine_similarity(embed[chosen].double(), text[chosen].double(), dim=-1)[:, None])
+    return torch.cat(rows), torch.cat(dots)
+
+
+def _buckets(y: Tensor, buckets: int, spacing: Spacing) -> Buckets:
+    """Quantisers for (S, n) samples."""
+    ordered = y.sort(dim=0).values
+    low, high = ordered[0], ordered[-1]
+    inner = torch.arange(1, buckets, dtype=y.dtype) / buckets
+    if spacing == "uniform":
+        return Buckets(low[:, None] + (high - low)[:, None] * inner, low, high)
+    rank = (inner * len(y)).round().long().clamp(1, len(y) - 1)
+    return Buckets(((ordered[rank - 1] + ordered[rank]) / 2).T.contiguous(), low, high)
+
+
+def _conditional_means(chunks: Chunks, axes: Axes, quantisers: Buckets) -> Tensor:
+    """Third pass: the mean (n, buckets) of the data in each bucket; its midpoint where there are none."""
+    midpoints = quantisers.midpoints()
+    offset = torch.arange(len(midpoints)) * midpoints.shape[1]
+    total = torch.zeros(midpoints.numel(), dtype=torch.float64)
+    count = torch.zeros(midpoints.numel(), dtype=torch.int64)
+    for embed, _ in chunks():
+        y = axes.project(embed)
+        index = (_codes(quantisers.edges, y) + offset).flatten()
+        total += torch.bincount(index, weights=y.flatten(), minlength=midpoints.numel())
+        count += torch.bincount(index, minlength=midpoints.numel())
+    means = total / count.clamp(min=1)
+    return torch.where(count > 0, means, midpoints.flatten()).view_as(midpoints)

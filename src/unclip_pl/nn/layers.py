@@ -1,0 +1,236 @@
+"""The causal transformer both priors share, and the keys and values of a caption that they compute once.
+
+Parameter names and the layout of the fused QKV (q, k, v side by side within each head) are Karlo's.
+"""
+
+from collections.abc import Callable
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip_pl.types import TextFeatures
+
+
+def sinusoidal(index: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding (…, width) of (…) indices: the cosine half first, periods 2π … 2π·max_period (GLIDE).
+
+    At least float32 whatever the dtype of ``index``: bfloat16 cannot tell 998 from 999. An odd width ends in a zero.
+    """
+    half = width // 2
+    dtype = torch.promote_types(index.dtype, torch.float32)
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=index.device) * (-log(max_period) / half))
+    angle = index.to(dtype)[..., None] * frequency
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
+
+
+class KeyValue(NamedTuple):
+    """What one layer remembers of a sequence."""
+
+    key: Tensor  # (B, heads, P, dim)
+    value: Tensor  # (B, heads, P, dim)
+
+
+class Prefix(NamedTuple):
+    """What a transformer remembers of B captions: keys and values of [text states …, z_t] at every layer.
+
+    The order of keys does not matter to attention (positions went in with the tokens), so a prefix may be padded
+    anywhere as long as ``mask`` is False there.
+    """
+
+    layers: tuple[KeyValue, ...]
+    mask: Tensor  # (B, P) bool, True where a token may be seen
+
+    def _map(self, change: Callable[[Tensor], Tensor], mask: Tensor) -> "Prefix":
+        return Prefix(tuple(KeyValue(change(key), change(value)) for key, value in self.layers), mask)
+
+    def expand(self, n: int) -> "Prefix":
+        """One caption's prefix as that of n captions, without a copy: the unconditional one serves every caption."""
+        return self._map(lambda x: x.expand(n, -1, -1, -1), self.mask.expand(n, -1))
+
+    def repeat(self, n: int) -> "Prefix":
+        """Each caption's prefix n times in a row: (B·n) captions."""
+        return self._map(lambda x: x.repeat_interleave(n, dim=0), self.mask.repeat_interleave(n, dim=0))
+
+    def pad(self, length: int) -> "Prefix":
+        """Room for keys up to ``length``, hidden by the mask until something is written there."""
+        room = length - self.mask.shape[1]
+        return self._map(lambda x: F.pad(x, (0, 0, 0, room)), F.pad(self.mask, (0, room)))
+
+    def cat(self, other: "Prefix") -> "Prefix":
+        """Both sets of captions in one batch, as guidance needs them."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        a, b = self.pad(length), other.pad(length)
+        layers = [
+            KeyValue(torch.cat([x.key, y.key]), torch.cat([x.value, y.value]))
+            for x, y in zip(a.layers, b.layers, strict=True)
+        ]
+        return Prefix(tuple(layers), torch.cat([a.mask, b.mask]))
+
+
+class Attention(nn.Module):
+    """Multi-head attention over the sequence itself and whatever went before it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_qkv = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, past: KeyValue | None, slot: Tensor | None, start: int
+    ) -> tuple[Tensor, KeyValue]:
+        """See :meth:`Transformer.forward`."""
+        query, key, value = self.c_qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        now = KeyValue(key, value)  # (B, heads, L, dim)
+        if past is not None and slot is None:
+            now = KeyValue(torch.cat([past.key, key], dim=2), torch.cat([past.value, value], dim=2))
+        elif past is not None and slot is not None:
+            now = KeyValue(past.key.index_copy_(2, slot, key), past.value.index_copy_(2, slot, value))
+        out = F.scaled_dot_product_attention(query[:, :, start:], *now, attn_mask=mask[:, :, start:])
+        return self.c_proj(out.transpose(1, 2).flatten(2)), now
+
+
+class MLP(nn.Module):
+    """Linear ×4, exact GELU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) → (…, width)."""
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-LN attention and MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, past: KeyValue | None, slot: Tensor | None, start: int
+    ) -> tuple[Tensor, KeyValue]:
+        """See :meth:`Transformer.forward`."""
+        out, now = self.attn(self.ln_1(x), mask, past, slot, start)
+        x = x[:, start:] + out
+        return x + self.mlp(self.ln_2(x)), now
+
+
+class Transformer(nn.Module):
+    """A stack of pre-LN blocks.
+
+    Args:
+        width: of the residual stream.
+        layers: number of blocks.
+        heads: must divide ``width``.
+
+    Raises:
+        ValueError: it does not.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"Expected a width that heads divides. Got width {width}, heads {heads}.")
+        self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+        with torch.no_grad():  # GPT-2: the residual stream's variance must not grow with depth
+            for block in self.resblocks:
+                block.attn.c_proj.weight.mul_((2 * layers) ** -0.5)  # type: ignore[union-attr, operator]
+                block.mlp.c_proj.weight.mul_((2 * layers) ** -0.5)  # type: ignore[union-attr, operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        past: tuple[KeyValue, ...] | None = None,
+        *,
+        slot: Tensor | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, tuple[KeyValue, ...]]:
+        """Outputs of the top layer, and what every layer now remembers.
+
+        Args:
+            x: (B, L, width) tokens, positions already added.
+            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present.
+            past: per layer, what went before. Without ``slot`` the present is appended to it.
+            slot: (L,) int64; the present overwrites these positions of ``past`` in place, so that shapes stay static.
+            start: the top layer answers only from this token on: nobody reads the others, only their keys.
+        """
+        now = []
+        for i, block in enumerate(self.resblocks):
+            last = i + 1 == len(self.resblocks)
+            x, seen = block(x, mask, past[i] if past else None, slot, start if last else 0)
+            now.append(seen)
+        return x, tuple(now)
+
+
+class PrefixTransformer(nn.Module):
+    """A causal transformer over [text states …, z_t, suffix …]: what the two priors have in common.
+
+    z_t and the suffix keep their position slots (``context_length`` and on) wherever the text is cut, so neither
+    cutting nor padding changes an output. Every caption has at least one real token, and padding stands at its end.
+
+    Args:
+        embed_dim: d of CLIP.
+        text_width: W of CLIP's text tower.
+        context_length: the longest text.
+        suffix_length: tokens after z_t.
+        width: of the residual stream, independent of CLIP's.
+        layers: number of blocks.
+        heads: attention heads.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        text_width: int,
+        context_length: int,
+        suffix_length: int,
+        width: int,
+        layers: int,
+        heads: int,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.context_length = context_length
+        self.text_enc_proj = nn.Linear(text_width, width)
+        self.text_emb_proj = nn.Linear(embed_dim, width)
+        self.positional_embedding = nn.Parameter(torch.empty(1, context_length + 1 + suffix_length, width))
+        self.transformer = Transformer(width, layers, heads)
+        self.final_ln = nn.LayerNorm(width)
+        nn.init.normal_(self.positional_embedding, std=width**-0.5)
+
+    @property
+    def suffix_positions(self) -> Tensor:
+        """(1, suffix_length, width), what is added to the tokens after z_t."""
+        return self.positional_embedding[:, self.context_length + 1 :]
+
+    def prefix_tokens(self, text: TextFeatures) -> Tensor:
+        """(B, L + 1, width): [text states …, z_t] with their positions.
+
+        Raises:
+            ValueError: the text is longer than ``context_length``.
+        """
+        length = text.states.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"Expected at most context_length = {self.context_length} text tokens. Got {length}.")
+        positions = self.positional_embedding
+        states = self.text_enc_proj(text.states) + positions[:, :length]
+        z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
+        return torch.cat([states, z_t], dim=1)
+
+
+def causal_mask(keys: Tensor) -> Tensor:
+    """(B, 1, L, L): each token sees itself and what stands before it, where ``keys`` (B, L) is True."""
+    length = keys.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
+    return causal & keys[:, None, None]

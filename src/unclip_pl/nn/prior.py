@@ -1,0 +1,74 @@
+"""The diffusion prior's network: a causal transformer that predicts z_i from a caption and a noised z_i (§2.2)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, sinusoidal
+from unclip_pl.types import TextFeatures
+
+
+class PriorTransformer(PrefixTransformer):
+    """Decoder-only transformer over [text states …, z_t, t, z_i^(t), query]; the output at the query predicts z_i.
+
+    The caption cannot see what follows it, so its keys and values are computed once (:meth:`encode_prefix`) for all
+    steps of a sampler and for all K draws of a training step. Modules are named as in Karlo, whose prior this is.
+
+    Args:
+        embed_dim: d of CLIP.
+        text_width: W of CLIP's text tower.
+        context_length: the longest text.
+        width: of the residual stream.
+        layers: number of blocks.
+        heads: attention heads.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        text_width: int,
+        context_length: int,
+        width: int = 2048,
+        layers: int = 24,
+        heads: int = 32,
+    ) -> None:
+        super().__init__(embed_dim, text_width, context_length, 3, width, layers, heads)
+        self.width = width
+        self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.clip_img_proj = nn.Linear(embed_dim, width)
+        self.prd_emb = nn.Parameter(torch.empty(1, 1, width))
+        self.out_proj = nn.Linear(width, embed_dim)
+        nn.init.normal_(self.prd_emb, std=width**-0.5)
+
+    def encode_prefix(self, text: TextFeatures) -> Prefix:
+        """Keys and values of B captions, z_t scaled like z_i. Serves any number of calls and draws."""
+        tokens = self.prefix_tokens(text)
+        keys = F.pad(text.mask, (0, 1), value=True)  # (B, L + 1)
+        _, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1])
+        return Prefix(layers, keys)
+
+    def forward(self, x_t: Tensor, index: Tensor, prefix: Prefix) -> Tensor:
+        """Predicted z_i, (B, K, d), scaled as x_t: K independent draws for each of B captions.
+
+        Args:
+            x_t: (B, K, d) noised, scaled image embeddings z_i^(t).
+            index: (B, K) 0-based timesteps, t·T − 1.
+            prefix: of the B captions. A draw sees the caption and itself, never another draw.
+        """
+        draws = index.shape[1]
+        time = self.time_embed(sinusoidal(index, self.width).to(x_t.dtype))
+        query = self.prd_emb.expand_as(time)
+        # Draw by draw the order is t, z_i^(t), query; kind by kind in memory, so that the queries stand together.
+        tokens = torch.stack([time, self.clip_img_proj(x_t), query], dim=1)  # (B, 3, K, width)
+        tokens = (tokens + self.suffix_positions[:, :, None]).flatten(1, 2)
+        mask = torch.cat([prefix.mask[:, None, None].expand(-1, -1, 3 * draws, -1), self._own(x_t)], dim=-1)
+        hidden, _ = self.transformer(tokens, mask, prefix.layers, start=2 * draws)
+        return self.out_proj(self.final_ln(hidden))
+
+    @staticmethod
+    def _own(x_t: Tensor) -> Tensor:
+        """(B, 1, 3K, 3K): causal within a draw, blind between draws."""
+        batch, draws, _ = x_t.shape
+        causal = torch.ones(3, 3, device=x_t.device).tril()
+        own = torch.kron(causal, torch.eye(draws, device=x_t.device)).bool()
+        return own.expand(batch, 1, -1, -1)

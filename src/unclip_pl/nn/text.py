@@ -1,0 +1,105 @@
+"""Captions as features: padding, joining and dropping them, and GLIDE's text transformer for the paper tier.
+
+Legend: B captions, L tokens (cut to the longest), W width of the states, d CLIP embedding dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip_pl.nn.layers import Transformer
+from unclip_pl.types import TextFeatures
+
+
+def pad_text(text: TextFeatures, length: int) -> TextFeatures:
+    """``text`` with masked zeros behind it, up to ``length`` tokens.
+
+    Raises:
+        ValueError: if ``text`` is longer than that.
+    """
+    room = length - text.mask.shape[1]
+    if room < 0:
+        raise ValueError(f"Expected at most {length} tokens. Got {text.mask.shape[1]}.")
+    if room == 0:
+        return text
+    return TextFeatures(
+        tokens=F.pad(text.tokens, (0, room)),
+        states=F.pad(text.states, (0, 0, 0, room)),
+        mask=F.pad(text.mask, (0, room)),
+        embed=text.embed,
+    )
+
+
+def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatures:
+    """The captions where ``keep`` (B,) bool is True, the null caption (B = 1) elsewhere; L is the longer one's."""
+    length = max(text.mask.shape[1], null.mask.shape[1])
+    text, null = pad_text(text, length), pad_text(null, length)
+    row = keep[:, None]
+    return TextFeatures(
+        tokens=torch.where(row, text.tokens, null.tokens),
+        states=torch.where(row[..., None], text.states, null.states),
+        mask=torch.where(row, text.mask, null.mask),
+        embed=torch.where(row, text.embed, null.embed),
+    )
+
+
+def cat_text(a: TextFeatures, b: TextFeatures) -> TextFeatures:
+    """Both sets of captions in one batch; the shorter ones are padded."""
+    length = max(a.mask.shape[1], b.mask.shape[1])
+    pairs = zip(pad_text(a, length), pad_text(b, length), strict=True)
+    return TextFeatures(*(torch.cat(pair) for pair in pairs))
+
+
+def repeat_text(text: TextFeatures, n: int) -> TextFeatures:
+    """Each caption n times in a row: B·n captions."""
+    return TextFeatures(*(x.repeat_interleave(n, dim=0) for x in text))
+
+
+class TextTransformer(nn.Module):
+    """GLIDE's text encoder, trained with the network that reads it: token ids to states (arXiv 2112.10741, §4.1).
+
+    Padding is a learned embedding per position, and every token attends to every slot. So it always runs over all
+    ``context_length`` slots: the cut of a batch must not change its outputs.
+
+    Args:
+        vocab_size: token ids, CLIP's BPE: 49,408.
+        context_length: the longest caption.
+        width: W of the states (paper: 2048).
+        layers: blocks (paper: 24).
+        heads: must divide ``width``.
+    """
+
+    def __init__(self, vocab_size: int, context_length: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.padding_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.transformer = Transformer(width, layers, heads)
+        self.final_ln = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.padding_embedding, std=0.01)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The states of B captions.
+
+        Args:
+            tokens: (B, L) int64, L at most ``context_length``.
+            mask: (B, L) bool, False on padding.
+
+        Returns:
+            (B, L, W) after the final LayerNorm; readers must mask the padding, as they do with CLIP's states.
+
+        Raises:
+            ValueError: if L exceeds ``context_length``.
+        """
+        length = tokens.shape[1]
+        room = self.context_length - length
+        if room < 0:
+            raise ValueError(f"Expected at most context_length={self.context_length} tokens. Got {length}.")
+        x = self.token_embedding(tokens) + self.positional_embedding[:length]
+        x = torch.where(F.pad(mask, (0, room))[..., None], F.pad(x, (0, 0, 0, room)), self.padding_embedding)
+        everywhere = torch.ones(1, 1, 1, self.context_length, dtype=torch.bool, device=x.device)
+        x, _ = self.transformer(x, everywhere)
+        return self.final_ln(x[:, :length])

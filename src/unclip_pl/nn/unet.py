@@ -1,0 +1,222 @@
+"""The U-Net of GLIDE and ADM: unCLIP's decoder when conditional, its upsamplers when not (arXiv 2204.06125, §2.1).
+
+Level by level it is Karlo's decoder and upsampler, so that their checkpoints fit in.
+Legend: B batch, d CLIP embedding dimension, E time width, N context tokens, M context width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip_pl.nn.layers import sinusoidal
+from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm, zeroed
+from unclip_pl.types import TextFeatures
+
+__all__ = ["Condition", "ConditionEncoder", "UNet"]
+
+
+class ConditionEncoder(nn.Module):
+    """Projects z_i into the time embedding and into context tokens, and text states into further context tokens.
+
+    Args:
+        embed_dim: d, of z_i and z_t.
+        time_width: E.
+        context_width: M.
+        image_tokens: how many tokens z_i becomes (paper: 4).
+        text_width: width of the text states; 0: the caption is not used.
+        text_embed_in_time: adds a projection of z_t to the time embedding too (Karlo).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        time_width: int,
+        context_width: int,
+        image_tokens: int,
+        text_width: int,
+        text_embed_in_time: bool,
+    ) -> None:
+        super().__init__()
+        self.image_tokens = image_tokens
+        self.null_image_embed = nn.Parameter(torch.zeros(embed_dim))
+        self.image_to_time = nn.Linear(embed_dim, time_width)
+        self.image_to_context = nn.Linear(embed_dim, image_tokens * context_width)
+        self.text_embed_to_time = nn.Linear(embed_dim, time_width) if text_embed_in_time else None
+        self.text_to_context = (
+            nn.Sequential(nn.Linear(text_width, context_width), nn.LayerNorm(context_width)) if text_width else None
+        )
+
+    def forward(self, image_embed: Tensor, text: TextFeatures, *, keep_image: Tensor) -> Condition:
+        """See :meth:`UNet.encode_condition`."""
+        z_i = torch.where(keep_image[:, None], image_embed, self.null_image_embed)
+        time_bias = self.image_to_time(z_i)
+        if self.text_embed_to_time is not None:
+            time_bias = time_bias + self.text_embed_to_time(text.embed)
+        # The token is the fastest axis of the projection, as in Karlo.
+        context = self.image_to_context(z_i).unflatten(-1, (-1, self.image_tokens)).mT  # (B, image_tokens, M)
+        mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+        if self.text_to_context is not None:
+            context = torch.cat([context, self.text_to_context(text.states)], dim=1)
+            mask = torch.cat([mask, text.mask], dim=1)
+        return Condition(time_bias, context, mask)
+
+
+def _down_path(
+    blocks: Blocks, widths: Sequence[int], res_blocks: int, attention_levels: Sequence[int]
+) -> tuple[nn.ModuleList, list[int]]:
+    """The levels on the way down, and the channels of every skip connection in order (conv_in's comes first)."""
+    path, skips = nn.ModuleList(), [widths[0]]
+    for i, c in enumerate(widths):
+        ends = i == len(widths) - 1
+        layers = [blocks.layer(skips[-1] if j == 0 else c, c, attend=i in attention_levels) for j in range(res_blocks)]
+        path.append(DownLevel(layers, None if ends else blocks.resample(c, "down")))
+        skips += [c] * (res_blocks if ends else res_blocks + 1)
+    return path, skips
+
+
+def _up_path(
+    blocks: Blocks, widths: Sequence[int], res_blocks: int, attention_levels: Sequence[int], skips: list[int]
+) -> nn.ModuleList:
+    """The levels on the way up; every layer takes one skip connection, the last made first."""
+    path, c_in = nn.ModuleList(), widths[-1]
+    for i, c in reversed(list(enumerate(widths))):
+        layers = [
+            blocks.layer((c_in if j == 0 else c) + skips.pop(), c, attend=i in attention_levels)
+            for j in range(res_blocks + 1)
+        ]
+        path.append(UpLevel(layers, blocks.resample(c, "up") if i > 0 else None))
+        c_in = c
+    return path
+
+
+class UNet(nn.Module):
+    """ADM's U-Net with GLIDE's context, from noisy images to whatever the task's parameterisation predicts.
+
+    The defaults are the paper's 64 px decoder without its condition.
+
+    Args:
+        in_channels: 3, or 6 with the low-resolution image beside x_t (upsamplers).
+        out_channels: 3, or 6 with a learned variance.
+        channels: unit of width; the time embedding is four times as wide.
+        channel_mult: width of every level as a multiple of ``channels``.
+        res_blocks: residual blocks a level (one more on the way up).
+        attention_levels: the levels that attend, 0 being the full resolution; the middle attends if the last one does.
+        head_channels: channels of one attention head.
+        dropout: in every residual block.
+        groups: GroupNorm groups; where they do not divide the channels, their greatest common divisor is taken.
+        embed_dim: d of z_i; 0: unconditional.
+        text_width: width of the text states; 0: no caption in the context.
+        context_width: M; 0 takes the time width (Karlo: 1536).
+        image_tokens: context tokens made of z_i.
+        text_embed_in_time: adds z_t to the time embedding too (Karlo).
+        time_mode: how the time enters a residual block; see :class:`ResBlock`.
+        resample_with_blocks: resolutions change inside residual blocks; off, by one convolution.
+        patch: every ``patch`` × ``patch`` pixels become the channels of one position, and back at the end.
+
+    Raises:
+        ValueError: if a caption is to be used without ``embed_dim``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        channels: int = 512,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        res_blocks: int = 3,
+        attention_levels: Sequence[int] = (1, 2, 3),
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        groups: int = 32,
+        embed_dim: int = 0,
+        text_width: int = 0,
+        context_width: int = 0,
+        image_tokens: int = 4,
+        text_embed_in_time: bool = False,
+        time_mode: TimeMode = "scale_shift",
+        resample_with_blocks: bool = True,
+        patch: int = 1,
+    ) -> None:
+        super().__init__()
+        if embed_dim == 0 and (text_width or text_embed_in_time):
+            raise ValueError("Expected embed_dim > 0 with text_width or text_embed_in_time. Got embed_dim=0.")
+        time_width = 4 * channels
+        context_width = context_width or time_width
+        widths = [channels * m for m in channel_mult]
+        self.channels = channels
+        self.patch = patch
+        self.stride = patch * 2 ** (len(widths) - 1)
+        self.skips_per_level = res_blocks + 1
+        blocks = Blocks(
+            embed_width=time_width,
+            dropout=dropout,
+            groups=groups,
+            time_mode=time_mode,
+            head_channels=head_channels,
+            context_width=context_width if embed_dim else 0,
+            resample_with_blocks=resample_with_blocks,
+        )
+        self.time_embed = nn.Sequential(nn.Linear(channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        self.condition_encoder = (
+            ConditionEncoder(embed_dim, time_width, context_width, image_tokens, text_width, text_embed_in_time)
+            if embed_dim
+            else None
+        )
+        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        self.down, skips = _down_path(blocks, widths, res_blocks, attention_levels)
+        attend = len(widths) - 1 in attention_levels
+        self.mid = nn.ModuleList(blocks.layer(widths[-1], widths[-1], attend=a) for a in (attend, False))
+        self.up = _up_path(blocks, widths, res_blocks, attention_levels, skips)
+        self.norm_out = group_norm(groups, widths[0])
+        self.conv_out = zeroed(nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
+
+    def encode_condition(self, image_embed: Tensor, text: TextFeatures, keep_image: Tensor) -> Condition:
+        """What does not depend on t, once for a whole sampling run.
+
+        Args:
+            image_embed: z_i, scaled, (B, d).
+            text: the captions, B of them; the null caption where it is dropped (:func:`unclip_pl.nn.text.mix_text`).
+            keep_image: (B,) bool; False puts the learned null embedding in the place of z_i.
+
+        Raises:
+            ValueError: if the network is unconditional.
+        """
+        if self.condition_encoder is None:
+            raise ValueError("Expected a U-Net with embed_dim > 0. Got an unconditional one.")
+        return self.condition_encoder(image_embed, text, keep_image=keep_image)
+
+    def forward(self, x: Tensor, index: Tensor, condition: Condition | None = None) -> Tensor:
+        """F(x_t, t).
+
+        Args:
+            x: (B, in_channels, H, W) in [-1, 1] plus noise; H and W are multiples of ``stride``.
+            index: 0-based time index t·T − 1, float (B,).
+            condition: of :meth:`encode_condition`; None if and only if the network is unconditional.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if the sides do not fit the levels, or the condition the network.
+        """
+        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
+            raise ValueError(f"Expected sides to be multiples of {self.stride}. Got {tuple(x.shape[-2:])}.")
+        if (condition is None) != (self.condition_encoder is None):
+            raise ValueError("Expected a condition exactly when embed_dim > 0.")
+        time = self.time_embed(sinusoidal(index, self.channels).to(x.dtype))
+        if condition is not None:
+            time = time + condition.time_bias
+        time = F.silu(time)  # what every residual block would start with
+
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        skips = [x]
+        for level in self.down:
+            skips += level(skips[-1], time, condition)
+        x = skips[-1]
+        for layer in self.mid:
+            x = layer(x, time, condition)
+        for level in self.up:
+            x = level(x, time, condition, [skips.pop() for _ in range(self.skips_per_level)])
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

@@ -1,0 +1,258 @@
+"""The pieces of the ADM U-Net: residual block, attention with concatenated context, and the levels made of them.
+
+Legend: B batch, C channels, H, W sides of the feature map, E time width, N context tokens, M their width.
+Every block keeps the memory format of its input, so a network in ``channels_last`` stays there.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TimeMode = Literal["scale_shift", "additive"]
+Resample = Literal["none", "down", "up"]
+M = TypeVar("M", nn.Conv2d, nn.Linear)
+
+
+class Condition(NamedTuple):
+    """What a caption and an image embedding say to the U-Net. It does not depend on t: encode once, sample often."""
+
+    time_bias: Tensor  # (B, E) added to the time embedding
+    context: Tensor  # (B, N, M) extra keys and values for every attention
+    mask: Tensor  # (B, N) bool, False on padding
+
+    def repeat(self, n: int) -> "Condition":
+        """Each row ``n`` times in a row: (B, …) to (B·n, …)."""
+        return Condition(*(x.repeat_interleave(n, dim=0) for x in self))
+
+    def cat(self, other: "Condition") -> "Condition":
+        """Both in one batch, as guidance needs them; the shorter context is padded behind the mask."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        a, b = self._pad(length), other._pad(length)
+        return Condition(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
+
+    def _pad(self, length: int) -> "Condition":
+        room = length - self.mask.shape[1]
+        return Condition(self.time_bias, F.pad(self.context, (0, 0, 0, room)), F.pad(self.mask, (0, room)))
+
+
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """GroupNorm with the largest divisor of ``groups`` that divides ``channels`` as well."""
+    return nn.GroupNorm(gcd(groups, channels), channels)
+
+
+def zeroed(layer: M) -> M:
+    """Zero weights and bias: the residual branch that ends here starts as the identity (ADM)."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def resample(x: Tensor, mode: Resample) -> Tensor:
+    """Halves the sides by averaging ("down"), doubles them by repetition ("up") or returns ``x`` ("none")."""
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    if mode == "up":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return x
+
+
+class ResBlock(nn.Module):
+    """BigGAN residual block as in ADM (Dhariwal & Nichol, 2021).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        embed_width: E.
+        dropout: before the last convolution.
+        groups: GroupNorm groups.
+        time_mode: "scale_shift" lets the time embedding scale and shift the second norm's output; "additive" adds it
+            before that norm (Karlo's upsampler).
+        mode: "down" or "up" changes the resolution between the first norm and the first convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embed_width: int,
+        dropout: float = 0.0,
+        groups: int = 32,
+        time_mode: TimeMode = "scale_shift",
+        mode: Resample = "none",
+    ) -> None:
+        super().__init__()
+        self.time_mode: TimeMode = time_mode
+        self.mode: Resample = mode
+        self.norm1 = group_norm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(embed_width, out_channels * (2 if time_mode == "scale_shift" else 1))
+        self.norm2 = group_norm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, C, H, W) and SiLU of the time embedding (B, E) to (B, C_out, H', W')."""
+        h = self.conv1(resample(F.silu(self.norm1(x)), self.mode))
+        bias = self.time(time)[..., None, None]  # (B, C_out or 2·C_out, 1, 1)
+        if self.time_mode == "scale_shift":
+            scale, shift = bias.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + bias)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(resample(x, self.mode)) + h
+
+
+class ConvResample(nn.Module):
+    """Changes the resolution by one convolution, where ``resample_with_blocks`` is off: strided, or nearest and 3×3."""
+
+    def __init__(self, channels: int, *, mode: Literal["down", "up"]) -> None:
+        super().__init__()
+        self.mode: Literal["down", "up"] = mode
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if mode == "down" else 1, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H', W'). ``time`` is not used: the signature is ResBlock's."""
+        return self.conv(x if self.mode == "down" else resample(x, "up"))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over positions whose keys and values are preceded by projected context (GLIDE).
+
+    Args:
+        channels: C, a multiple of ``head_channels``.
+        head_channels: width of a head.
+        context_width: M; 0 leaves the context out.
+        groups: GroupNorm groups.
+
+    Raises:
+        ValueError: if the heads do not divide the channels.
+    """
+
+    def __init__(self, channels: int, *, head_channels: int, context_width: int = 0, groups: int = 32) -> None:
+        super().__init__()
+        if channels % head_channels:
+            raise ValueError(f"Expected channels to be a multiple of head_channels={head_channels}. Got {channels}.")
+        self.heads = channels // head_channels
+        self.norm = group_norm(groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(context_width, 2 * channels) if context_width else None
+        self.proj_out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
+        """(B, C, H, W) to the same. The context comes first among the keys, then the positions."""
+        tokens = self.norm(x).flatten(2).mT  # (B, HW, C), a view in channels_last
+        q, k, v = self._heads(self.qkv(tokens), 3)  # (B, heads, HW, head_channels) each
+        mask = None
+        if self.context_kv is not None and condition is not None:
+            context_k, context_v = self._heads(self.context_kv(condition.context), 2)
+            k = torch.cat([context_k, k], dim=2)
+            v = torch.cat([context_v, v], dim=2)
+            mask = F.pad(condition.mask, (0, tokens.shape[1]), value=True)[:, None, None]  # (B, 1, 1, N + HW)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = self.proj_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
+        return x + h.mT.unflatten(2, x.shape[2:])
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, L, parts·C) to ``parts`` tensors (B, heads, L, head_channels), side by side within a head (Karlo)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(parts, dim=-1)
+
+
+class Layer(nn.Module):
+    """A residual block, then attention where the level has it."""
+
+    def __init__(self, block: ResBlock, attention: SpatialAttention | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+        """(B, C, H, W), SiLU of the time embedding (B, E) and the condition to (B, C_out, H, W)."""
+        x = self.block(x, time)
+        return x if self.attention is None else self.attention(x, condition)
+
+
+class DownLevel(nn.Module):
+    """The layers at one resolution on the way down, then the way to the next one (None at the last)."""
+
+    def __init__(self, layers: list[Layer], resample: ResBlock | ConvResample | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.resample = resample
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> list[Tensor]:
+        """Every output in order, for the skip connections; the last one goes on down."""
+        outputs = []
+        for layer in self.layers:
+            x = layer(x, time, condition)
+            outputs.append(x)
+        if self.resample is not None:
+            outputs.append(self.resample(x, time))
+        return outputs
+
+
+class UpLevel(nn.Module):
+    """The layers at one resolution on the way up, then the way to the next one (None at full resolution)."""
+
+    def __init__(self, layers: list[Layer], resample: ResBlock | ConvResample | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.resample = resample
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None, skips: list[Tensor]) -> Tensor:
+        """Each layer reads one of ``skips`` too, in their order."""
+        for layer, skip in zip(self.layers, skips, strict=True):
+            x = layer(torch.cat([x, skip], dim=1), time, condition)
+        return x if self.resample is None else self.resample(x, time)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Makes the parts of one network, which differ in their channels only."""
+
+    embed_width: int
+    dropout: float
+    groups: int
+    time_mode: TimeMode
+    head_channels: int
+    context_width: int
+    resample_with_blocks: bool
+
+    def block(self, in_channels: int, out_channels: int, mode: Resample = "none") -> ResBlock:
+        """A residual block."""
+        return ResBlock(
+            in_channels,
+            out_channels,
+            embed_width=self.embed_width,
+            dropout=self.dropout,
+            groups=self.groups,
+            time_mode=self.time_mode,
+            mode=mode,
+        )
+
+    def layer(self, in_channels: int, out_channels: int, *, attend: bool) -> Layer:
+        """A residual block, with attention behind it if ``attend``."""
+        attention = (
+            SpatialAttention(
+                out_channels,
+                head_channels=self.head_channels,
+                context_width=self.context_width,
+                groups=self.groups,
+            )
+            if attend
+            else None
+        )
+        return Layer(self.block(in_channels, out_channels), attention)
+
+    def resample(self, channels: int, mode: Literal["down", "up"]) -> ResBlock | ConvResample:
+        """The way to the next resolution."""
+        if self.resample_with_blocks:
+            return self.block(channels, channels, mode)
+        return ConvResample(channels, mode=mode)

@@ -1,0 +1,250 @@
+"""Five ways from a caption to an image embedding, behind one ABC: two of the paper, one baseline, a floor, a ceiling."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.diffusion import Ancestral, Denoised, Sampler, guided
+from unclip_pl.diffusion.sampling import Denoise
+from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.text import repeat_text
+from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
+from unclip_pl.tasks.base import TrainingRecord, count_parameters
+from unclip_pl.types import PriorBatch, TextFeatures
+
+
+class Prior(ABC):
+    """P(z_i | y). Constructed without touching a file, so that configs parse at once; :meth:`load` reads the weights."""
+
+    #: Parameters of the network, 0 for what was not trained.
+    num_parameters: int = 0
+    #: Network evaluations per embedding.
+    evaluations: int = 0
+    #: What training took.
+    record: TrainingRecord = TrainingRecord(0, 0.0)
+    #: Of the CLIP whose embeddings it draws; empty for any.
+    fingerprint: str = ""
+
+    @abstractmethod
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Read the weights, named relative to a run's folder; returns itself."""
+
+    @abstractmethod
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        """One z_i per caption, (B, d), unit norm.
+
+        Args:
+            text: raw features of B captions.
+            generator: of every draw.
+        """
+
+    def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
+        """As :meth:`embed`, for those who may look at the true embedding."""
+        return self.embed(batch.text, generator=generator)
+
+
+def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
+    """The candidate with the largest z_i·z_t of each caption (§2.2): (B, N, d) unit-norm → (B, d)."""
+    score = torch.einsum("bnd,bd->bn", candidates, F.normalize(text.embed, dim=-1))
+    return candidates[torch.arange(len(candidates), device=score.device), score.argmax(dim=1)]
+
+
+class DiffusionPrior(Prior):
+    """Samples a :class:`~unclip_pl.tasks.DiffusionPriorTask`.
+
+    Args:
+        checkpoint: of the Task, relative to the run.
+        sampler: None is 64 ancestral steps on the paper's strided grid.
+        guidance: scale; 1 is off. Drops the text and never z_i^(t).
+        candidates: drawn per caption; the one with the largest z_i·z_t is kept (paper: 2).
+    """
+
+    def __init__(
+        self, checkpoint: str, sampler: Sampler | None = None, guidance: float = 1.0, candidates: int = 2
+    ) -> None:
+        if candidates < 1:
+            raise ValueError(f"Expected candidates >= 1. Got {candidates}.")
+        self.checkpoint = checkpoint
+        self.sampler = sampler or Ancestral(64)
+        self.guidance = guidance
+        self.candidates = candidates
+        self.evaluations = self.sampler.steps * candidates * (1 if guidance == 1 else 2)
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Read the checkpoint."""
+        self.task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
+        _describe(self, self.task)
+        return self
+
+    @torch.no_grad()
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        """Best of ``candidates`` samples. The caption is encoded once for all steps and candidates."""
+        space, n = self.task.space, len(text.embed)
+        x_T = torch.randn(n, self.candidates, space.embed_dim, generator=generator)
+        z_i = self.sampler.sample(self._denoiser(text), x_T.to(text.embed.device), generator=generator)
+        return best_of(F.normalize(space.unscale(z_i), dim=-1), text)
+
+    def _denoiser(self, text: TextFeatures) -> Denoise:
+        space, diffusion = self.task.space, self.task.diffusion
+        net: PriorTransformer = self.task.net
+        prefix = net.encode_prefix(space.scale_text(text))
+        if self.guidance != 1:
+            null = net.encode_prefix(space.scale_text(space.null_text))
+            prefix = prefix.cat(null.expand(len(text.embed)))
+
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
+            index = diffusion.index(t)[:, None].expand(x_t.shape[:2])
+            return Denoised(diffusion.to_x0(net(x_t, index, prefix), x_t, t))
+
+        return guided(denoise, self.guidance) if self.guidance != 1 else denoise
+
+
+class ARPrior(Prior):
+    """Samples an :class:`~unclip_pl.tasks.ARPriorTask` code by code.
+
+    Args:
+        checkpoint: of the Task, relative to the run.
+        guidance: on the logits; 1 is off.
+        temperature: of the codes.
+        dot_quantile: the dot-product token is drawn above this quantile of its distribution (paper: the top half).
+        candidates: drawn per caption, best z_i·z_t kept; the paper leaves that to the dot-product token.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        dot_quantile: float = 0.5,
+        candidates: int = 1,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.guidance = guidance
+        self.temperature = temperature
+        self.dot_quantile = dot_quantile
+        self.candidates = candidates
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Read the checkpoint."""
+        self.task = load_task(root / self.checkpoint, ARPriorTask).to(device)
+        _describe(self, self.task)
+        self.evaluations = (self.task.codec.code_length + 1) * self.candidates * (1 if self.guidance == 1 else 2)
+        return self
+
+    @torch.no_grad()
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        """Codes drawn one after another with cached keys and values, then decoded."""
+        space, codec = self.task.space, self.task.codec
+        null = repeat_text(space.scale_text(space.null_text), len(text.embed)) if self.guidance != 1 else None
+        codes = self.task.net.generate(
+            space.scale_text(text),
+            values_of=codec.value_table(),
+            unconditional=null,
+            guidance=self.guidance,
+            temperature=self.temperature,
+            dot_quantile=self.dot_quantile,
+            candidates=self.candidates,
+            generator=generator,
+        )  # (B, N, n)
+        z_i = codec.decode(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
+        return best_of(z_i, text)
+
+
+def _describe(prior: Prior, task: EmbeddingTask) -> None:
+    prior.num_parameters = count_parameters(task.net)
+    prior.record = task.record or TrainingRecord(0, 0.0)
+    prior.fingerprint = task.space.fingerprint
+
+
+class LinearPrior(Prior):
+    """Ridge regression z_t → z_i in closed form: Kandinsky's surprise (`unclip linear` fits it).
+
+    It answers with the conditional mean, which cosine to the truth rewards and diversity does not.
+
+    Args:
+        checkpoint: safetensors file with ``weight`` (d, d) and ``bias`` (d,), relative to the run.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+        self.evaluations = 1
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Read weight and bias."""
+        path = root / self.checkpoint
+        if not path.is_file():
+            raise FileNotFoundError(f"No linear prior at {path}: fit one with `unclip linear`.")
+        with safe_open(str(path), framework="pt", device=device) as file:
+            self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
+            metadata = file.metadata() or {}
+        self.num_parameters = self.weight.numel() + self.bias.numel()
+        self.record = TrainingRecord(0, float(metadata.get("seconds", 0)))
+        self.fingerprint = metadata.get("fingerprint", "")
+        return self
+
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        """The regression's answer, renormalised; nothing is drawn."""
+        return F.normalize(F.normalize(text.embed, dim=-1) @ self.weight.T + self.bias, dim=-1)
+
+
+def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (d, d) and bias (d,) of argmin ‖Z_t Wᵀ + b − Z_i‖² / N + ridge·‖W‖², both sides unit-norm, in float64.
+
+    Args:
+        text_embed: (N, d).
+        image_embed: (N, d).
+        ridge: in units of the text embeddings' mean variance per coordinate.
+    """
+    x, y = F.normalize(text_embed.double(), dim=-1), F.normalize(image_embed.double(), dim=-1)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x / len(x)
+    penalty = ridge * gram.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram + penalty, x.T @ y / len(x)).T
+    return weight, y_mean - weight @ x_mean
+
+
+def save_linear_prior(path: Path, weight: Tensor, bias: Tensor, *, fingerprint: str, seconds: float) -> None:
+    """Write what :class:`LinearPrior` reads, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    tensors = {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
+    save_file(tensors, temporary, {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"})
+    temporary.replace(path)
+
+
+class TextEmbedding(Prior):
+    """No prior: z_t put in place of z_i (§5.1). The floor."""
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Nothing to read."""
+        return self
+
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        """z_t itself."""
+        return F.normalize(text.embed, dim=-1)
+
+
+class TrueEmbedding(Prior):
+    """The image's own z_i. The ceiling: what the decoder does when the prior makes no mistake."""
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Nothing to read."""
+        return self
+
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        """A caption alone has no true embedding.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("TrueEmbedding needs the image: use it in a comparison, or pick another prior.")
+
+    def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
+        """The batch's image embeddings."""
+        return F.normalize(batch.image_embed, dim=-1)

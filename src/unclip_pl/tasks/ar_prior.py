@@ -1,0 +1,70 @@
+"""The autoregressive prior: z_i as a sequence of quantised principal components (§2.2 of the paper)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.nn.ar_prior import ARPriorTransformer
+from unclip_pl.nn.codec import EmbeddingCodec
+from unclip_pl.nn.space import Scaling
+from unclip_pl.tasks.base import EmbeddingTask, Optimization
+from unclip_pl.types import PriorBatch
+
+
+class ARPriorTask(EmbeddingTask):
+    """Trains an :class:`~unclip_pl.nn.ar_prior.ARPriorTransformer` by cross-entropy on dot-product token and codes.
+
+    Args:
+        net: the causal transformer.
+        codec: file made by ``unclip codec``; empty when a checkpoint fills it.
+        statistics: file of the embedding store (linked from the data).
+        scaling: of z_t; the codes are of unit-norm z_i whatever it says.
+        text_drop: share of captions replaced by the empty one.
+        optimization: of the network's weights.
+
+    Raises:
+        ValueError: the codec has another code length or bucket count than the network, or belongs to another CLIP.
+    """
+
+    batch_type = PriorBatch
+
+    def __init__(
+        self,
+        net: ARPriorTransformer,
+        codec: str = "",
+        statistics: str = "",
+        scaling: Scaling = "unit",
+        text_drop: float = 0.1,
+        optimization: Optimization | None = None,
+    ) -> None:
+        super().__init__(statistics, scaling, text_drop, optimization)
+        self.save_hyperparameters()
+        self.net = net
+        self.codec = EmbeddingCodec(codec)
+        if codec and statistics:
+            self._check_codec(codec)
+
+    def _check_codec(self, path: str) -> None:
+        have = (self.codec.code_length, self.codec.buckets, self.codec.dot_buckets)
+        want = (self.net.code_length, self.net.buckets, self.net.dot_buckets)
+        if have != want:
+            raise ValueError(
+                f"Expected a codec of (code_length, buckets, dot_buckets) = {want}, as the network's. {path} has {have}: "
+                "fit it again with `unclip codec`, or change model.net."
+            )
+        if self.codec.fingerprint != self.space.fingerprint:
+            raise ValueError(
+                f"The codec {path} was fitted on embeddings of CLIP {self.codec.fingerprint!r}, the data are of "
+                f"{self.space.fingerprint!r}: fit it again with `unclip codec`."
+            )
+
+    def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Mean cross-entropy in nats per token, over the dot-product token and all codes."""
+        codes = self.codec.encode(batch.image_embed)  # (B, n)
+        cosine = F.cosine_similarity(batch.image_embed, batch.text.embed, dim=-1)
+        dot = self.codec.encode_dot(cosine)  # (B,)
+        text = self.drop_text(batch.text, generator)
+        logits = self.net(text, dot, codes, self.codec.values(codes))
+        n = codes.shape[1]
+        nats = F.cross_entropy(logits.codes.flatten(0, 1), codes.flatten())
+        return (n * nats + F.cross_entropy(logits.dot, dot)) / (n + 1)

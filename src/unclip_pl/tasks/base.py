@@ -1,0 +1,211 @@
+"""What every part shares: one step, one logger name, one optimizer, and a checkpoint that rebuilds itself."""
+
+import math
+import time
+from abc import abstractmethod
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from unclip_pl.nn.space import EmbeddingSpace, Scaling
+from unclip_pl.nn.text import mix_text
+from unclip_pl.types import TextFeatures
+
+T = TypeVar("T", bound="Task")
+
+
+@dataclass
+class Optimization:
+    """AdamW (the paper's "corrected" weight decay), warm-up, and what follows it.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: on matrices only; biases, gains and embeddings of rank < 2 are left alone.
+        betas: decay rates of Adam's moments.
+        eps: Adam's denominator offset.
+        warmup_steps: linear warm-up. The paper gives none.
+        decay: learning rate after warm-up: constant as in the paper, or half a cosine to zero at the last step.
+    """
+
+    lr: float = 1.2e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+
+    def factor(self, step: int, total: float) -> float:
+        """Learning rate at ``step`` as a share of the peak."""
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.decay == "constant" or not math.isfinite(total):
+            return warm
+        rest = max(1.0, total - self.warmup_steps)
+        progress = min(1.0, max(0.0, (step - self.warmup_steps) / rest))
+        return warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a part's training took.
+
+    Args:
+        steps: optimizer steps.
+        seconds: wall clock inside training steps.
+    """
+
+    steps: int
+    seconds: float
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any]) -> "TrainingRecord":
+        """Read it out of a Lightning checkpoint."""
+        seconds = checkpoint.get("current_model_state", checkpoint["state_dict"])["train_seconds"]
+        return cls(int(checkpoint["global_step"]), float(seconds))
+
+
+class Task(LightningModule):
+    """Network + loss + batch contract. The network arrives built; sampling is nobody's business here."""
+
+    #: What this Task eats. The DataModule asks for it, so data and tasks meet in types alone.
+    batch_type: ClassVar[type]
+
+    #: What the training of a loaded checkpoint took; None on a Task that was not loaded.
+    record: TrainingRecord | None = None
+
+    train_seconds: Tensor
+
+    def __init__(self, optimization: Optimization | None = None) -> None:
+        super().__init__()
+        self.optimization = optimization or Optimization()
+        self.register_buffer("train_seconds", torch.zeros((), dtype=torch.float64))
+        self._started = 0.0
+
+    @abstractmethod
+    def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        """Mean loss of a batch."""
+
+    def _step(self, batch: Any, stage: str, generator: torch.Generator | None = None) -> Tensor:
+        loss = self.loss(batch, generator)
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(batch[0]), sync_dist=stage != "train")
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One loss."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The same loss with the same noise at every call, so that the curve is the network's and not the draw's."""
+        self._step(batch, "val", self._fixed_noise(batch_idx))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation, on the test split."""
+        self._step(batch, "test", self._fixed_noise(batch_idx))
+
+    @staticmethod
+    def _fixed_noise(batch_idx: int) -> torch.Generator:
+        return torch.Generator().manual_seed(batch_idx)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Starts the clock of ``train_seconds``: validation, checkpoints and waiting for data do not count."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stops it."""
+        self.train_seconds += time.perf_counter() - self._started
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with decay on matrices, stepped every step."""
+        spec = self.optimization
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+        total = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class EmbeddingTask(Task):
+    """A Task that lives in one CLIP's embedding space.
+
+    Args:
+        statistics: file of the embedding store (linked from the data); empty when a checkpoint fills the space.
+        scaling: how z_i is scaled for the network, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
+        text_drop: share of captions replaced by the empty one, for classifier-free guidance.
+        optimization: of the network's weights.
+    """
+
+    def __init__(
+        self, statistics: str, scaling: Scaling, text_drop: float, optimization: Optimization | None = None
+    ) -> None:
+        super().__init__(optimization)
+        self.space = EmbeddingSpace(statistics, scaling)
+        self.text_drop = text_drop
+
+    def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
+        """Scale z_t and replace a share of the captions, states and z_t together, by the empty caption."""
+        keep = bernoulli(len(text.embed), 1 - self.text_drop, text.embed.device, generator)
+        return mix_text(self.space.scale_text(text), self.space.scale_text(self.space.null_text), keep)
+
+
+def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """(n,) bool, True with probability p, drawn on the generator's device."""
+    source = device if generator is None else generator.device
+    return (torch.rand(n, generator=generator, device=source) < p).to(device)
+
+
+def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") -> T:
+    """Rebuild a Task from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
+
+    Args:
+        path: checkpoint written by ``unclip fit``.
+        expected: the Task it must hold.
+        map_location: device of the weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: the checkpoint holds another Task.
+        ValueError: it is no checkpoint of ours, or broken.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
+    try:
+        # The file is memory-mapped and never unpickled into objects: only tensors and plain containers come out.
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): train it again.") from error
+    module, _, name = checkpoint.get("hyper_parameters", {}).get("_class_path", "").rpartition(".")
+    if not module.startswith("unclip_pl."):
+        raise ValueError(f"{path} was not written by `unclip fit`: it names no Task of unclip_pl.")
+    cls = getattr(import_module(module), name)
+    if not issubclass(cls, expected):
+        raise TypeError(f"{path} holds a {name}. Expected a {expected.__name__}.")
+    rebuilt = _rebuild(cls, checkpoint["hyper_parameters"])
+    rebuilt.load_state_dict(checkpoint["state_dict"])
+    rebuilt.record = TrainingRecord.of(checkpoint)
+    return rebuilt.eval()
+
+
+#: Constructor arguments that name files: a checkpoint carries what they held.
+_FILES = ("statistics", "codec")
+
+
+def _rebuild(cls: type[Task], hyper_parameters: dict[str, Any]) -> Any:
+    from lightning.pytorch.cli import instantiate_module  # jsonargparse: only who loads checkpoints waits for it
+
+    config = {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
+    config.update({key: "" for key in _FILES if key in config})
+    return instantiate_module(cls, config)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Trainable numbers in a module."""
+    return sum(p.numel() for p in module.parameters())

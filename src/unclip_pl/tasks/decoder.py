@@ -1,0 +1,95 @@
+"""The decoder: images from z_i, and from the caption beside it (§2.1 of the paper)."""
+
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0, guided
+from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
+from unclip_pl.diffusion.process import noise_like
+from unclip_pl.diffusion.sampling import Denoise
+from unclip_pl.nn.space import Scaling
+from unclip_pl.nn.text import cat_text, repeat_text
+from unclip_pl.nn.unet import UNet
+from unclip_pl.tasks.base import EmbeddingTask, Optimization, bernoulli
+from unclip_pl.types import DecoderBatch, TextFeatures
+
+
+class DecoderTask(EmbeddingTask):
+    """Trains a :class:`~unclip_pl.nn.unet.UNet` on (image, z_i, caption); z_i and caption are dropped independently.
+
+    A network with twice the image's channels learns its variance too (hybrid loss); one with as many does not.
+
+    Args:
+        net: the UNet, with ``embed_dim`` of the CLIP.
+        statistics: file of the embedding store (linked from the data).
+        scaling: of z_i; tiny decoders learn faster from ``whiten``.
+        diffusion: None is the paper's: cosine, 1,000 steps, eps.
+        image_drop: share of z_i replaced by the learned null (paper: 10 %).
+        text_drop: share of captions replaced by the empty one (paper: 50 %).
+        optimization: of the network's weights.
+    """
+
+    batch_type = DecoderBatch
+
+    def __init__(
+        self,
+        net: UNet,
+        statistics: str = "",
+        scaling: Scaling = "unit",
+        diffusion: GaussianDiffusion | None = None,
+        image_drop: float = 0.1,
+        text_drop: float = 0.5,
+        optimization: Optimization | None = None,
+    ) -> None:
+        super().__init__(statistics, scaling, text_drop, optimization)
+        self.save_hyperparameters()
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.diffusion = diffusion or GaussianDiffusion()
+        self.image_drop = image_drop
+
+    def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
+        """L_simple, or L_hybrid where the network learns its variance."""
+        x0 = batch.image.contiguous(memory_format=torch.channels_last)
+        keep_image = bernoulli(len(x0), 1 - self.image_drop, x0.device, generator)
+        text = self.drop_text(batch.text, generator)
+        condition = self.net.encode_condition(self.space.scale(batch.image_embed), text, keep_image)
+        t = self.diffusion.draw_t(len(x0), x0.device, generator)
+        eps = noise_like(x0, generator=generator)
+        x_t = self.diffusion.add_noise(x0, t, eps)
+        out = self.net(x_t, self.diffusion.index(t), condition)
+        if out.shape[1] == x0.shape[1]:
+            return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
+        F, frac_raw = out.chunk(2, dim=1)
+        return hybrid_loss(self.diffusion, F, frac_raw, x0, x_t, eps, t).mean()
+
+    def denoiser(self, image_embed: Tensor, text: TextFeatures, guidance: float) -> Denoise:
+        """``denoise(x_t, t)`` for a sampler, x0 clipped to [-1, 1]; conditioning is encoded once.
+
+        Args:
+            image_embed: (B, d) raw z_i.
+            text: raw features of B captions; the empty caption where there is none.
+            guidance: scale; 1 is off. The unconditional half drops both z_i and caption (as in Karlo).
+        """
+        n = len(image_embed)
+        z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
+        keep = torch.ones(n, dtype=torch.bool, device=z_i.device)
+        if guidance != 1:
+            null = repeat_text(self.space.scale_text(self.space.null_text), n)
+            z_i, text, keep = torch.cat([z_i, z_i]), cat_text(text, null), torch.cat([keep, ~keep])
+        condition = self.net.encode_condition(z_i, text, keep)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            out = self.net(x_t, self.diffusion.index(t), condition)
+            if out.shape[1] == x_t.shape[1]:
+                return Denoised(self.diffusion.to_x0(out, x_t, t))
+            F, frac_raw = out.chunk(2, dim=1)
+            return Denoised(self.diffusion.to_x0(F, x_t, t), (frac_raw + 1) / 2)
+
+        return clip_x0(guided(denoise, guidance) if guidance != 1 else denoise)
+
+    @torch.no_grad()
+    def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Images decoded from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
+        x_T = noise_like(batch.image, generator=generator)
+        return DDIM(25).sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T)

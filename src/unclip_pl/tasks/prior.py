@@ -1,0 +1,70 @@
+"""The diffusion prior: z_i from a caption, by x0-prediction (§2.2 of the paper)."""
+
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion import GaussianDiffusion
+from unclip_pl.diffusion.loss import simple_loss
+from unclip_pl.diffusion.process import noise_like
+from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.space import Scaling
+from unclip_pl.tasks.base import EmbeddingTask, Optimization
+from unclip_pl.types import PriorBatch
+
+
+class DiffusionPriorTask(EmbeddingTask):
+    """Trains a :class:`~unclip_pl.nn.prior.PriorTransformer`: L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2).
+
+    Args:
+        net: the causal transformer.
+        statistics: file of the embedding store (linked from the data).
+        scaling: of z_i, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
+        diffusion: None is the paper's: cosine, 1,000 steps, x0.
+        text_drop: share of captions replaced by the empty one; z_i^(t) is never hidden.
+        draws_per_caption: independent (t, noise) pairs attached to one encoded caption.
+        optimization: of the network's weights.
+    """
+
+    batch_type = PriorBatch
+
+    def __init__(
+        self,
+        net: PriorTransformer,
+        statistics: str = "",
+        scaling: Scaling = "unit",
+        diffusion: GaussianDiffusion | None = None,
+        text_drop: float = 0.1,
+        draws_per_caption: int = 1,
+        optimization: Optimization | None = None,
+    ) -> None:
+        super().__init__(statistics, scaling, text_drop, optimization)
+        self.save_hyperparameters()
+        self.net = net
+        self.diffusion = diffusion or GaussianDiffusion(prediction="x0")
+        self.draws_per_caption = draws_per_caption
+
+    def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Mean squared error over ``draws_per_caption`` times and noises of each caption."""
+        return self.errors(batch, generator)[1].mean()
+
+    def errors(self, batch: PriorBatch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Times and squared errors, (B·K,) each, for K = ``draws_per_caption``."""
+        draws = self.draws_per_caption
+        z_i = self.space.scale(batch.image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
+        prefix = self.net.encode_prefix(self.drop_text(batch.text, generator))
+        t = self.diffusion.draw_t(len(z_i) * draws, z_i.device, generator)
+        x0 = z_i.flatten(0, 1)  # (B·K, d)
+        eps = noise_like(x0, generator=generator)
+        x_t = self.diffusion.add_noise(x0, t, eps)
+        F = self.net(x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws), prefix).flatten(0, 1)
+        return t, simple_loss(F, self.diffusion.target(x0, eps, t))
+
+    def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
+        """The loss, also by quarter of t: a prior that is good near t = 0 alone has learned nothing of the caption."""
+        t, errors = self.errors(batch, self._fixed_noise(batch_idx))
+        self.log("val/loss", errors.mean(), prog_bar=True, batch_size=len(errors), sync_dist=True)
+        quarter = (t * 4).ceil().long() - 1
+        for q in range(4):
+            chosen = quarter == q
+            share = (errors * chosen).sum() / chosen.sum().clamp(min=1)
+            self.log(f"val/loss_t{q / 4:.2f}-{(q + 1) / 4:.2f}", share, batch_size=len(errors), sync_dist=True)

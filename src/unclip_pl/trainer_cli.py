@@ -1,0 +1,63 @@
+"""LightningCLI with our links, our callbacks, and no surprises on resume."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from unclip_pl.callbacks import StepProgressBar
+from unclip_pl.cli import LINKS
+
+
+class UnclipCLI(LightningCLI):
+    """``unclip fit|validate|test|predict``: a Task and a DataModule, both named in the config.
+
+    Args:
+        model_class: base of what ``model`` may name.
+        data_class: base of what ``data`` may name.
+        args: words of the command line.
+        run: False builds everything and runs nothing.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        data_class: type[LightningDataModule],
+        args: list[str],
+        *,
+        run: bool = True,
+    ) -> None:
+        super().__init__(
+            model_class,
+            data_class,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            # The samplers know their rank; the bar counts the whole fit.
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [StepProgressBar()]},
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Widths and files come from the data: a config that writes them would be a second truth."""
+        for source, target in LINKS:
+            parser.link_arguments(source, target, apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's hyperparameters win over YAML and command line; here they lose."""
+
+    def after_fit(self) -> None:
+        """Leave ``last.ckpt`` at the last step, whatever the checkpoint interval."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                self.trainer.save_checkpoint(Path(callback.dirpath) / "last.ckpt")
+                return
+
+
+def build(args: list[str]) -> Any:
+    """Trainer, model and data of a config, unrun: what tests and notebooks take apart."""
+    return UnclipCLI(LightningModule, LightningDataModule, args, run=False)

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from unclip_pl.data.sampler import BlockShuffleSampler, EvaluationSampler, row_draws
+
+
+def blocks(rows: int, size: int = 7) -> list[np.ndarray]:
+    return [np.arange(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def rows_of(sampler: BlockShuffleSampler | EvaluationSampler) -> list[list[int]]:
+    return [batch.rows.tolist() for batch in sampler]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("window", [2, 64])
+def test_ranks_share_an_epoch_in_equal_batches(world_size: int, window: int) -> None:
+    samplers = [
+        BlockShuffleSampler(blocks(103), 4, rank=rank, world_size=world_size, window=window)
+        for rank in range(world_size)
+    ]
+    drawn = [rows_of(sampler) for sampler in samplers]
+    steps = 103 // (4 * world_size)
+    assert [len(sampler) for sampler in samplers] == [len(batches) for batches in drawn] == [steps] * world_size
+    rows = [row for batches in drawn for batch in batches for row in batch]
+    assert len(set(rows)) == len(rows) == steps * 4 * world_size
+
+
+def test_two_ranks_see_what_one_sees() -> None:
+    one = BlockShuffleSampler(blocks(64), 8)
+    two = [BlockShuffleSampler(blocks(64), 4, rank=rank, world_size=2) for rank in range(2)]
+    together = [a + b for a, b in zip(rows_of(two[0]), rows_of(two[1]), strict=True)]
+    assert together == rows_of(one)
+
+
+def test_order_is_fixed_by_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = BlockShuffleSampler(blocks(50), 5, seed=seed)
+        sampler.set_epoch(epoch)
+        assert sorted(sampler.order()) == list(range(50))
+        return sampler.order().tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_blocks_stay_together_inside_a_window() -> None:
+    order = BlockShuffleSampler(blocks(70), 7, window=1).order().reshape(10, 7)
+    assert all(len({row // 7 for row in block}) == 1 for block in order.tolist())
+
+
+def test_starting_late_continues_the_epoch_and_only_that() -> None:
+    whole = rows_of(BlockShuffleSampler(blocks(50), 5))
+    late = BlockShuffleSampler(blocks(50), 5, start=4)
+    assert rows_of(late) == whole[4:]
+    assert rows_of(late) == whole
+    assert len(late) == len(whole)
+
+
+def test_fewer_rows_than_a_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="4 × 2 training images. Got 7"):
+        BlockShuffleSampler(blocks(7), 4, world_size=2)
+
+
+def test_draws_depend_on_seed_epoch_and_row_alone() -> None:
+    rows = np.arange(4000)
+    draws = row_draws(rows, seed=1, epoch=2)
+    assert np.array_equal(draws[100:200], row_draws(rows[100:200], seed=1, epoch=2))
+    assert np.array_equal(draws[::-1], row_draws(rows[::-1], seed=1, epoch=2))
+    for other in (row_draws(rows, seed=2, epoch=2), row_draws(rows, seed=1, epoch=3), row_draws(rows, seed=2, epoch=1)):
+        assert not np.isin(other, draws).any()
+    counts = np.bincount((draws % np.uint64(5)).astype(int), minlength=5)
+    assert counts == pytest.approx(np.full(5, 800), abs=120)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 31])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_evaluation_sees_every_row_once_in_order(rows: int, world_size: int, batch_size: int) -> None:
+    samplers = [
+        EvaluationSampler(np.arange(rows) + 5, batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    drawn = [rows_of(sampler) for sampler in samplers]
+    assert [row for batches in drawn for batch in batches for row in batch] == list(range(5, rows + 5))
+    assert all(1 <= len(batch) <= batch_size for batches in drawn for batch in batches)
+    counts = [len(batches) for batches in drawn]
+    assert [len(sampler) for sampler in samplers] == counts
+    if rows >= world_size and batch_size > 1:
+        assert len(set(counts)) == 1

@@ -1,0 +1,129 @@
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unclip_pl.clip.encoder import ClipEncoder
+from unclip_pl.data.features import pack_texts, unpack_texts
+from unclip_pl.data.sampler import RowBatch
+from unclip_pl.data.shards import Split
+from unclip_pl.data.store import EmbeddingStore
+
+SAMPLES = {"t": 50, "v": 6, "h": 7}
+
+
+@pytest.fixture(scope="module")
+def opened(store: Path, source: Path) -> EmbeddingStore:
+    return EmbeddingStore(store, str(source), image_size=32)
+
+
+def first(rows: list[int] | np.ndarray) -> RowBatch:
+    return RowBatch(np.asarray(rows), np.zeros(len(rows), np.uint64))
+
+
+def test_rows_are_all_samples_by_split(opened: EmbeddingStore) -> None:
+    keys = {split: opened.keys(first(opened.rows(split))) for split in Split}
+    assert keys[Split.TRAIN] == [f"t{i:04d}" for i in range(50)]
+    assert keys[Split.VAL] == [f"v{i:04d}" for i in range(6)]
+    assert keys[Split.HELDOUT] == [f"h{i:04d}" for i in range(7)]
+    assert len(opened) == 63
+
+
+def test_blocks_cover_a_split_and_keep_to_one_shard(opened: EmbeddingStore) -> None:
+    blocks = opened.blocks(Split.TRAIN, 8)
+    assert [len(block) for block in blocks] == [8, 8, 4, 8, 8, 4, 8, 2]
+    assert np.array_equal(np.concatenate(blocks), opened.rows(Split.TRAIN))
+    assert np.concatenate(opened.blocks(Split.HELDOUT)).tolist() == opened.rows(Split.HELDOUT).tolist()
+
+
+def test_everything_of_a_row_belongs_together(opened: EmbeddingStore, encoder: ClipEncoder) -> None:
+    rows = np.random.default_rng(0).permutation(len(opened))[:32]
+    batch = opened.evaluation_batch(first(rows))
+    assert batch.image.shape == (32, 3, 32, 32)
+    assert batch.image.abs().max() <= 1
+    torch.testing.assert_close(encoder.encode_image(batch.image), batch.image_embed, rtol=2e-3, atol=2e-3)
+    text = encoder.describe(batch.captions)
+    assert torch.equal(batch.text.tokens, text.tokens)
+    assert torch.equal(batch.text.mask, text.mask)
+    torch.testing.assert_close(batch.text.states, text.states, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(batch.text.embed, text.embed, rtol=2e-3, atol=2e-3)
+    assert [meta["number"] for meta in batch.metadata] == [int(key[1:]) for key in opened.keys(first(rows))]
+    assert {value.dtype for value in (batch.image, batch.image_embed, batch.text.states)} == {torch.float32}
+
+
+def test_batch_types_agree(opened: EmbeddingStore) -> None:
+    rows = first([60, 3, 21, 3])
+    prior, decoder = opened.prior_batch(rows), opened.decoder_batch(rows)
+    assert torch.equal(prior.image_embed, decoder.image_embed)
+    assert torch.equal(prior.text.states, decoder.text.states)
+    assert torch.equal(opened.upsampler_batch(rows).image, decoder.image)
+    assert torch.equal(decoder.image[1], decoder.image[3])
+
+
+def test_a_batch_is_its_rows_one_by_one(opened: EmbeddingStore) -> None:
+    rows = [7, 62, 0, 33, 41]
+    batch = opened.prior_batch(first(rows))
+    for place, row in enumerate(rows):
+        one = opened.prior_batch(first([row]))
+        length = one.text.mask.sum()
+        assert one.text.mask.all()
+        assert torch.equal(batch.image_embed[place], one.image_embed[0])
+        assert torch.equal(batch.text.embed[place], one.text.embed[0])
+        for ours, alone in ((batch.text.states, one.text.states), (batch.text.tokens, one.text.tokens)):
+            assert torch.equal(ours[place, :length], alone[0])
+            assert not ours[place, length:].any()
+        assert batch.text.mask[place].sum() == length
+    assert batch.text.mask.any(0).all(), "cut to the longest"
+
+
+def test_draws_choose_among_a_row_s_own_captions(opened: EmbeddingStore) -> None:
+    rows = np.zeros(6, np.int64) + opened.rows(Split.TRAIN)[3]  # two captions
+    batch = RowBatch(rows, np.arange(6, dtype=np.uint64))
+    captions = opened.captions(batch)
+    assert captions == ["number 3 and more and more and more", "a second caption"] * 3
+    embed = opened.prior_batch(batch).text.embed
+    assert torch.equal(embed[::2], embed[:1].expand(3, -1))
+    assert F.cosine_similarity(embed[0], embed[1], dim=0) < 0.999
+
+
+def test_each_distinct_caption_is_stored_once(opened: EmbeddingStore) -> None:
+    features = opened.features[opened.shards.index(next(s for s in opened.shards if s.name == "train-000000.tar"))]
+    texts = unpack_texts(features.captions, features.captions_offsets, np.arange(len(features.text_embed)))
+    assert len(set(texts)) == len(texts)
+    assert texts.count("a second caption") == 1
+    assert len(features.caption_rows) == 20 + 7
+
+
+def test_a_store_travels_to_workers_as_its_path(opened: EmbeddingStore) -> None:
+    message = pickle.dumps(opened)
+    assert len(message) < 1000
+    batch = first([5, 50])
+    assert torch.equal(pickle.loads(message).prior_batch(batch).image_embed, opened.prior_batch(batch).image_embed)
+
+
+def test_texts_survive_packing() -> None:
+    texts = ["", "naïve", "日本", "bytes \udcff of another encoding"]
+    assert unpack_texts(*pack_texts(texts), np.array([3, 0, 2, 1])) == [texts[3], texts[0], texts[2], texts[1]]
+
+
+def test_errors_name_the_shard(store: Path, source: Path, tmp_path: Path) -> None:
+    shards, embeddings = Path(shutil.copytree(source, tmp_path / "a")), Path(shutil.copytree(store, tmp_path / "b"))
+    shutil.copy(shards / "val-000000.tar", shards / "val-000001.tar")
+    with pytest.raises(FileNotFoundError, match=r"val-000001.tar: run `unclip precompute`"):
+        EmbeddingStore(embeddings, str(shards), image_size=32)
+    (shards / "val-000001.tar").unlink()
+    file = embeddings / "heldout-000000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"heldout-000000.safetensors is missing or damaged"):
+        EmbeddingStore(embeddings, str(shards), image_size=32)
+    shutil.copy(embeddings / "val-000000.safetensors", file)
+    with pytest.raises(ValueError, match=r"heldout-000000.safetensors: expected 7 images"):
+        EmbeddingStore(embeddings, str(shards), image_size=32)
+    with (shards / "train-000000.tar").open("ab") as tar:
+        tar.write(bytes(512))
+    with pytest.raises(ValueError, match=r"train-000000.tar has .* bytes"):
+        EmbeddingStore(embeddings, str(shards), image_size=32)

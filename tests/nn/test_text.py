@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from unclip_pl.nn.text import TextTransformer, cat_text, mix_text, pad_text, repeat_text
+from unclip_pl.types import TextFeatures
+
+
+def make_text(lengths: list[int], seed: int = 0) -> TextFeatures:
+    g = torch.Generator().manual_seed(seed)
+    count, longest = len(lengths), max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return TextFeatures(
+        tokens=torch.randint(1, 50, (count, longest), generator=g) * mask,
+        states=torch.randn(count, longest, 8, generator=g) * mask[..., None],
+        mask=mask,
+        embed=torch.randn(count, 6, generator=g),
+    )
+
+
+def same(a: TextFeatures, b: TextFeatures) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_padding_keeps_what_was_there_and_hides_the_rest() -> None:
+    text = make_text([3, 5])
+    padded = pad_text(text, 9)
+    cut = TextFeatures(padded.tokens[:, :5], padded.states[:, :5], padded.mask[:, :5], padded.embed)
+    assert same(cut, text)
+    assert not padded.mask[:, 5:].any()
+    assert padded.states[:, 5:].eq(0).all()
+    assert padded.tokens[:, 5:].eq(0).all()
+
+
+def test_padding_never_cuts() -> None:
+    with pytest.raises(ValueError, match="at most 4 tokens"):
+        pad_text(make_text([5]), 4)
+
+
+@pytest.mark.parametrize("null_length", [2, 4, 7])
+def test_mix_takes_whole_rows_from_the_one_or_the_other(null_length: int) -> None:
+    text, null = make_text([4, 3, 1]), make_text([null_length], seed=1)
+    length = max(4, null_length)
+    mixed = mix_text(text, null, torch.tensor([True, False, True]))
+    rows = [TextFeatures(*(x[i : i + 1] for x in mixed)) for i in range(3)]
+    expected = [TextFeatures(*(x[i : i + 1] for x in pad_text(text, length))) for i in range(3)]
+    expected[1] = pad_text(null, length)
+    assert all(same(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+def test_cat_and_repeat_order() -> None:
+    a, b = make_text([2, 4]), make_text([6], seed=1)
+    both = cat_text(a, b)
+    assert both.mask.sum(1).tolist() == [2, 4, 6]
+    assert torch.equal(both.embed, torch.cat([a.embed, b.embed]))
+    assert repeat_text(both, 2).mask.sum(1).tolist() == [2, 2, 4, 4, 6, 6]
+
+
+@pytest.fixture
+def transformer() -> TextTransformer:
+    torch.manual_seed(0)
+    return TextTransformer(vocab_size=50, context_length=12, width=16, layers=2, heads=2)
+
+
+def test_cut_and_padding_change_no_state(transformer: TextTransformer) -> None:
+    text = make_text([3, 5])
+    states = transformer(text.tokens, text.mask)
+    assert states.shape == (2, 5, 16)
+    wide = pad_text(text, 10)
+    junk = torch.where(wide.mask, wide.tokens, 7)  # what stands behind the mask is not read
+    torch.testing.assert_close(transformer(junk, wide.mask)[:, :5], states, rtol=1e-5, atol=1e-6)
+    alone = transformer(text.tokens[:1, :3], text.mask[:1, :3])
+    torch.testing.assert_close(alone, states[:1, :3], rtol=1e-5, atol=1e-6)
+
+
+def test_captions_of_full_length_need_no_padding(transformer: TextTransformer) -> None:
+    text = make_text([12])
+    transformer(text.tokens, text.mask).square().sum().backward()
+    assert transformer.padding_embedding.grad is not None
+    assert transformer.padding_embedding.grad.eq(0).all()
+
+
+def test_every_parameter_learns(transformer: TextTransformer) -> None:
+    text = make_text([3, 5])
+    weight = torch.randn(2, 5, 16)
+    (transformer(text.tokens, text.mask) * weight).sum().backward()
+    assert [name for name, p in transformer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
+
+
+def test_text_longer_than_the_context_is_an_error(transformer: TextTransformer) -> None:
+    text = make_text([13])
+    with pytest.raises(ValueError, match="context_length=12"):
+        transformer(text.tokens, text.mask)
