@@ -144,7 +144,7 @@ class ARPrior(Prior):
         null = repeat_text(space.scale_text(space.null_text), len(text.embed)) if self.guidance != 1 else None
         codes = self.task.net.generate(
             space.scale_text(text),
-            values_of=codec.value_table(),
+            values_of=codec.value_table,
             unconditional=null,
             guidance=self.guidance,
             temperature=self.temperature,

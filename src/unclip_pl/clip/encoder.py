@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import open_clip
 import torch
+from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,7 +63,7 @@ def build_clip(name: str, pretrained: str = "") -> nn.Module:
 def _load_weights(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
-    state = open_clip.load_state_dict(path)
+    state = load_state_dict(path)
     if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -3,6 +3,7 @@
 Rows count the images of all shards, sorted by shard name. A row's caption is chosen by its draw: ``draw % captions``.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,15 @@ class EmbeddingStore:
         rows = self.rows(split)
         parts = np.split(rows, np.searchsorted(rows, self.starts[1:-1]))
         return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+
+    def embed_chunks(self, split: Split, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raw (image_embed, text_embed) of a split in order, each image with its first caption, ≤ ``size`` at a time."""
+        for rows in self.blocks(split, size):
+            parts = self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64)))
+            text = np.empty((len(rows), self.embed_dim), np.float16)
+            for part in parts:
+                text[part.where] = part.features.text_embed[part.captions]
+            yield self._image_embed(parts, len(rows)), torch.from_numpy(text).float()
 
     def prior_batch(self, batch: RowBatch) -> PriorBatch:
         """Embeddings and captions."""

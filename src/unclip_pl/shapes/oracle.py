@@ -6,7 +6,9 @@ With m̃ = m − mean(m) and x̃ = x − mean(x), per channel c,
     SSE(m) = Σ_c |x̃_c|² − Σ_c ⟨x̃_c, m̃⟩² / |m̃|²
 
 so one product with a bank of unit-norm masks ranks every (shape, size, position) cell. The jitter of the best few cells
-is then fitted by Gauss-Newton within the renderer's range, with the colours projected out (Golub & Pereyra, 1973).
+is then fitted by Gauss-Newton within the renderer's range, with the colours projected out (Golub & Pereyra, 1973). The
+reading is the one of them that comes closest when painted in colours the renderer has: free colours alone would let a
+blurred shape pass for a larger, paler one.
 """
 
 from typing import NamedTuple
@@ -42,8 +44,8 @@ class Reading(NamedTuple):
     indices: Tensor
     """(B, 5) long: into `VALUES`, in the order of `ATTRIBUTES`."""
     confidence: Tensor
-    """(B,) in [0, 1]: share of the runner-up's squared error that the best reading explains, where the runner-up is
-    the best fit with another (shape, size, position). 0: as good as each other, as on a uniform picture."""
+    """(B,) in [0, 1]: share of the runner-up's squared error that the best reading explains. The runner-up is the best
+    fit with another (shape, size, position), or no shape at all. 0: no better than that, as on a uniform picture."""
     residual: Tensor
     """(B,) RMS over pixels and channels, [0, 1] units, to the nearest picture that the renderer can draw."""
 
@@ -100,7 +102,8 @@ class ShapesOracle(nn.Module):
         (first, second), (best, _) = (part.unbind(1) for part in error.topk(2, largest=False))
         values = 3 * self.size**2
         floor = values * _NOISE**2
-        confidence = 1 - (first + floor) / (second + floor)
+        shapeless = _centred(pixels.flatten(2)).square().sum((1, 2))  # a flat picture of any colour
+        confidence = (1 - (first + floor) / (torch.minimum(second, shapeless) + floor)).clamp(min=0)
         cells = cells.to(best.device)
         shape, size, position, color, background = (
             choices.gather(1, best[:, None]).squeeze(1) for choices in (*cells.unbind(2), color, background)
@@ -110,7 +113,9 @@ class ShapesOracle(nn.Module):
 
     def _rank(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The best K cells of the bank, (B, K, 3) on the CPU, and where in their jitter to start, (B, K, 4)."""
-        channels = _centred(pixels.reshape(-1, self.bank.shape[1]))  # (B · 3, side²): one plain product, 14× a batched one
+        channels = _centred(
+            pixels.reshape(-1, self.bank.shape[1])
+        )  # (B · 3, side²): one plain product, 14× a batched one
         explained = (channels @ self.bank.T).square().unflatten(0, (-1, 3)).sum(1)  # (B, cells · S)
         best, start = explained.unflatten(1, (len(self.cells), -1)).max(-1)
         top = best.topk(_CANDIDATES).indices
@@ -139,11 +144,14 @@ class ShapesOracle(nn.Module):
     def _paint(self, pixels: Tensor, cells: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Squared error (B, K) of fitted cells in the best colours of the palettes, and the indices of these colours."""
         x = pixels.flatten(2)
-        masks = coverage(cells.reshape(-1, 3), jitter.reshape(-1, 4), self.size).reshape(*cells.shape[:2], -1)
+        masks = (
+            coverage(cells.reshape(-1, 3), jitter.reshape(-1, 4), self.size).flatten(1).unflatten(0, cells.shape[:2])
+        )
         slope = _slopes(_centred(x), _centred(masks))
         ground = x.mean(-1)[:, None] - slope * masks.mean(-1, keepdim=True)  # (B, K, 3)
         free = x[:, None] - ground[..., None] - slope[..., None] * masks[:, :, None]
         front, back = _within(ground + slope, self.colors), _within(ground, self.backgrounds)  # (B, K, colours, 3)
+        # |x − b − (f − b) m|² around the free fit is a quadratic in u = Δb and v = Δ(f − b) alone.
         u = (back - ground[:, :, None])[:, :, None]  # (B, K, 1, backgrounds, 3)
         v = front[:, :, :, None] - back[:, :, None] - slope[:, :, None, None]  # (B, K, colours, backgrounds, 3)
         total, energy = masks.sum(-1)[..., None, None, None], masks.square().sum(-1)[..., None, None, None]

@@ -1,0 +1,1 @@
+"""LightningModules that only test: scores of one model, the comparison of the priors, and the report of it."""

@@ -1,0 +1,127 @@
+"""What a comparison reports, in words: names, directions and how to print each number."""
+
+from typing import Literal, NamedTuple
+
+
+class Measure(NamedTuple):
+    """One column of the report."""
+
+    group: str
+    label: str
+    better: Literal["higher", "lower", "neither"]
+    what: str
+    percent: bool = False
+    digits: int = 3
+
+    def show(self, value: float) -> str:
+        """The number as the report prints it."""
+        return f"{100 * value:.1f}" if self.percent else f"{value:.{self.digits}f}"
+
+    @property
+    def heading(self) -> str:
+        """Label, unit and direction."""
+        arrow = {"higher": " ↑", "lower": " ↓", "neither": ""}[self.better]
+        return f"{self.label}{' %' if self.percent else ''}{arrow}"
+
+
+MEASURES: dict[str, Measure] = {
+    "stated_match": Measure(
+        "Caption match",
+        "stated attributes",
+        "higher",
+        "Share of the attributes stated by a caption that the oracle reads back from its image.",
+        percent=True,
+    ),
+    "captions_right": Measure(
+        "Caption match",
+        "captions right",
+        "higher",
+        "Share of the captions of which every stated attribute is right.",
+        percent=True,
+    ),
+    "clip_score": Measure(
+        "Caption match",
+        "CLIP score",
+        "higher",
+        "100 · cos of image and caption, in the eyes of the judge: a CLIP that no part was trained with.",
+        digits=1,
+    ),
+    "retrieval_r10": Measure(
+        "Caption match",
+        "R@10",
+        "higher",
+        "Share of the images by which the judge finds the caption's true image among the ten nearest real ones. A "
+        "caption that leaves much open has many right images, of which only one is the true one.",
+        percent=True,
+    ),
+    "residual": Measure(
+        "Realism",
+        "residual",
+        "lower",
+        "RMS distance (pixels in [0, 1]) to the nearest picture that the renderer can draw.",
+        digits=4,
+    ),
+    "fd_judge": Measure(
+        "Realism",
+        "FD, judge",
+        "lower",
+        "Fréchet distance between decoded and real images, in the judge's unit-norm features. Not FID, and comparable "
+        "only at this number of images.",
+        digits=4,
+    ),
+    "precision": Measure(
+        "Realism",
+        "precision",
+        "higher",
+        "Share of decoded images inside the k = 3 nearest-neighbour balls of the real ones (judge's features).",
+        percent=True,
+    ),
+    "recall": Measure(
+        "Diversity",
+        "recall",
+        "higher",
+        "Share of real images inside the k = 3 nearest-neighbour balls of the decoded ones (judge's features).",
+        percent=True,
+    ),
+    "diversity_gap": Measure(
+        "Diversity",
+        "diversity gap",
+        "lower",
+        "How far the unstated attributes of the images of one caption are distributed from the truth (total "
+        "variation), less what as many true draws would score: 0 is as diverse as the data.",
+    ),
+    "vendi": Measure(
+        "Diversity",
+        "Vendi score",
+        "higher",
+        "Effective number of different images among those of one caption (judge's features).",
+        digits=2,
+    ),
+    "embed_fd": Measure(
+        "Embeddings",
+        "FD, embeddings",
+        "lower",
+        "Fréchet distance between sampled and true unit-norm embeddings of all held-out rows: no decoder involved.",
+        digits=4,
+    ),
+    "cos_true": Measure(
+        "Embeddings",
+        "cos to true",
+        "neither",
+        "Mean cosine of a sample and the true embedding. More is not better: the mean of all right answers, which is "
+        "no answer, has the highest. A calibrated prior has cos to true = cos between samples.",
+    ),
+    "cos_samples": Measure(
+        "Embeddings",
+        "cos between samples",
+        "neither",
+        "Mean cosine of two samples of one caption, an estimate of ‖E[z | caption]‖²; 1 is a deterministic prior.",
+    ),
+    "calibration_gap": Measure(
+        "Embeddings",
+        "gap",
+        "neither",
+        "cos to true − cos between samples: 0 is calibrated, below 0 too sure of itself, above 0 too spread.",
+    ),
+}
+GROUPS = tuple(dict.fromkeys(measure.group for measure in MEASURES.values()))

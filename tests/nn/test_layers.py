@@ -1,0 +1,126 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.nn.layers import Attention, Prefix, PrefixTransformer, Transformer, causal_mask, sinusoidal
+from unclip_pl.types import TextFeatures
+
+
+@pytest.fixture
+def transformer() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(width=16, layers=3, heads=2).double()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def seen(batch: int, length: int) -> Tensor:
+    return causal_mask(torch.ones(batch, length, dtype=torch.bool))
+
+
+def test_sinusoidal_is_cosine_first_with_half_as_divisor() -> None:
+    expected = [[torch.tensor(f * i / 10_000 ** (k / 4)) for k in range(4)] for i, f in [(0, 1.0), (999, 1.0)]]
+    angle = torch.tensor(expected)
+    embedded = sinusoidal(torch.tensor([0.0, 999.0]), 8)
+    torch.testing.assert_close(embedded, torch.cat([angle.cos(), angle.sin()], -1), atol=2e-4, rtol=0)
+    assert embedded[0].tolist() == [1.0] * 4 + [0.0] * 4
+
+
+def test_sinusoidal_shapes_and_precision() -> None:
+    index = torch.arange(6).view(2, 3)
+    assert sinusoidal(index, 7).shape == (2, 3, 7)
+    assert sinusoidal(index, 7)[..., -1].eq(0).all()
+    assert sinusoidal(index.bfloat16(), 8).dtype == torch.float32
+    assert sinusoidal(index.double(), 8).dtype == torch.float64
+
+
+def test_attention_is_softmax_of_scaled_products() -> None:
+    attention = Attention(width=6, heads=1).double()
+    x = randn(2, 5, 6)
+    q, k, v = attention.c_qkv(x).chunk(3, dim=-1)
+    scores = (q @ k.mT / 6**0.5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    out, _ = attention(x, seen(2, 5), None, None, 0)
+    torch.testing.assert_close(out, attention.c_proj(scores.softmax(-1) @ v))
+
+
+def test_causality(transformer: Transformer) -> None:
+    """Output i depends on tokens 0 … i and on no other: read off the Jacobian."""
+    x = randn(1, 5, 16).requires_grad_()
+    out, _ = transformer(x, seen(1, 5))
+    for i in range(5):
+        (gradient,) = torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)
+        reached = gradient[0].abs().sum(-1) > 0
+        assert reached.tolist() == [j <= i for j in range(5)]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4])
+def test_continuing_equals_starting_over(transformer: Transformer, cut: int) -> None:
+    x, mask = randn(2, 5, 16), seen(2, 5)
+    whole, memory = transformer(x, mask)
+    _, past = transformer(x[:, :cut], mask[..., :cut, :cut])
+    rest, now = transformer(x[:, cut:], mask[..., cut:, :], past)
+    torch.testing.assert_close(rest, whole[:, cut:])
+    for ours, theirs in zip(now, memory, strict=True):
+        torch.testing.assert_close(ours.key, theirs.key)
+        torch.testing.assert_close(ours.value, theirs.value)
+
+
+def test_static_slots_equal_appending(transformer: Transformer) -> None:
+    x = randn(2, 6, 16)
+    whole, _ = transformer(x, seen(2, 6))
+    _, layers = transformer(x[:, :3], seen(2, 3))
+    cache = Prefix(layers, torch.ones(2, 3, dtype=torch.bool)).pad(6)
+    shapes = [layer.key.data_ptr() for layer in cache.layers]
+    for i in range(3, 6):
+        slot = torch.tensor([i])
+        cache.mask.index_fill_(1, slot, True)
+        out, now = transformer(x[:, i, None], cache.mask[:, None, None], cache.layers, slot=slot)
+        torch.testing.assert_close(out, whole[:, i, None])
+        assert [layer.key.data_ptr() for layer in now] == shapes  # nothing was allocated
+
+
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_start_skips_only_what_nobody_reads(transformer: Transformer, start: int) -> None:
+    x = randn(2, 5, 16)
+    whole, memory = transformer(x, seen(2, 5))
+    out, now = transformer(x, seen(2, 5), start=start)
+    torch.testing.assert_close(out, whole[:, start:])
+    assert all(torch.equal(a.key, b.key) for a, b in zip(now, memory, strict=True))
+
+
+def test_prefix_expand_repeat_and_cat(transformer: Transformer) -> None:
+    def prefix(x: Tensor) -> Prefix:
+        keys = torch.ones(x.shape[:2], dtype=torch.bool)
+        return Prefix(transformer(x, causal_mask(keys))[1], keys)
+
+    def follow(p: Prefix) -> Tensor:
+        mask = F.pad(p.mask, (0, 1), value=True)[:, None, None]
+        return transformer(randn(1, 1, 16, seed=5).expand(len(p.mask), -1, -1), mask, p.layers)[0]
+
+    a, b = randn(2, 4, 16), randn(1, 2, 16, seed=1)
+    apart = torch.cat([follow(prefix(a)), follow(prefix(b))])
+    torch.testing.assert_close(follow(prefix(a).cat(prefix(b))), apart)
+    torch.testing.assert_close(follow(prefix(b).cat(prefix(a))), apart[[2, 0, 1]])
+    torch.testing.assert_close(follow(prefix(b).expand(3)), apart[[2, 2, 2]])
+    torch.testing.assert_close(follow(prefix(a).repeat(2)), apart[[0, 0, 1, 1]])
+    assert prefix(b).expand(3).layers[0].key.stride(0) == 0  # no copy
+
+
+def test_deep_stacks_start_calm() -> None:
+    """The variance of the residual stream stays of order one at any depth."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 64)
+    shallow, deep = (Transformer(64, n, 4)(x, seen(8, 6))[0].std() for n in (1, 32))
+    assert deep < 1.5 * shallow
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="heads divides"):
+        Transformer(10, 1, 3)
+    net = PrefixTransformer(4, 4, context_length=3, suffix_length=1, width=8, layers=1, heads=1)
+    text = TextFeatures(torch.zeros(1, 4).long(), torch.zeros(1, 4, 4), torch.ones(1, 4).bool(), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="context_length = 3"):
+        net.prefix_tokens(text)

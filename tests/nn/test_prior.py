@@ -1,0 +1,190 @@
+import pytest
+import torch
+from diffusers import PriorTransformer as Reference
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.nn.layers import causal_mask, sinusoidal
+from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.types import TextFeatures
+
+D, CONTEXT = 12, 9  # W = d, since the reference has one number for both
+
+
+@pytest.fixture
+def net() -> PriorTransformer:
+    torch.manual_seed(0)
+    return PriorTransformer(D, D, CONTEXT, width=16, layers=3, heads=2).double()
+
+
+def captions(*lengths: int, seed: int = 0) -> TextFeatures:
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(len(lengths), max(lengths), D, generator=g, dtype=torch.float64)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    embed = torch.randn(len(lengths), D, generator=g, dtype=torch.float64)
+    return TextFeatures(mask.long(), states, mask, embed)
+
+
+def noised(batch: int, draws: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x_t = torch.randn(batch, draws, D, generator=g, dtype=torch.float64)
+    return x_t, torch.randint(0, 1000, (batch, draws), generator=g).double()
+
+
+def uncached(net: PriorTransformer, x_t: Tensor, index: Tensor, text: TextFeatures) -> Tensor:
+    """The whole sequence at once, one draw: (B, d), (B,) → (B, d)."""
+    time = net.time_embed(sinusoidal(index, net.width))
+    suffix = torch.stack([time, net.clip_img_proj(x_t), net.prd_emb[:, 0].expand_as(time)], dim=1)
+    tokens = torch.cat([net.prefix_tokens(text), suffix + net.positional_embedding[:, CONTEXT + 1 :]], dim=1)
+    hidden, _ = net.transformer(tokens, causal_mask(F.pad(text.mask, (0, 4), value=True)))
+    return net.out_proj(net.final_ln(hidden[:, -1]))
+
+
+def test_cached_equals_uncached(net: PriorTransformer) -> None:
+    text, (x_t, index) = captions(5, 2, 7), noised(3, 1)
+    expected = uncached(net, x_t[:, 0], index[:, 0], text)
+    torch.testing.assert_close(net(x_t, index, net.encode_prefix(text))[:, 0], expected)
+
+
+def test_one_prefix_serves_every_step(net: PriorTransformer) -> None:
+    text = captions(5, 2)
+    prefix = net.encode_prefix(text)
+    for seed in (1, 2, 3):
+        x_t, index = noised(2, 1, seed)
+        expected = uncached(net, x_t[:, 0], index[:, 0], text)
+        torch.testing.assert_close(net(x_t, index, prefix)[:, 0], expected)
+
+
+def test_draws_of_a_caption_are_independent(net: PriorTransformer) -> None:
+    """K draws in one call are K calls."""
+    prefix, (x_t, index) = net.encode_prefix(captions(5, 2)), noised(2, 4)
+    apart = [net(x_t[:, k, None], index[:, k, None], prefix) for k in range(4)]
+    torch.testing.assert_close(net(x_t, index, prefix), torch.cat(apart, dim=1))
+
+
+def test_draws_share_gradients_with_separate_calls(net: PriorTransformer) -> None:
+    text, (x_t, index) = captions(5, 2), noised(2, 3)
+    net(x_t, index, net.encode_prefix(text)).square().sum().backward()
+    together = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    for k in range(3):
+        uncached(net, x_t[:, k], index[:, k], text).square().sum().backward()
+    for a, b in zip(together, net.parameters(), strict=True):
+        torch.testing.assert_close(a, b.grad)
+
+
+def test_padding_and_cutting_change_nothing(net: PriorTransformer) -> None:
+    text, (x_t, index) = captions(5, 2), noised(2, 2)
+    expected = net(x_t, index, net.encode_prefix(text))
+    garbage = torch.full((2, 3, D), 1e3, dtype=torch.float64)
+    padded = TextFeatures(
+        F.pad(text.tokens, (0, 3)), torch.cat([text.states, garbage], 1), F.pad(text.mask, (0, 3)), text.embed
+    )
+    torch.testing.assert_close(net(x_t, index, net.encode_prefix(padded)), expected)
+    short = TextFeatures(*(part[1:, :2] if part.ndim > 1 and part is not text.embed else part[1:] for part in text))
+    torch.testing.assert_close(net(x_t[1:], index[1:], net.encode_prefix(short)), expected[1:])
+
+
+def test_a_batch_is_its_rows(net: PriorTransformer) -> None:
+    text, (x_t, index) = captions(4, 4, 4), noised(3, 2)
+    whole = net(x_t, index, net.encode_prefix(text))
+    for i in range(3):
+        row = TextFeatures(*(part[i, None] for part in text))
+        torch.testing.assert_close(net(x_t[i, None], index[i, None], net.encode_prefix(row)), whole[i, None])
+
+
+def test_captions_see_no_noise_and_outputs_see_everything(net: PriorTransformer) -> None:
+    text, (x_t, index) = captions(5, 2), noised(2, 2)
+    text.states.requires_grad_()
+    text.embed.requires_grad_()
+    x_t.requires_grad_()
+    net(x_t, index, net.encode_prefix(text))[0, 0].sum().backward()
+    assert text.states.grad is not None
+    assert text.embed.grad is not None
+    assert x_t.grad is not None
+    assert (text.states.grad[0].abs().sum(-1) > 0).all()  # every real token
+    assert text.states.grad[1].eq(0).all()  # nobody else's
+    assert text.embed.grad[0].ne(0).all()
+    assert x_t.grad.abs().sum(-1).gt(0).tolist() == [[True, False], [False, False]]
+
+
+def test_gradient_reaches_every_parameter(net: PriorTransformer) -> None:
+    x_t, index = noised(2, 2)
+    net(x_t, index, net.encode_prefix(captions(CONTEXT, 2))).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_guidance_batch_with_one_unconditional_prefix(net: PriorTransformer) -> None:
+    cond, null, (x_t, index) = net.encode_prefix(captions(5, 3)), net.encode_prefix(captions(2, seed=9)), noised(2, 1)
+    both = net(x_t.repeat(2, 1, 1), index.repeat(2, 1), cond.cat(null.expand(2)))
+    torch.testing.assert_close(both[:2], net(x_t, index, cond))
+    torch.testing.assert_close(both[2:], net(x_t, index, null.repeat(2)))
+
+
+def karlo_name(name: str) -> str:
+    """Diffusers' parameter names in Karlo's words."""
+    words = {
+        "encoder_hidden_states_proj": "text_enc_proj",
+        "embedding_proj": "text_emb_proj",
+        "proj_in": "clip_img_proj",
+        "proj_to_clip_embeddings": "out_proj",
+        "norm_out": "final_ln",
+        "prd_embedding": "prd_emb",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "transformer_blocks": "transformer.resblocks",
+        "norm1": "ln_1",
+        "norm3": "ln_2",
+        "ff.net.0.proj": "mlp.c_fc",
+        "ff.net.2": "mlp.c_proj",
+        "attn1.to_out.0": "attn.c_proj",
+    }
+    for theirs, ours in words.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def test_equals_diffusers_with_the_same_weights() -> None:
+    torch.manual_seed(0)
+    theirs = Reference(2, 8, num_layers=3, embedding_dim=D, num_embeddings=CONTEXT).double()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = {karlo_name(k): v for k, v in theirs.state_dict().items() if not k.startswith("clip_")}
+    for part in ("weight", "bias"):
+        for i in range(3):
+            qkv = [state.pop(f"transformer.resblocks.{i}.attn1.to_{x}.{part}").unflatten(0, (2, 8)) for x in "qkv"]
+            state[f"transformer.resblocks.{i}.attn.c_qkv.{part}"] = torch.stack(qkv, dim=1).flatten(0, 2)
+    ours = PriorTransformer(D, D, CONTEXT, width=16, layers=3, heads=2).double()
+    ours.load_state_dict(state)
+    text, (x_t, index) = captions(CONTEXT, 4), noised(2, 1)
+    with torch.no_grad():
+        expected = theirs(x_t[:, 0], index[:, 0], text.embed, text.states, text.mask).predicted_image_embedding
+        got = ours(x_t, index, ours.encode_prefix(text))[:, 0]
+    # diffusers computes the sinusoid in float32
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_karlo_size() -> None:
+    """1,022,028,544 parameters in Karlo's published prior."""
+    with torch.device("meta"):
+        net = PriorTransformer(768, 768, 77, width=2048, layers=20, heads=32)
+    assert sum(p.numel() for p in net.parameters()) == 1_022_028_544
+
+
+def test_learns_a_conditional_mean() -> None:
+    """At the noisiest time x_t says nothing, so the answer is E[z_i | y]: here a fixed linear map of z_t."""
+    torch.manual_seed(0)
+    net = PriorTransformer(4, 4, 2, width=32, layers=2, heads=2)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    turn = torch.linalg.qr(torch.randn(4, 4))[0]
+    for _ in range(250):
+        embed = torch.randn(64, 4)
+        text = TextFeatures(torch.zeros(64, 1).long(), torch.zeros(64, 1, 4), torch.ones(64, 1).bool(), embed)
+        F_theta = net(torch.randn(64, 2, 4), torch.full((64, 2), 999.0), net.encode_prefix(text))
+        loss = (F_theta - (embed @ turn)[:, None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
