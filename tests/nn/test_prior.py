@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from diffusers import PriorTransformer as Reference
@@ -148,7 +150,7 @@ def karlo_name(name: str) -> str:
 
 def test_equals_diffusers_with_the_same_weights() -> None:
     torch.manual_seed(0)
-    theirs = Reference(2, 8, num_layers=3, embedding_dim=D, num_embeddings=CONTEXT).double()
+    theirs: Any = Reference(2, 8, num_layers=3, embedding_dim=D, num_embeddings=CONTEXT).double()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     state = {karlo_name(k): v for k, v in theirs.state_dict().items() if not k.startswith("clip_")}
@@ -171,20 +173,3 @@ def test_karlo_size() -> None:
     with torch.device("meta"):
         net = PriorTransformer(768, 768, 77, width=2048, layers=20, heads=32)
     assert sum(p.numel() for p in net.parameters()) == 1_022_028_544
-
-
-def test_learns_a_conditional_mean() -> None:
-    """At the noisiest time x_t says nothing, so the answer is E[z_i | y]: here a fixed linear map of z_t."""
-    torch.manual_seed(0)
-    net = PriorTransformer(4, 4, 2, width=32, layers=2, heads=2)
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    turn = torch.linalg.qr(torch.randn(4, 4))[0]
-    for _ in range(250):
-        embed = torch.randn(64, 4)
-        text = TextFeatures(torch.zeros(64, 1).long(), torch.zeros(64, 1, 4), torch.ones(64, 1).bool(), embed)
-        F_theta = net(torch.randn(64, 2, 4), torch.full((64, 2), 999.0), net.encode_prefix(text))
-        loss = (F_theta - (embed @ turn)[:, None]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1

@@ -19,7 +19,7 @@ def test_parse_inverts_every_caption(template: str) -> None:
 
 def test_caption_states_what_it_says() -> None:
     rng = np.random.default_rng(0)
-    stated_by = Counter()
+    stated_by: Counter[str] = Counter()
     for attributes in draw_attributes(1000, split="train", rng=rng):
         text, stated = caption(attributes, rng)
         assert parse(text) == stated

@@ -32,7 +32,8 @@ def test_exact_on_fresh_renders(size: int, n: int, split: Split) -> None:
     reading = ShapesOracle(size)(images)
     right = (reading.indices == encode(drawn)).float().mean(0)
     assert right.min() >= 0.995
-    assert reading.confidence.min() > 0.5 and reading.confidence.max() <= 1
+    assert reading.confidence.min() > 0.5
+    assert reading.confidence.max() <= 1
     assert reading.residual.max() < 0.01  # rounding to 8 bits alone can be 0.002
 
 
@@ -60,7 +61,8 @@ def test_noise_shows_in_the_residual_and_lowers_confidence(oracle: ShapesOracle)
     faint, strong = (oracle(clean.clamp(-0.9, 0.9) + 2 * s * noise) for s in (0.02, 0.1))
     assert torch.equal(strong.indices, encode(drawn))
     assert strong.residual.mean() == pytest.approx(0.1, rel=0.1)
-    assert (faint.residual < strong.residual).all() and (faint.confidence > strong.confidence).all()
+    assert (faint.residual < strong.residual).all()
+    assert (faint.confidence > strong.confidence).all()
 
 
 def test_what_is_no_shape_has_no_confidence(oracle: ShapesOracle) -> None:
@@ -69,16 +71,20 @@ def test_what_is_no_shape_has_no_confidence(oracle: ShapesOracle) -> None:
     noise = torch.randn(40, 3, 32, 32, generator=generator)
     for images in (uniform, noise, 1e6 * noise):
         reading = oracle(images)
-        assert reading.confidence.min() >= 0 and reading.confidence.max() < 0.05
-        assert reading.residual.isfinite().all() and (reading.residual > 0.05).all()
+        assert reading.confidence.min() >= 0
+        assert reading.confidence.max() < 0.05
+        assert reading.residual.isfinite().all()
+        assert (reading.residual > 0.05).all()
 
 
 def test_not_finite_is_neither_confident_nor_real(oracle: ShapesOracle) -> None:
     _, images = pictures(3, 32)
     images[0, 0, 3, 4], images[1, 2, 0, 0] = float("nan"), float("inf")
     reading = oracle(images)
-    assert reading.confidence[:2].tolist() == [0, 0] and reading.residual[:2].tolist() == [1, 1]
-    assert reading.confidence[2] > 0.5 and reading.residual[2] < 0.01
+    assert reading.confidence[:2].tolist() == [0, 0]
+    assert reading.residual[:2].tolist() == [1, 1]
+    assert reading.confidence[2] > 0.5
+    assert reading.residual[2] < 0.01
 
 
 def test_a_wrong_colour_is_not_real(oracle: ShapesOracle) -> None:
@@ -98,4 +104,5 @@ def test_shape_is_checked(oracle: ShapesOracle) -> None:
 
 
 def test_nothing_is_trained_or_saved(oracle: ShapesOracle) -> None:
-    assert not list(oracle.parameters()) and not oracle.state_dict()
+    assert not list(oracle.parameters())
+    assert not oracle.state_dict()

@@ -17,7 +17,7 @@ from PIL import Image
 from unclip_pl.data.atomic import replacing
 from unclip_pl.data.transforms import BadSample, center_square, decode_image
 from unclip_pl.shapes.captions import caption
-from unclip_pl.shapes.render import Split, draw_attributes, render
+from unclip_pl.shapes.render import HELD_OUT, Split, draw_attributes, render
 
 Encoding = Literal["png", "jpg", "webp"]
 
@@ -120,7 +120,8 @@ def suffix_of(data: bytes) -> Encoding:
 
 
 def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0) -> Iterator[Sample]:
-    """Rendered shapes with one caption each; the JSON has all attributes, and the stated ones.
+    """Rendered shapes with one caption each; the JSON has all attributes, the stated ones, and
+    whether train never shows the pair.
 
     Args:
         count: number of samples.
@@ -134,7 +135,9 @@ def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0) -
         images = render(attributes, size=size, rng=rng)
         for number, (names, image) in enumerate(zip(attributes, images, strict=True), start):
             text, stated = caption(names, rng)
-            yield Sample(f"{split}_{number:07d}", image, [text], {"attributes": names._asdict(), "stated": stated})
+            unseen = (names.shape, names.color) in HELD_OUT
+            extra = {"attributes": names._asdict(), "stated": stated, "unseen_pair": unseen}
+            yield Sample(f"{split}_{number:07d}", image, [text], extra)
 
 
 def table_samples(

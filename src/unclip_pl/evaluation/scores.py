@@ -10,6 +10,7 @@ from functools import reduce
 from itertools import combinations
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,8 +25,8 @@ from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.interval import NORMAL_975, Interval, mean_interval, recentred_interval, win_rate
 from unclip_pl.metrics.neighbours import precision_recall
 from unclip_pl.nn.text import cat_text
-from unclip_pl.shapes.captions import conditional, parse
-from unclip_pl.shapes.render import ATTRIBUTES, VALUES, draw_attributes, encode
+from unclip_pl.shapes.captions import PHRASES, TEMPLATES, conditional, fill, parse
+from unclip_pl.shapes.render import ATTRIBUTES, VALUES, Attributes, draw_attributes
 from unclip_pl.types import TextFeatures
 
 
@@ -200,15 +201,18 @@ def zero_shot(clip: ClipEncoder, image_embed: Tensor, truth: Tensor, prompts: in
         truth: (N, A).
         prompts: captions of each value.
     """
-    import numpy as np
-
     drawn = draw_attributes(prompts, split="train", rng=np.random.default_rng(0))
     images = F.normalize(image_embed.float(), dim=-1)
     read = []
     for name in ATTRIBUTES:
         classes = []
         for value in VALUES[name]:
-            texts = [describe(attributes._replace(**{name: value})._asdict()) for attributes in drawn]
+            texts = [_say_all(attributes._replace(**{name: value})) for attributes in drawn]
             classes.append(F.normalize(clip.describe(texts).embed.float(), dim=-1).mean(0))
         read.append((images @ F.normalize(torch.stack(classes), dim=-1).cpu().T).argmax(-1))
     return accuracy_by_attribute(torch.stack(read, dim=1), truth)
+
+
+def _say_all(attributes: Attributes) -> str:
+    phrases = {name: PHRASES.get(value, (value,))[0] for name, value in attributes._asdict().items()}
+    return fill(TEMPLATES[1], phrases)  # the one that states everything

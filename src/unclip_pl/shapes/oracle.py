@@ -142,7 +142,7 @@ class ShapesOracle(nn.Module):
         return jitter
 
     def _paint(self, pixels: Tensor, cells: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared error (B, K) of fitted cells in the best colours of the palettes, and the indices of these colours."""
+        """Squared error (B, K) of fitted cells in the best colours of the palettes, and those colours' indices."""
         x = pixels.flatten(2)
         masks = (
             coverage(cells.reshape(-1, 3), jitter.reshape(-1, 4), self.size).flatten(1).unflatten(0, cells.shape[:2])

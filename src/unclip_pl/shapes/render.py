@@ -1,7 +1,7 @@
 """Draws the shapes data set: one flat, antialiased shape on one flat background.
 
-A picture is five named attributes plus jitter. The geometry is in fractions of the image side, so any size can be drawn,
-and masks are tensor arithmetic alone: the oracle re-renders with the very function that drew the picture.
+A picture is five named attributes plus jitter. The geometry is in fractions of the image side, so any size can be
+drawn, and masks are tensor arithmetic alone: the oracle re-renders with the very function that drew the picture.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from torch import Tensor
 
 Split = Literal["train", "val", "heldout"]
 
-# --- Signed distances: negative inside, in units of the radius, y down. True near edges, which is all antialiasing needs.
-# Under the full rotation jitter every shape stays within [-1, 1] on both axes.
+# --- Signed distances: negative inside, in units of the radius, y down. True near edges, which is all that
+# antialiasing needs. Under the full rotation jitter every shape stays within [-1, 1] on both axes.
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ HELD_OUT = frozenset(
         ("ring", "red"),
     }
 )
-"""(shape, colour) pairs that only the held-out split shows. Every shape and every colour is in exactly one."""
+"""(shape, colour) pairs that train and val never show together. Every shape and every colour is in exactly one."""
 
 SHIFT_JITTER = 0.025  # image sides, either way on both axes
 SCALE_JITTER = 0.06  # relative; small and large stay far apart
@@ -155,21 +155,21 @@ COLOR_JITTER = 0.04  # per channel
 
 
 def pairs(split: Split) -> list[tuple[str, str]]:
-    """The (shape, colour) pairs that a split draws from, uniformly, in a fixed order."""
+    """The (shape, colour) pairs that a split draws from, uniformly, in a fixed order: heldout has them all."""
     product = itertools.product(SHAPES, COLORS)
-    return [pair for pair in product if (pair in HELD_OUT) == (split == "heldout")]
+    return [pair for pair in product if split == "heldout" or pair not in HELD_OUT]
 
 
 def draw_attributes(n: int, *, split: Split, rng: np.random.Generator) -> list[Attributes]:
     """Draw n pictures' attributes: a (shape, colour) pair of the split, the rest uniform and independent.
 
-    Val is train's distribution drawn afresh; heldout has nothing but `HELD_OUT` pairs.
+    Val is train's distribution drawn afresh; heldout has every pair, an eighth of which train has never shown.
     """
     allowed = pairs(split)
     ranges = (len(allowed), len(SIZES), len(POSITIONS), len(BACKGROUNDS))
     draws = rng.integers(ranges, size=(n, len(ranges))).tolist()
     sizes, positions, backgrounds = VALUES["size"], VALUES["position"], VALUES["background"]
-    return [Attributes(*allowed[i], sizes[j], positions[k], backgrounds[m]) for i, j, k, m in draws]
+    return [Attributes(allowed[i][0], allowed[i][1], sizes[j], positions[k], backgrounds[m]) for i, j, k, m in draws]
 
 
 def coverage(cells: Tensor, jitter: Tensor, size: int) -> Tensor:

@@ -43,13 +43,13 @@ class DecoderTask(EmbeddingTask):
     ) -> None:
         super().__init__(statistics, scaling, text_drop, optimization)
         self.save_hyperparameters()
-        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net
         self.diffusion = diffusion or GaussianDiffusion()
         self.image_drop = image_drop
 
     def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple, or L_hybrid where the network learns its variance."""
-        x0 = batch.image.contiguous(memory_format=torch.channels_last)
+        x0 = batch.image
         keep_image = bernoulli(len(x0), 1 - self.image_drop, x0.device, generator)
         text = self.drop_text(batch.text, generator)
         condition = self.net.encode_condition(self.space.scale(batch.image_embed), text, keep_image)
@@ -79,7 +79,6 @@ class DecoderTask(EmbeddingTask):
         condition = self.net.encode_condition(z_i, text, keep)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
             out = self.net(x_t, self.diffusion.index(t), condition)
             if out.shape[1] == x_t.shape[1]:
                 return Denoised(self.diffusion.to_x0(out, x_t, t))

@@ -54,7 +54,7 @@ class UpsamplerTask(Task):
     ) -> None:
         super().__init__(optimization)
         self.save_hyperparameters()
-        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net
         self.factor = factor
         self.corruption = corruption or GaussianBlur()
         self.diffusion = diffusion or GaussianDiffusion()
@@ -66,7 +66,7 @@ class UpsamplerTask(Task):
 
     def loss(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple given the corrupted low-resolution image."""
-        x0 = batch.image.contiguous(memory_format=torch.channels_last)
+        x0 = batch.image
         low = self.corruption(self.shrink(x0))
         t = self.diffusion.draw_t(len(x0), x0.device, generator)
         eps = noise_like(x0, generator=generator)

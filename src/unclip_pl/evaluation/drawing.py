@@ -1,0 +1,122 @@
+"""Decodes embeddings batch by batch, over all ranks, and keeps of each image only what the scores need."""
+
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.clip import ClipEncoder
+from unclip_pl.evaluation.scores import View, select_text
+from unclip_pl.pipeline import Decoder
+from unclip_pl.shapes.oracle import ShapesOracle
+from unclip_pl.types import TextFeatures
+
+T = TypeVar("T")
+
+
+def gather(own: T, world_size: int) -> list[T]:
+    """Every rank's object, in the order of ranks."""
+    if world_size == 1:
+        return [own]
+    everyone: list[T] = [own] * world_size
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} images/s" if task.speed else "", style="progress.data.speed")
+
+
+class Painter(AbstractContextManager["Painter"]):
+    """Draws, and looks at what it drew. A context: the progress bar stands while it is open.
+
+    Image i starts from the same noise whatever its embedding, so that two priors differ by their embeddings alone.
+
+    Args:
+        decoder: loaded.
+        judge: its features are kept.
+        oracle: its readings are kept; None where the data are no shapes.
+        batch_size: images decoded at once.
+        seed: of the noise.
+        rank: of this process, which draws every ``world_size``-th batch.
+        world_size: processes.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        judge: ClipEncoder,
+        oracle: ShapesOracle | None,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.decoder = decoder
+        self.judge = judge
+        self.oracle = oracle
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        parts = [TextColumn(part) if isinstance(part, str) else part for part in columns]
+        self.progress = Progress(*parts, disable=rank > 0)
+        self.bar = self.progress.add_task("decoding", total=None)
+
+    def __enter__(self) -> "Painter":
+        """Shows the bar."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves it as it stands."""
+        self.progress.stop()
+
+    def expect(self, images: int) -> None:
+        """Tells the bar how many images there will be."""
+        self.progress.update(self.bar, total=images)
+
+    def paint(self, image_embed: Tensor, text: TextFeatures, *, what: str, keep: int = 0) -> View:
+        """Decode and look.
+
+        Args:
+            image_embed: (N, d) on the CPU.
+            text: N captions, on the CPU.
+            what: is being drawn, for the bar.
+            keep: how many of the images themselves to keep.
+        """
+        self.progress.update(self.bar, description=f"decoding: {what}")
+        device = self.judge.preprocess.mean.device
+        parts: dict[int, View] = {}
+        for batch in range(self.rank, -(-len(image_embed) // self.batch_size), self.world_size):
+            start = batch * self.batch_size
+            rows = slice(start, start + self.batch_size)
+            words = TextFeatures(*(part.to(device) for part in select_text(text, rows)))
+            generator = torch.Generator().manual_seed(self.seed + 7919 * batch)
+            images = self.decoder.decode(image_embed[rows].to(device), words, generator=generator)
+            parts[batch] = self.look(images, keep=max(0, keep - start))
+            # Other ranks draw as much in the same time.
+            self.progress.advance(self.bar, len(images) * self.world_size)
+        joined = {batch: view for own in gather(parts, self.world_size) for batch, view in own.items()}
+        return join_views([joined[batch] for batch in sorted(joined)])
+
+    def look(self, images: Tensor, *, keep: int = 0) -> View:
+        """What is kept of images (N, 3, H, H) in [-1, 1], on the CPU."""
+        judge = F.normalize(self.judge.encode_image(images).float(), dim=-1)
+        if self.oracle is None:
+            read, residual = torch.empty(len(images), 0, dtype=torch.long), torch.full((len(images),), torch.nan)
+        else:
+            read, _, residual = self.oracle(images)
+        return View(judge.cpu(), read.cpu(), residual.cpu(), images[:keep].float().cpu())
+
+
+def join_views(views: list[View]) -> View:
+    """Batches as one."""
+    return View(*(torch.cat(parts) for parts in zip(*views, strict=True)))
