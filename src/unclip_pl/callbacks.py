@@ -81,7 +81,7 @@ class SampleGrid(Callback):
         self._next = every_n_steps
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """At the first batch of a validation that is due: the averaged weights are in place here."""
         if batch_idx or trainer.sanity_checking or trainer.global_step < self._next:

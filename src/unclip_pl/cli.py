@@ -32,6 +32,7 @@ NOISE = (
     ".*WeightAveraging callback, but .* outside the 'fit' stage.*",
     ".*GPU available but not used.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*args parameter is intended to run from within Python.*",
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",
 )
 
@@ -82,7 +83,9 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
             if words and words[0] in ("-h", "--help"):
                 print(f"usage: {program} {{{names}}} [OPTIONS]   ({program} {next(iter(entry))} --help for more)")
                 return None
-            raise ValueError(f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}.")
+            raise ValueError(
+                f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}."
+            )
         return call(f"{program} {words[0]}", entry[words[0]], words[1:])
     parser = ArgumentParser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
@@ -102,7 +105,9 @@ def train(words: list[str]) -> Any:
     from unclip_pl.trainer_cli import UnclipCLI
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    missing = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config" and not Path(words[i + 1]).is_file()]
+    missing = [
+        words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config" and not Path(words[i + 1]).is_file()
+    ]
     if missing:
         raise FileNotFoundError(f"No config at {missing[0]}: expected a YAML file, such as those under configs/.")
     return UnclipCLI(LightningModule, LightningDataModule, args=words)

@@ -213,7 +213,9 @@ def read_run(root: Path) -> RunDescription:
 
     path = root / "run.json"
     if not path.is_file():
-        raise FileNotFoundError(f"No run at {root}: expected {path}, which `unclip reproduce` (or `make quickstart`) writes.")
+        raise FileNotFoundError(
+            f"No run at {root}: expected {path}, which `unclip reproduce` (or `make quickstart`) writes."
+        )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
     try:

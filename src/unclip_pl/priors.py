@@ -1,4 +1,4 @@
-"""Five ways from a caption to an image embedding, behind one ABC: two of the paper, one baseline, a floor, a ceiling."""
+"""Five ways from caption to image embedding, behind one ABC: the paper's two, a baseline, a floor, a ceiling."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral, Denoised, Sampler, guided
 from unclip_pl.diffusion.sampling import Denoise
-from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
@@ -20,7 +19,7 @@ from unclip_pl.types import PriorBatch, TextFeatures
 
 
 class Prior(ABC):
-    """P(z_i | y). Constructed without touching a file, so that configs parse at once; :meth:`load` reads the weights."""
+    """P(z_i | y). Constructed without touching a file, so that configs parse at once; :meth:`load` reads weights."""
 
     #: Parameters of the network, 0 for what was not trained.
     num_parameters: int = 0
@@ -92,7 +91,7 @@ class DiffusionPrior(Prior):
 
     def _denoiser(self, text: TextFeatures) -> Denoise:
         space, diffusion = self.task.space, self.task.diffusion
-        net: PriorTransformer = self.task.net
+        net = self.task.net
         prefix = net.encode_prefix(space.scale_text(text))
         if self.guidance != 1:
             null = net.encode_prefix(space.scale_text(space.null_text))

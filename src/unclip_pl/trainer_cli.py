@@ -1,11 +1,13 @@
 """LightningCLI with our links, our callbacks, and no surprises on resume."""
 
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 
 from unclip_pl.callbacks import StepProgressBar
 from unclip_pl.cli import LINKS
@@ -47,6 +49,10 @@ class UnclipCLI(LightningCLI):
         for source, target in LINKS:
             parser.link_arguments(source, target, apply_on="instantiate")
 
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.add_instantiator(_Instantiator(cli=self, key="model"), LightningModule, subclasses=True)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyperparameters win over YAML and command line; here they lose."""
 
@@ -56,6 +62,30 @@ class UnclipCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath:
                 self.trainer.save_checkpoint(Path(callback.dirpath) / "last.ckpt")
                 return
+
+
+class _Instantiator(_InstantiatorFn):
+    """Lightning's, which writes every link into the hyperparameters: here only those that the class takes."""
+
+    def __call__(self, class_type: type[Any], *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
+        self.cli._dump_config()
+        model = {self.key: self.cli.config_dump[self.key]}
+        links = {key: value for key, value in applied_instantiation_links.items() if _takes(model, key.split("."))}
+        return super().__call__(class_type, *args, applied_instantiation_links=links, **kwargs)
+
+
+def _takes(config: dict[str, Any], path: list[str]) -> bool:
+    """Whether the class that owns the last key of ``… init_args NAME`` has an argument of that name."""
+    *parents, init_args, name = path
+    node: Any = config
+    for key in parents:
+        if not isinstance(node, dict) or key not in node:
+            return False
+        node = node[key]
+    if init_args != "init_args" or not isinstance(node, dict) or "class_path" not in node:
+        return False
+    module, _, cls = node["class_path"].rpartition(".")
+    return name in signature(getattr(import_module(module), cls)).parameters
 
 
 def build(args: list[str]) -> Any:

@@ -79,7 +79,14 @@ def test_folder_with_table(tmp_path: Path, suffix: str, delimiter: str) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("a.b.png", "a_b.png", "sub/c.png"):
         (tmp_path / name).write_bytes(png("blue", (12, 8)))
-    rows = [("file", "text"), ("a.b.png", "one"), ("a.b.png", "two"), ("a_b.png", "x"), ("sub/c.png", "y"), ("no.png", "z")]
+    rows = [
+        ("file", "text"),
+        ("a.b.png", "one"),
+        ("a.b.png", "two"),
+        ("a_b.png", "x"),
+        ("sub/c.png", "y"),
+        ("no.png", "z"),
+    ]
     table = tmp_path / f"captions.{suffix}"
     table.write_text("\n".join(delimiter.join(row) for row in rows))
     skipped: Counter[str] = Counter()

@@ -127,9 +127,7 @@ def test_an_interrupted_run_keeps_what_it_had(
         np.testing.assert_allclose(ours.image_embed, theirs.image_embed, rtol=2e-3, atol=2e-3)  # batches differ
 
 
-def test_another_clip_is_refused_by_name(
-    source: Path, store: Path, encoder: ClipEncoder, other_clip: ClipSpec
-) -> None:
+def test_another_clip_is_refused_by_name(source: Path, store: Path, encoder: ClipEncoder, other_clip: ClipSpec) -> None:
     other = other_clip.load().fingerprint
     with pytest.raises(ValueError, match="unclip precompute") as error:
         precompute(str(source), str(store), other_clip, device="cpu")

@@ -75,7 +75,7 @@ def test_conditional_knows_the_held_out_pairs() -> None:
     heart = VALUES["shape"].index("heart")
     assert conditional({"color": "blue"}, "shape", "train")[heart] == 0
     assert conditional({"color": "blue"}, "shape", "val")[heart] == 0
-    assert conditional({"color": "blue"}, "shape", "heldout")[heart] == 1
+    assert conditional({"color": "blue"}, "shape", "heldout")[heart] == 1 / 8
 
 
 def test_conditional_refuses_what_is_stated_or_unknown() -> None:

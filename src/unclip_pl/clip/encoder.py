@@ -44,7 +44,7 @@ def architecture(name: str) -> dict[str, Any]:
     return config
 
 
-def build_clip(name: str, pretrained: str = "") -> nn.Module:
+def build_clip(name: str, pretrained: str = "") -> Any:
     """open_clip's model of that architecture: trainable, and random unless ``pretrained`` says otherwise.
 
     Args:
@@ -128,7 +128,7 @@ class Preprocess(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, size: int) -> None:
+    def __init__(self, model: Any, size: int) -> None:
         super().__init__()
         config = PreprocessCfg(**model.visual.preprocess_cfg)
         self.size = size
@@ -147,6 +147,8 @@ class ClipEncoder(nn.Module):
 
     Embeddings come out raw, not normalised.
     """
+
+    model: Any  # open_clip's CLIP or CustomTextCLIP: they share methods and no type
 
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()

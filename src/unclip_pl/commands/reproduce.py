@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from unclip_pl.cli import dispatch
+from unclip_pl.evaluation.provenance import STAGES
 from unclip_pl.pipeline import write_run
 
 
@@ -47,9 +48,9 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
     for number, (name, stage) in enumerate(stages.items(), 1):
         words = shlex.split(stage.run.format(run=run, source=source.format(run=run)))
         keys[name] = stage_key(words, [keys[need] for need in stage.needs])
-        record = _record(root, name)
+        record = _records(root).get(name, {})
         title = f"[{number}/{len(stages)}] {name}"
-        if record.get("key") == keys[name] and record.get("done"):
+        if record.get("key") == keys[name] and record.get("done") and _made(root, name):
             console.print(f"{title}: done in {record['seconds']:.0f} s, skipped", style="dim")
             continue
         console.rule(f"{title}: unclip {shlex.join(words)}", align="left")
@@ -69,7 +70,7 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
         record["done"] = True
         _write(root, name, record)
         console.print(f"{title}: {record['seconds']:.0f} s")
-    total = sum(_record(root, name)["seconds"] for name in stages)
+    total = sum(_records(root)[name]["seconds"] for name in stages)
     console.rule(f"all {len(stages)} stages done, {total / 60:.1f} minutes: {root}", align="left")
 
 
@@ -105,12 +106,6 @@ def describe_run(compare: str, root: Path) -> dict[str, Any]:
     return {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
 
 
-def stage_seconds(root: Path) -> dict[str, float]:
-    """Seconds that each stage of a run has taken so far, over all its resumptions."""
-    records = (json.loads(path.read_text()) for path in sorted(root.glob("stages/*.json")))
-    return {record["name"]: record["seconds"] for record in records}
-
-
 def _check_needs(stages: dict[str, Stage]) -> None:
     before: set[str] = set()
     for name, stage in stages.items():
@@ -120,23 +115,26 @@ def _check_needs(stages: dict[str, Stage]) -> None:
         before.add(name)
 
 
-def _record(root: Path, name: str) -> dict[str, Any]:
-    path = root / "stages" / f"{name}.json"
+def _records(root: Path) -> dict[str, dict[str, Any]]:
+    path = root / STAGES
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _write(root: Path, name: str, record: dict[str, Any]) -> None:
-    path = root / "stages" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"name": name, **record}, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Into ``stages.json``, whole or not at all."""
+    temporary = root / f"{STAGES}.tmp"
+    temporary.write_text(json.dumps(_records(root) | {name: record}, indent=2) + "\n")
+    os.replace(temporary, root / STAGES)
+
+
+def _made(root: Path, name: str) -> list[Path]:
+    """What a stage leaves bears its name: a folder, or a file."""
+    return [path for path in (root / name, root / f"{name}.safetensors") if path.exists()]
 
 
 def _set_aside(root: Path, name: str) -> None:
     """What an earlier recipe made is not deleted: it moves to ``replaced/``."""
-    made = [path for path in (root / name, root / f"{name}.safetensors") if path.exists()]
-    for path in made:
+    for path in _made(root, name):
         target = root / "replaced" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         target.parent.mkdir(exist_ok=True)
         shutil.move(path, target)
@@ -145,5 +143,3 @@ def _set_aside(root: Path, name: str) -> None:
 def _resume(root: Path, name: str, words: list[str]) -> list[str]:
     checkpoint = root / name / "checkpoints" / "last.ckpt"
     return ["--ckpt_path", str(checkpoint)] if words[0] == "fit" and checkpoint.is_file() else []
-
-

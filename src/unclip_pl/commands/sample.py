@@ -44,9 +44,7 @@ def sample(
         def progress(done: int, total: int, x0: torch.Tensor) -> None:
             bar.update(steps, completed=done, total=total)
 
-        images = unclip.generate(
-            captions, num=num, prior=prior, guidance=guidance, seed=seed, progress=progress
-        ).images
+        images = unclip.generate(captions, num=num, prior=prior, guidance=guidance, seed=seed, progress=progress).images
     grid = make_grid(images.cpu().add(1).div(2), nrow=num, padding=2, pad_value=1.0)
     info = PngInfo()
     for key, value in {"captions": "\n".join(captions), "seed": seed, "prior": prior, "run": Path(run).name}.items():

@@ -246,7 +246,7 @@ def _moments(folder: Path, records: Iterable[ShardRecord]) -> Moments:
     """Of the training split; of everything where a source has none, as one that is only for evaluation."""
     files = [folder / record.file for record in records]
     moments = reduce(Moments.plus, map(read_moments, files))
-    if moments.count > 0:
+    if moments.total > 0:
         return moments
     log.warning("No training images in %s: its statistics are those of the other splits.", folder)
     return reduce(Moments.plus, (moments_of(map_features(file).image_embed) for file in files))

@@ -90,7 +90,7 @@ class EmbeddingStore:
         return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
     def embed_chunks(self, split: Split, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw (image_embed, text_embed) of a split in order, each image with its first caption, ≤ ``size`` at a time."""
+        """Raw (image_embed, text_embed) of a split in order, each image with its first caption."""
         for rows in self.blocks(split, size):
             parts = self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64)))
             text = np.empty((len(rows), self.embed_dim), np.float16)

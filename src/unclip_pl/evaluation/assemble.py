@@ -1,6 +1,8 @@
 """Everything that a comparison measured, as the plain data of ``report.json``."""
 
 import math
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,10 @@ from unclip_pl.evaluation.scores import (
     diversity_scores,
     embedding_scores,
     frechet_scores,
+    join_text,
     neighbour_scores,
     stated_indices,
+    states_unseen_pair,
     win_rates,
     zero_shot,
 )
@@ -51,6 +55,34 @@ class Heldout(NamedTuple):
     images: Tensor  # (n, 3, H, H), the first n
 
 
+def join_heldout(parts: Iterable[Heldout]) -> Heldout:
+    """Batches as one."""
+    image_embed, text, captions, metadata, judge_image, judge_text, images = zip(*parts, strict=True)
+    return Heldout(
+        torch.cat(image_embed),
+        join_text(text),
+        list(chain.from_iterable(captions)),
+        list(chain.from_iterable(metadata)),
+        torch.cat(judge_image),
+        torch.cat(judge_text),
+        torch.cat(images),
+    )
+
+
+def true_attributes(metadata: list[dict[str, Any]]) -> Tensor:
+    """(N, A) of shapes, by the json of their samples.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if any("attributes" not in sample for sample in metadata):
+        raise ValueError(
+            "The oracle reads shapes, but samples of this data have no `attributes` in their json: leave `oracle` out "
+            "of the comparison, or pack the shapes with `unclip pack shapes`."
+        )
+    return encode([Attributes(**sample["attributes"]) for sample in metadata])
+
+
 class Material(NamedTuple):
     """All that was drawn, before it is scored."""
 
@@ -69,18 +101,8 @@ class Material(NamedTuple):
         return self.real.read.shape[1] > 0
 
     def truth(self) -> Tensor:
-        """(n, A) true attributes of the decoded rows.
-
-        Raises:
-            ValueError: the data have none.
-        """
-        metadata = self.heldout.metadata[: len(self.real.judge)]
-        if any("attributes" not in sample for sample in metadata):
-            raise ValueError(
-                "The oracle reads shapes, but samples of this data have no `attributes` in their json: leave "
-                "`oracle` out of the comparison, or pack the shapes with `unclip pack shapes`."
-            )
-        return encode([Attributes(**sample["attributes"]) for sample in metadata])
+        """(n, A) true attributes of the decoded rows."""
+        return true_attributes(self.heldout.metadata[: len(self.real.judge)])
 
     def counts(self) -> dict[str, int]:
         """How many of everything, for the reader."""
@@ -126,10 +148,13 @@ def assemble(
     embed_fd = frechet_scores(heldout.image_embed, material.samples, resamples, generator)
     fd_judge = frechet_scores(real.judge, {name: view.judge for name, view in views.items()}, resamples, generator)
 
+    unseen = states_unseen_pair(stated)
     entries: dict[str, Any] = {}
     for name, prior in priors.items():
         values = {**singles[name], **many.get(name, {})}
         metrics = {key: mean_interval(value) for key, value in values.items()}
+        if material.has_oracle and unseen.sum() > 1:
+            metrics["unseen_match"] = mean_interval(singles[name]["stated_match"][unseen])
         metrics |= {"embed_fd": embed_fd.by_name[name], "fd_judge": fd_judge.by_name[name]}
         metrics |= neighbour_scores(real.judge, views[name].judge)
         metrics |= embedding_scores(material.samples[name], heldout.image_embed)
@@ -140,7 +165,7 @@ def assemble(
             "attributes": accuracy_by_attribute(views[name].read, stated),
             **_costs(prior, material.costs[name]),
         }
-    report = {
+    report: dict[str, Any] = {
         "oracle": _oracle(material),
         "decoder": _decoder(material, singles["reconstruction"], fd_judge.by_name["reconstruction"]),
         "clip": _clip(material, clip),

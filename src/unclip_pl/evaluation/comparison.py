@@ -1,7 +1,6 @@
 """The comparison that the paper reports: priors side by side on the same captions, with the same CLIP and decoder."""
 
 import time
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
-from unclip_pl.evaluation.assemble import Cost, Heldout, Material, assemble
+from unclip_pl.evaluation.assemble import Cost, Heldout, Material, assemble, join_heldout, true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather
-from unclip_pl.evaluation.provenance import provenance, settings, stage_seconds
+from unclip_pl.evaluation.provenance import provenance, settings
 from unclip_pl.evaluation.report import Atlas, print_summary, scalars, write_report
-from unclip_pl.evaluation.scores import View, join_text, open_captions, select_text
+from unclip_pl.evaluation.scores import View, open_captions, select_text
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.pipeline import Decoder, check_clip
 from unclip_pl.priors import Prior, TrueEmbedding
@@ -134,6 +133,8 @@ class Comparison(LightningModule):
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Embeds the captions with every prior and every seed, and keeps what the judge says of the truth."""
+        if self.oracle is not None:
+            true_attributes(batch.metadata)  # now, not after all is drawn
         judge = self._encoders["judge"]
         room = max(0, self.captions - sum(len(part.captions) for part in self._heldout))
         self._heldout.append(
@@ -176,17 +177,14 @@ class Comparison(LightningModule):
             "decode and look": drawn - embedded,
             "score": scored - drawn,
         }
-        stages = {**stage_seconds(self.run), "compare": scored - self._started}
         report["meta"] = {
             **provenance(self.device),
             "config": self.settings,
-            "wall_seconds": sum(stages.values()),
-            "stages": stages,
-            "comparison_seconds": seconds,
             "counts": material.counts(),
+            "comparison_seconds": seconds,
         }
         atlases = self._atlases(material)
-        write_report(self.run, report, atlases)
+        report = write_report(self.run, report, atlases)
         self._log(report, atlases)
         print_summary(self.run, report)
 
@@ -220,10 +218,10 @@ class Comparison(LightningModule):
                 samples=samples,
                 costs=self._costs,
                 real=painter.look(heldout.images[:n].to(self.device), keep=keep),
-                reconstruction=painter.paint(heldout.image_embed[:n], alone, what="from the embedding alone", keep=keep),
-                views={
-                    name: painter.paint(drawn[0, :n], few, what=name, keep=keep) for name, drawn in samples.items()
-                },
+                reconstruction=painter.paint(
+                    heldout.image_embed[:n], alone, what="from the embedding alone", keep=keep
+                ),
+                views={name: painter.paint(drawn[0, :n], few, what=name, keep=keep) for name, drawn in samples.items()},
                 many={
                     name: painter.paint(
                         self._embed_many(prior, many),
@@ -250,9 +248,10 @@ class Comparison(LightningModule):
     def _atlases(self, material: Material) -> dict[str, Atlas]:
         """The report's pictures: captions × priors, and many images of a few captions."""
         columns: dict[str, View] = {"real": material.real, **material.views, "embedding alone": material.reconstruction}
+        size = material.reconstruction.images.shape[-1]
         atlases = {
             "grid": Atlas(
-                torch.stack([resize(view.images, self.decoder.image_size) for view in columns.values()], dim=1),
+                torch.stack([resize(view.images, size) for view in columns.values()], dim=1),
                 rows=material.heldout.captions[: len(material.real.images)],
                 columns=list(columns),
             )
@@ -281,20 +280,6 @@ def count_flops(prior: Prior, pairs: PriorBatch) -> int:
     with FlopCounterMode(display=False) as counter:
         prior.embed_batch(few, generator=torch.Generator().manual_seed(0))
     return counter.get_total_flops() // n
-
-
-def join_heldout(parts: Iterable[Heldout]) -> Heldout:
-    """Batches as one."""
-    image_embed, text, captions, metadata, judge_image, judge_text, images = zip(*parts, strict=True)
-    return Heldout(
-        torch.cat(image_embed),
-        join_text(text),
-        list(chain.from_iterable(captions)),
-        list(chain.from_iterable(metadata)),
-        torch.cat(judge_image),
-        torch.cat(judge_text),
-        torch.cat(images),
-    )
 
 
 def resize(images: Tensor, size: int) -> Tensor:

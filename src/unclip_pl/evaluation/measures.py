@@ -39,6 +39,13 @@ MEASURES: dict[str, Measure] = {
         "Share of the captions of which every stated attribute is right.",
         percent=True,
     ),
+    "unseen_match": Measure(
+        "Caption match",
+        "unseen pairs",
+        "higher",
+        "Stated attributes again, of the captions alone that state a (shape, colour) pair which training never showed.",
+        percent=True,
+    ),
     "clip_score": Measure(
         "Caption match",
         "CLIP score",

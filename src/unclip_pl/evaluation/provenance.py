@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+#: What ``unclip reproduce`` writes of its stages, in the run's folder.
+STAGES = "stages.json"
 PACKAGES = ("unclip_pl", "torch", "lightning", "open_clip_torch", "torchmetrics", "numpy")
 
 
@@ -19,7 +21,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def settings(thing: Any) -> Any:
-    """An object of ours as plain data: its class and what it was constructed with. Call it before weights are loaded."""
+    """An object of ours as plain data: its class and constructor arguments. Call it before weights are loaded."""
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
     if isinstance(thing, dict):
@@ -34,10 +36,19 @@ def settings(thing: Any) -> Any:
     return {"class": name, **values}
 
 
-def stage_seconds(run: Path) -> dict[str, float]:
-    """What each stage of ``unclip reproduce`` took, from ``stages.json``; empty where the run has none."""
-    path = run / "stages.json"
-    return {name: float(seconds) for name, seconds in json.loads(path.read_text()).items()} if path.is_file() else {}
+def stage_seconds(run: Path, comparison: float) -> dict[str, float]:
+    """What each stage of ``unclip reproduce`` took, from ``stages.json``.
+
+    Args:
+        run: folder of the run.
+        comparison: seconds of the comparison that reports. They belong to the stage that is not done yet; in a run
+            without stages they are all there is.
+    """
+    path = run / STAGES
+    if not path.is_file():
+        return {"comparison": comparison}
+    records = json.loads(path.read_text())
+    return {name: record["seconds"] + (0 if record["done"] else comparison) for name, record in records.items()}
 
 
 def _commit() -> str:

@@ -26,7 +26,7 @@ from unclip_pl.metrics.interval import NORMAL_975, Interval, mean_interval, rece
 from unclip_pl.metrics.neighbours import precision_recall
 from unclip_pl.nn.text import cat_text
 from unclip_pl.shapes.captions import PHRASES, TEMPLATES, conditional, fill, parse
-from unclip_pl.shapes.render import ATTRIBUTES, VALUES, Attributes, draw_attributes
+from unclip_pl.shapes.render import ATTRIBUTES, HELD_OUT, VALUES, Attributes, draw_attributes
 from unclip_pl.types import TextFeatures
 
 
@@ -79,6 +79,13 @@ def caption_scores(view: View, real: Tensor, judge_text: Tensor, stated: Tensor)
         scores["captions_right"] = captions_right(view.read, stated).float()
         scores["residual"] = view.residual
     return scores
+
+
+def states_unseen_pair(stated: Tensor) -> Tensor:
+    """(N,) bool: do captions, as (N, A) of :func:`stated_indices`, state a pair that training never shows?"""
+    pairs = torch.tensor([[VALUES["shape"].index(s), VALUES["color"].index(c)] for s, c in sorted(HELD_OUT)])
+    places = [ATTRIBUTES.index("shape"), ATTRIBUTES.index("color")]
+    return (stated[:, None, places] == pairs).all(-1).any(-1)
 
 
 def neighbour_scores(real: Tensor, fake: Tensor) -> dict[str, Interval]:

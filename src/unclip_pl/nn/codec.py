@@ -224,7 +224,7 @@ def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]
         train, held_out = (train.plus(a), held_out.plus(b)) if train and held_out else (a, b)
     if train is None or held_out is None or count < 2 * HOLD_OUT:
         raise ValueError(f"Expected at least {2 * HOLD_OUT} embeddings to fit a codec. Got {count}.")
-    mean, covariance = _about(train, train.unit_sum / train.count)
+    mean, covariance = _about(train, train.unit_sum / train.total)
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues, components = eigenvalues.flip(0), vectors.flip(-1).T
     if code_length is None:
@@ -238,8 +238,8 @@ def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]
 
 def _about(moments: Moments, centre: Tensor) -> tuple[Tensor, Tensor]:
     """The centre, and the second moment (d, d) about it."""
-    cross = torch.outer(moments.unit_sum / moments.count, centre)
-    return centre, moments.unit_outer / moments.count - cross - cross.T + torch.outer(centre, centre)
+    cross = torch.outer(moments.unit_sum / moments.total, centre)
+    return centre, moments.unit_outer / moments.total - cross - cross.T + torch.outer(centre, centre)
 
 
 def _sample(chunks: Chunks, axes: Axes, stride: int) -> tuple[Tensor, Tensor]:

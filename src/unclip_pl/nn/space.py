@@ -24,7 +24,7 @@ PIXEL_RMS = 0.5375
 class Moments(NamedTuple):
     """Streaming first and second moments of raw and of unit-norm embeddings, float64."""
 
-    count: Tensor  # ()
+    total: Tensor  # () number of embeddings
     raw_sum: Tensor  # (d,)
     raw_square: Tensor  # (d,) sum of squares
     unit_sum: Tensor  # (d,)
@@ -52,7 +52,7 @@ def write_statistics(path: str | Path, *, moments: Moments, null_text: TextFeatu
         null_text: CLIP's features of ``""``, batch size 1.
         fingerprint: of the CLIP that made both.
     """
-    n = moments.count
+    n = moments.total
     raw_mean = moments.raw_sum / n
     mean = moments.unit_sum / n
     covariance = (moments.unit_outer - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)

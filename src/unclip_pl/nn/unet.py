@@ -14,7 +14,7 @@ from unclip_pl.nn.layers import sinusoidal
 from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm, zeroed
 from unclip_pl.types import TextFeatures
 
-__all__ = ["Condition", "ConditionEncoder", "UNet"]
+__all__ = ["Condition", "ConditionEncoder", "UNet", "UpsamplerUNet"]
 
 
 class ConditionEncoder(nn.Module):
@@ -220,3 +220,44 @@ class UNet(nn.Module):
         for level in self.up:
             x = level(x, time, condition, [skips.pop() for _ in range(self.skips_per_level)])
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+
+
+class UpsamplerUNet(UNet):
+    """The upsamplers' U-Net: convolutions only, unconditional, the low-resolution image beside x_t (§2.1).
+
+    The defaults are the paper's 64 → 256 px upsampler. Applied at any side, whatever the crops it was trained on.
+
+    Args:
+        channels: unit of width (paper: 320, then 192).
+        channel_mult: width of every level as a multiple of ``channels``.
+        res_blocks: residual blocks a level (paper: 3, then 2).
+        dropout: in every residual block.
+        groups: GroupNorm groups.
+        time_mode: how the time enters a residual block.
+        resample_with_blocks: resolutions change inside residual blocks; off, by one convolution.
+        patch: every ``patch`` × ``patch`` pixels become the channels of one position, and back at the end.
+    """
+
+    def __init__(
+        self,
+        channels: int = 320,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        res_blocks: int = 3,
+        dropout: float = 0.1,
+        groups: int = 32,
+        time_mode: TimeMode = "scale_shift",
+        resample_with_blocks: bool = True,
+        patch: int = 1,
+    ) -> None:
+        super().__init__(
+            in_channels=6,
+            channels=channels,
+            channel_mult=channel_mult,
+            res_blocks=res_blocks,
+            attention_levels=(),
+            dropout=dropout,
+            groups=groups,
+            time_mode=time_mode,
+            resample_with_blocks=resample_with_blocks,
+            patch=patch,
+        )

@@ -94,7 +94,7 @@ def parse(caption: str) -> dict[str, str]:
 def conditional(stated: Mapping[str, str], attribute: str, split: Split) -> np.ndarray:
     """The renderer's true distribution of one attribute, given the stated ones.
 
-    Uniform, but that a split draws its own (shape, colour) pairs: in train, blue things are never hearts.
+    Uniform, but for the (shape, colour) pairs that train and val leave out: there, blue things are never hearts.
 
     Args:
         stated: attributes by name, as from `caption` or `parse`.

@@ -32,7 +32,7 @@ from unclip_pl.shapes.render import (
 
 _BANK_SIZE = 32  # pixels; larger pictures are ranked at this size and fitted at their own
 _CANDIDATES = 4  # cells whose jitter is fitted
-_STEPS = 3  # of Gauss-Newton, twice
+_STEPS = 2  # of Gauss-Newton, twice
 _PROBE = 0.1  # of a jitter's range, for finite differences
 _DAMPING = 0.1  # against a circle's rotation, which has no slope; a pixel's shift has 10 to 40
 _NOISE = 0.01  # pixel error below which two readings are no longer told apart

@@ -27,6 +27,7 @@ class ARPriorTask(EmbeddingTask):
     """
 
     batch_type = PriorBatch
+    net: ARPriorTransformer
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class ARPriorTask(EmbeddingTask):
         want = (self.net.code_length, self.net.buckets, self.net.dot_buckets)
         if have != want:
             raise ValueError(
-                f"Expected a codec of (code_length, buckets, dot_buckets) = {want}, as the network's. {path} has {have}: "
-                "fit it again with `unclip codec`, or change model.net."
+                f"Expected a codec of (code_length, buckets, dot_buckets) = {want}, as the network's. {path} has "
+                f"{have}: fit it again with `unclip codec`, or change model.net."
             )
         if self.codec.fingerprint != self.space.fingerprint:
             raise ValueError(

@@ -5,7 +5,6 @@ import time
 from abc import abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -79,6 +78,7 @@ class Task(LightningModule):
     #: What the training of a loaded checkpoint took; None on a Task that was not loaded.
     record: TrainingRecord | None = None
 
+    net: nn.Module
     train_seconds: Tensor
 
     def __init__(self, optimization: Optimization | None = None) -> None:
@@ -197,26 +197,13 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
 
 #: Constructor arguments that name files: a checkpoint carries what they held.
 _FILES = ("statistics", "codec")
-#: Arguments that the CLI links from the data. Lightning records them also where the class takes no such argument.
-_LINKED = ("embed_dim", "text_width", "context_length", "statistics", "name")
 
 
 def _rebuild(cls: type[Task], hyper_parameters: dict[str, Any]) -> Any:
     from lightning.pytorch.cli import instantiate_module  # jsonargparse: only who loads checkpoints waits for it
 
     config = {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
-    config.update({key: "" for key in _FILES if key in config})
-    if "net" in config:
-        module, _, name = config["net"]["class_path"].rpartition(".")
-        arguments = _accepted(getattr(import_module(module), name), config["net"].get("init_args", {}))
-        config["net"] = {"class_path": config["net"]["class_path"], "init_args": arguments}
-    return instantiate_module(cls, _accepted(cls, config))
-
-
-def _accepted(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Without the linked arguments that the class does not take; any other stranger is an error."""
-    known = signature(cls).parameters
-    return {key: value for key, value in arguments.items() if key in known or key not in _LINKED}
+    return instantiate_module(cls, config | {key: "" for key in _FILES if key in config})
 
 
 def count_parameters(module: nn.Module) -> int:

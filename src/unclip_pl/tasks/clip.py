@@ -24,6 +24,7 @@ class ClipTask(Task):
     """
 
     batch_type = ClipBatch
+    net: Any  # open_clip's CLIP or CustomTextCLIP: they share methods and no type
 
     def __init__(self, name: str, optimization: Optimization | None = None) -> None:
         super().__init__(optimization)

@@ -30,6 +30,7 @@ class DecoderTask(EmbeddingTask):
     """
 
     batch_type = DecoderBatch
+    net: UNet
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class DiffusionPriorTask(EmbeddingTask):
     """
 
     batch_type = PriorBatch
+    net: PriorTransformer
 
     def __init__(
         self,

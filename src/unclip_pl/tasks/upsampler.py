@@ -9,7 +9,7 @@ from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise
-from unclip_pl.nn.unet import UNet
+from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks.base import Optimization, Task
 from unclip_pl.types import UpsamplerBatch
 
@@ -32,10 +32,10 @@ class GaussianBlur:
 
 
 class UpsamplerTask(Task):
-    """Trains a UNet without attention on [x_t, upsampled low-resolution image] (6 channels in, 3 out).
+    """Trains a U-Net without attention on [x_t, upsampled low-resolution image] (6 channels in, 3 out).
 
     Args:
-        net: the UNet, ``in_channels`` 6.
+        net: convolutions only, the low-resolution image beside x_t.
         factor: side of the image over side of the low-resolution image (paper: 4).
         corruption: of the low-resolution image, in training only.
         diffusion: None is the paper's: cosine, 1,000 steps, eps.
@@ -43,10 +43,11 @@ class UpsamplerTask(Task):
     """
 
     batch_type = UpsamplerBatch
+    net: UpsamplerUNet
 
     def __init__(
         self,
-        net: UNet,
+        net: UpsamplerUNet,
         factor: int = 4,
         corruption: GaussianBlur | None = None,
         diffusion: GaussianDiffusion | None = None,

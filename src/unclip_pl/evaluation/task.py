@@ -1,0 +1,206 @@
+"""Scores of one model, for `unclip test --config configs/evaluate/…`: a prior by its embeddings, a decoder or a whole
+pipeline by its images.
+
+Metrics pool over batches and ranks by themselves. Networks are loaded when the test starts, and never registered.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip_pl.clip import ClipEncoder, ClipSpec
+from unclip_pl.metrics import CLIPScore, EmbeddingCalibration, FrechetDistance, NeighbourScores, RetrievalRecall
+from unclip_pl.pipeline import Decoder, check_clip
+from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.types import EvaluationBatch, PriorBatch
+
+
+class PriorEvaluation(LightningModule):
+    """Sampled embeddings beside the true ones: Fréchet distance, precision and recall, and the calibration cosines.
+
+    Args:
+        run: folder of the run; the checkpoint is named relative to it.
+        clip: the CLIP whose embeddings these are.
+        prior: to score.
+        seeds: samples per caption, at least 2; the first one goes into distance, precision and recall.
+        seed: of all noise.
+
+    Raises:
+        ValueError: fewer than 2 seeds.
+    """
+
+    batch_type = PriorBatch
+
+    def __init__(self, run: str, clip: ClipSpec, prior: Prior, seeds: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        if seeds < 2:
+            raise ValueError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
+        self.run = Path(run)
+        self.clip = clip
+        self.prior = prior
+        self.seeds = seeds
+        self.seed = seed
+        self.distance = FrechetDistance(clip.embed_dim)
+        self.neighbours = NeighbourScores()
+        self.calibration = EmbeddingCalibration()
+
+    def on_test_start(self) -> None:
+        """Loads the prior, and refuses another CLIP's."""
+        self.prior.load(self.run, str(self.device))
+        check_clip(self.clip.within(self.run).load().fingerprint, self.prior.fingerprint, "the prior")
+
+    def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
+        """Embeds the captions ``seeds`` times."""
+        generator = generator_for(self, self.seed, batch_idx)
+        draws = [self.prior.embed_batch(batch, generator=generator).float() for _ in range(self.seeds)]
+        samples = F.normalize(torch.stack(draws, dim=1), dim=-1)  # (B, S, d)
+        true = F.normalize(batch.image_embed.float(), dim=-1)
+        for metric in (self.distance, self.neighbours):
+            metric.update(true, real=True)
+            metric.update(samples[:, 0], real=False)
+        self.calibration.update(samples, true)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs all scores."""
+        cosines, inside = self.calibration.compute(), self.neighbours.compute()
+        self.log_dict(
+            {
+                "embed_fd": self.distance.compute().float(),
+                "precision": inside.precision,
+                "recall": inside.recall,
+                "cos_true": cosines.to_true.float(),
+                "cos_samples": cosines.between_samples.float(),
+                "calibration_gap": cosines.gap.float(),
+            }
+        )
+
+
+class ImageEvaluation(LightningModule):
+    """Decoded images beside the real ones: Fréchet distance, precision and recall in the judge's features, CLIP score.
+
+    Args:
+        run: folder of the run; checkpoints are named relative to it.
+        clip: the CLIP that conditions everything.
+        judge: another CLIP, for the scores.
+        decoder: to score, with its upsamplers.
+        prior: whose embeddings are decoded; None decodes the true ones, which scores the decoder alone.
+        inception_weights: torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``: with it the Fréchet distance
+            of Inception features is ``fid``; without it there is no number of that name.
+        seed: of all noise.
+
+    Raises:
+        ValueError: the judge is the CLIP that it is to judge.
+    """
+
+    batch_type = EvaluationBatch
+
+    def __init__(
+        self,
+        run: str,
+        clip: ClipSpec,
+        judge: ClipSpec,
+        decoder: Decoder,
+        prior: Prior | None = None,
+        inception_weights: str = "",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if judge == clip:
+            raise ValueError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
+        self.run = Path(run)
+        self.clip = clip
+        self.judge = judge
+        self.decoder = decoder
+        self.prior = prior or TrueEmbedding()
+        self.inception_weights = inception_weights
+        self.seed = seed
+        self.distance = FrechetDistance(judge.embed_dim)
+        self.neighbours = NeighbourScores()
+        self.clip_score = CLIPScore()
+        self.recall_at_10 = RetrievalRecall(10)
+        self.fid = FrechetDistance(2048) if inception_weights else None
+
+    def on_test_start(self) -> None:
+        """Loads every network, and refuses to mix CLIPs."""
+        device = str(self.device)
+        judge = self.judge.within(self.run).load().to(self.device)
+        inception = load_inception(self.inception_weights).to(self.device) if self.inception_weights else None
+        # A tuple keeps them out of the module tree: nobody should find a CLIP in a state dict.
+        self._judges = Judges(judge, inception)
+        fingerprint = self.clip.within(self.run).load().fingerprint
+        self.decoder.load(self.run, device)
+        check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
+        check_clip(fingerprint, self.prior.load(self.run, device).fingerprint, "the prior")
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Draws one image for each caption and looks at it."""
+        generator = generator_for(self, self.seed, batch_idx)
+        z_i = self.prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
+        images = self.decoder.decode(z_i, batch.text, generator=generator)
+        judge, inception = self._judges
+        real, fake = (F.normalize(judge.encode_image(x).float(), dim=-1) for x in (batch.image, images))
+        for metric in (self.distance, self.neighbours):
+            metric.update(real, real=True)
+            metric.update(fake, real=False)
+        self.clip_score.update(fake, judge.describe(batch.captions).embed)
+        self.recall_at_10.update(fake, real)
+        if self.fid is not None and inception is not None:
+            self.fid.update(inception(to_bytes(batch.image))[0], real=True)
+            self.fid.update(inception(to_bytes(images))[0], real=False)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs all scores."""
+        inside = self.neighbours.compute()
+        scores = {
+            "fd_judge": self.distance.compute().float(),
+            "precision": inside.precision,
+            "recall": inside.recall,
+            "clip_score": self.clip_score.compute().float(),
+            "retrieval_r10": self.recall_at_10.compute().float(),
+        }
+        if self.fid is not None:
+            scores["fid"] = self.fid.compute().float()
+        self.log_dict(scores)
+
+
+class Judges(NamedTuple):
+    """Frozen networks that look at images."""
+
+    clip: ClipEncoder
+    inception: nn.Module | None
+
+
+def generator_for(module: LightningModule, seed: int, batch_idx: int) -> torch.Generator:
+    """A stream of its own for every batch and rank."""
+    rank, world_size = module.global_rank, module.trainer.world_size
+    return torch.Generator().manual_seed(seed * 1_000_003 + batch_idx * world_size + rank)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] → uint8, as an image file would hold it."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_inception(path: str) -> nn.Module:
+    """torch-fidelity's Inception of FID: uint8 images of any size → ((B, 2048),), resized as TensorFlow 1 did.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: the file holds more than tensors.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No Inception weights at {path}: download weights-inception-2015-12-05-6726825d.pth of torch-fidelity "
+            "v0.2.0, or leave inception_weights empty and read fd_judge."
+        )
+    try:  # torch-fidelity unpickles whatever it is given: nothing but tensors may get there
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} holds no plain weights ({type(error).__name__}): download it again.") from error
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)

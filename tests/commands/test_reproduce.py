@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from unclip_pl.commands import reproduce as module
+from unclip_pl.commands.reproduce import Stage, reproduce, stage_key
+
+
+class Journal:
+    """Stands in for the command line: notes what was asked and leaves what a stage leaves."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.asked: list[str] = []
+        self.fails = ""
+
+    def __call__(self, words: list[str]) -> None:
+        name = words[words.index("--out") + 1]
+        self.asked.append(name)
+        if name == self.fails:
+            raise KeyboardInterrupt
+        (self.run / name).mkdir(parents=True, exist_ok=True)
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+    journal = Journal(tmp_path / "run")
+    monkeypatch.setattr(module, "dispatch", journal)
+    return journal
+
+
+def chain(**options: str) -> dict[str, Stage]:
+    """a → b → c, and d beside them."""
+    needs = {"a": [], "b": ["a"], "c": ["b"], "d": []}
+    return {name: Stage(f"make --out {name} {options.get(name, '')}", needs[name]) for name in needs}
+
+
+def test_a_finished_stage_is_skipped(journal: Journal) -> None:
+    for _ in range(2):
+        reproduce(chain(), str(journal.run))
+    assert journal.asked == ["a", "b", "c", "d"]
+
+
+def test_an_interrupted_stage_goes_on(journal: Journal) -> None:
+    journal.fails = "c"
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(chain(), str(journal.run))
+    journal.fails = ""
+    reproduce(chain(), str(journal.run))
+    assert journal.asked == ["a", "b", "c", "c", "d"]
+    assert all(record["done"] for record in json.loads((journal.run / "stages.json").read_text()).values())
+
+
+def test_a_changed_stage_takes_what_depends_on_it_along_and_nothing_else(journal: Journal) -> None:
+    reproduce(chain(), str(journal.run))
+    (journal.run / "b" / "precious").touch()
+    journal.asked.clear()
+    reproduce(chain(b="--lr 2"), str(journal.run))
+    assert journal.asked == ["b", "c"]
+    assert list((journal.run / "replaced").glob("b-*/precious"))  # nothing that was whole is lost
+
+
+def test_what_was_deleted_is_made_again(journal: Journal) -> None:
+    reproduce(chain(), str(journal.run))
+    journal.asked.clear()
+    (journal.run / "d").rmdir()
+    reproduce(chain(), str(journal.run))
+    assert journal.asked == ["d"]
+
+
+def test_comments_do_not_count_but_included_files_do(tmp_path: Path) -> None:
+    outer, inner = tmp_path / "outer.yaml", tmp_path / "inner.yaml"
+    outer.write_text("data: inner.yaml\nlr: 1")
+    inner.write_text("batch_size: 2")
+    words = ["fit", "--config", str(outer)]
+    before = stage_key(words, [])
+    outer.write_text("# a comment\nlr:   1\ndata: inner.yaml")
+    assert stage_key(words, []) == before
+    inner.write_text("batch_size: 3")
+    assert stage_key(words, []) != before
+
+
+def test_unknown_needs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stand before it"):
+        reproduce({"a": Stage("make", ["z"])}, str(tmp_path))
+
+
+def test_the_whole_recipe_leaves_a_run_and_a_report(mini_run: Path) -> None:
+    report = json.loads((mini_run / "report.json").read_text())
+    assert set(report["priors"]) == {"diffusion", "ar", "linear", "text", "ceiling"}
+    assert set(report["oracle"]["real"]) == {"shape", "color", "size", "position", "background"}
+    assert min(report["oracle"]["real"].values()) == 1.0  # 8 renders, read exactly
+    for prior in report["priors"].values():
+        for name in ("stated_match", "embed_fd", "fd_judge", "cos_true"):
+            interval = prior["metrics"][name]
+            assert interval["low"] <= interval["mean"] <= interval["high"], name
+    assert (mini_run / "report.html").stat().st_size > 10_000
+    assert (mini_run / "report.md").is_file()
+    assert set(report["meta"]["stages"]) >= {"data", "clip", "judge", "store", "prior", "ar_prior", "decoder"}
+    assert json.loads((mini_run / "run.json").read_text())["store"] == "store"

@@ -1,0 +1,90 @@
+"""Stand-ins with known scores: a decoder that shows the real image of the nearest embedding, a prior of pure chance."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.clip import ClipSpec
+from unclip_pl.nn.text import repeat_text
+from unclip_pl.pipeline import Decoder
+from unclip_pl.priors import Prior
+from unclip_pl.shapes.captions import caption
+from unclip_pl.shapes.render import draw_attributes, render
+from unclip_pl.types import EvaluationBatch, TextFeatures
+
+
+class Lookup(Decoder):
+    """Perfect on true embeddings, and blind to captions."""
+
+    def __init__(self, batches: list[EvaluationBatch]) -> None:
+        super().__init__("none", image_size=32)
+        self._images = torch.cat([batch.image for batch in batches])
+        self._embeds = F.normalize(torch.cat([batch.image_embed for batch in batches]), dim=-1)
+        self._null = TextFeatures(*(part[:1] for part in batches[0].text))
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        return ""
+
+    def null_text(self, n: int) -> TextFeatures:
+        return repeat_text(self._null, n)
+
+    def decode(self, image_embed: Tensor, text: TextFeatures, *, generator: Any = None, progress: Any = None) -> Tensor:
+        return self._images[(F.normalize(image_embed, dim=-1) @ self._embeds.T).argmax(-1)]
+
+
+class Chance(Prior):
+    """Random directions."""
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        return self
+
+    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+        return F.normalize(torch.randn(text.embed.shape, generator=generator), dim=-1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These matrices are small: threads would wait for each other, on a busy machine for a minute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[EvaluationBatch]:
+    """48 held-out shapes in three batches, with the features of a random CLIP."""
+    torch.manual_seed(0)
+    encoder = ClipSpec("tiny-rn").load()
+    rng = np.random.default_rng(0)
+    attributes = draw_attributes(48, split="heldout", rng=rng)
+    images = torch.from_numpy(render(attributes, rng=rng)).permute(0, 3, 1, 2).div(127.5).sub(1)
+    captions = [caption(names, rng)[0] for names in attributes]
+    metadata = [{"attributes": names._asdict()} for names in attributes]
+    embeds = encoder.encode_image(images)
+    found = []
+    for start in (0, 16, 32):
+        rows = slice(start, start + 16)
+        text = encoder.describe(captions[rows])
+        found.append(EvaluationBatch(images[rows], embeds[rows], text, captions[rows], metadata[rows]))
+    return found
+
+
+@pytest.fixture(scope="session")
+def lookup(batches: list[EvaluationBatch]) -> Lookup:
+    return Lookup(batches)
+
+
+@pytest.fixture(scope="module")
+def chance() -> Chance:
+    return Chance()

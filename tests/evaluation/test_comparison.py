@@ -1,0 +1,123 @@
+"""The comparison end to end, with stand-ins whose scores are known: no checkpoint, random judges."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from unclip_pl.clip import ClipSpec
+from unclip_pl.evaluation.comparison import Comparison
+from unclip_pl.pipeline import Decoder
+from unclip_pl.priors import Prior, TextEmbedding, TrueEmbedding
+from unclip_pl.shapes.oracle import ShapesOracle
+from unclip_pl.shapes.render import ATTRIBUTES
+from unclip_pl.types import EvaluationBatch
+
+CLIP, JUDGE = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")
+Batches = list[EvaluationBatch]
+
+
+def compare(
+    batches: Batches, decoder: Decoder, run: Path, priors: dict[str, Prior], oracle: ShapesOracle | None = None
+) -> dict[str, Any]:
+    torch.manual_seed(1)  # of the random encoders
+    comparison = Comparison(
+        str(run), CLIP, JUDGE, decoder, priors, oracle,
+        captions=40, seeds=2, diversity_captions=4, diversity_samples=4, grid_rows=3, batch_size=7, resamples=5,
+    )  # fmt: skip
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run)
+    trainer.test(comparison, DataLoader(batches, batch_size=None), verbose=False)
+    assert not comparison.state_dict()  # no frozen network may reach a checkpoint
+    return json.loads((run / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(
+    batches: Batches, lookup: Decoder, chance: Prior, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    priors = {"diffusion": chance, "ar": copy.copy(chance), "text": TextEmbedding(), "ceiling": TrueEmbedding()}
+    return compare(batches, lookup, tmp_path_factory.mktemp("run"), priors, ShapesOracle())
+
+
+def test_true_embeddings_through_a_perfect_decoder_score_perfectly(report: dict[str, Any]) -> None:
+    metrics = report["priors"]["ceiling"]["metrics"]
+    for name in ("stated_match", "captions_right", "precision", "recall", "retrieval_r10", "cos_true", "cos_samples"):
+        assert metrics[name]["mean"] == pytest.approx(1), name
+    for name in ("embed_fd", "fd_judge", "calibration_gap"):
+        assert metrics[name]["mean"] == pytest.approx(0, abs=1e-6), name
+    assert report["decoder"]["reconstruction"] == dict.fromkeys(ATTRIBUTES, 1.0)
+    assert report["decoder"]["judge_r10"]["mean"] == 1
+    assert report["oracle"]["real"] == dict.fromkeys(ATTRIBUTES, 1.0)
+
+
+def test_every_prior_has_every_number_with_an_interval_around_it(report: dict[str, Any]) -> None:
+    wanted = {
+        "stated_match", "captions_right", "residual", "diversity_gap", "vendi", "fd_judge", "embed_fd", "clip_score",
+        "retrieval_r10", "cos_true", "cos_samples", "calibration_gap", "precision", "recall", "unseen_match",
+    }  # fmt: skip
+    for name, entry in report["priors"].items():
+        assert set(entry["metrics"]) == wanted - ({"diversity_gap", "vendi"} if name == "ceiling" else set())
+        for value in entry["metrics"].values():
+            assert value["low"] <= value["mean"] <= value["high"]
+
+
+def test_two_priors_that_are_the_same_are_even(report: dict[str, Any]) -> None:
+    duel = report["head_to_head"]
+    assert {value["mean"] for value in duel["win_rates"].values()} == {0.5}  # same noise, so every caption is a tie
+    assert report["differences"]["embed_fd"]["diffusion - ar"] == {"mean": 0, "low": 0, "high": 0}
+    assert {claim["verdict"] for claim in report["paper"] if "Table 1" in claim["source"]} == {"undecided"}
+
+
+def test_deterministic_prior_always_says_the_same(report: dict[str, Any]) -> None:
+    metrics = report["priors"]["text"]["metrics"]
+    assert metrics["cos_samples"]["mean"] == pytest.approx(1)
+    assert metrics["vendi"]["mean"] == pytest.approx(1)  # this decoder has no noise either
+    assert metrics["diversity_gap"]["mean"] > 0.1
+
+
+def test_random_directions_are_spread_as_chance_has_it(report: dict[str, Any]) -> None:
+    metrics = report["priors"]["diffusion"]["metrics"]
+    assert abs(metrics["cos_samples"]["mean"]) < 0.1
+    assert abs(metrics["cos_true"]["mean"]) < 0.1
+    assert metrics["vendi"]["mean"] > 1
+
+
+def test_counts_and_meta_are_told(report: dict[str, Any]) -> None:
+    counts = {
+        "heldout_rows": 48, "seeds": 2, "decoded_captions": 40, "diversity_captions": 4, "diversity_samples": 4,
+    }  # fmt: skip
+    assert report["meta"]["counts"] == counts
+    assert {"commit", "config", "hardware", "wall_seconds", "stages", "versions"} <= set(report["meta"])
+    assert report["meta"]["config"]["priors"]["ceiling"] == {"class": "TrueEmbedding"}
+
+
+def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+    report = compare(batches, lookup, tmp_path, {"text": TextEmbedding(), "ceiling": TrueEmbedding()})
+    assert report["oracle"] is None
+    assert report["head_to_head"] is None
+    assert "stated_match" not in report["priors"]["text"]["metrics"]
+    assert report["priors"]["text"]["metrics"]["vendi"]["mean"] == pytest.approx(1)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_oracle_refuses_data_without_attributes(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+    bare = [batch._replace(metadata=[{} for _ in batch.metadata]) for batch in batches]
+    with pytest.raises(ValueError, match="no `attributes`"):
+        compare(bare, lookup, tmp_path, {"ceiling": TrueEmbedding()}, ShapesOracle())
+
+
+def test_judge_must_be_another_clip(lookup: Decoder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another CLIP"):
+        Comparison(str(tmp_path), CLIP, CLIP, lookup, {})
+
+
+def test_prior_of_another_clip_is_refused(batches: Batches, lookup: Decoder, chance: Prior, tmp_path: Path) -> None:
+    stranger = copy.copy(chance)
+    stranger.fingerprint = "other-clip"
+    with pytest.raises(ValueError, match="other-clip"):
+        compare(batches, lookup, tmp_path, {"stranger": stranger})

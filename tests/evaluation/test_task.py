@@ -1,0 +1,78 @@
+"""Scores of one model, against what they must be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from unclip_pl.clip import ClipSpec
+from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
+from unclip_pl.pipeline import Decoder
+from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.types import EvaluationBatch, PriorBatch
+
+CLIP, JUDGE = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")
+Batches = list[EvaluationBatch]
+
+
+def test(module: LightningModule, batches: list[object], folder: Path) -> dict[str, float]:
+    torch.manual_seed(1)  # of the random encoders
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=folder)
+    (scores,) = trainer.test(module, DataLoader(batches, batch_size=None), verbose=False)
+    return dict(scores)
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def pairs(batches: Batches) -> list[object]:
+    return [PriorBatch(batch.image_embed, batch.text) for batch in batches]
+
+
+def test_true_embeddings_are_at_no_distance(batches: Batches, tmp_path: Path) -> None:
+    scores = test(PriorEvaluation(str(tmp_path), CLIP, TrueEmbedding()), pairs(batches), tmp_path)
+    assert scores["embed_fd"] == pytest.approx(0, abs=1e-6)
+    for name in ("precision", "recall", "cos_true", "cos_samples"):
+        assert scores[name] == pytest.approx(1, abs=1e-5), name
+
+
+def test_chance_is_told_from_truth(batches: Batches, chance: Prior, tmp_path: Path) -> None:
+    scores = test(PriorEvaluation(str(tmp_path), CLIP, chance), pairs(batches), tmp_path)
+    assert scores["embed_fd"] > 0.1
+    assert abs(scores["cos_true"]) < 0.1
+    assert scores["precision"] < 0.5
+
+
+def test_perfect_decoder_scores_perfectly(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+    module = ImageEvaluation(str(tmp_path), CLIP, JUDGE, lookup)
+    scores = test(module, list(batches), tmp_path)
+    assert scores["fd_judge"] == pytest.approx(0, abs=1e-6)
+    assert (scores["precision"], scores["recall"], scores["retrieval_r10"]) == (1, 1, 1)
+    assert "fid" not in scores  # that name is Inception's
+    assert not module.state_dict()
+
+
+def test_pipeline_is_scored_with_its_prior(batches: Batches, lookup: Decoder, chance: Prior, tmp_path: Path) -> None:
+    scores = test(ImageEvaluation(str(tmp_path), CLIP, JUDGE, lookup, chance), list(batches), tmp_path)
+    assert scores["fd_judge"] > 1e-6
+    assert scores["retrieval_r10"] < 1
+
+
+def test_judge_must_be_another_clip(lookup: Decoder) -> None:
+    with pytest.raises(ValueError, match="another CLIP"):
+        ImageEvaluation("run", CLIP, CLIP, lookup)
+
+
+def test_bytes_are_those_of_an_image_file() -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_bytes(values.float().div(127.5).sub(1)), values)
+
+
+def test_inception_takes_nothing_but_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No Inception weights"):
+        load_inception(str(tmp_path / "none.pth"))
+    torch.save({"trap": Path("x")}, tmp_path / "trap.pth")
+    with pytest.raises(ValueError, match="no plain weights"):
+        load_inception(str(tmp_path / "trap.pth"))

@@ -1,0 +1,96 @@
+"""The command line as a user meets it: help at once, one clear line for a mistake, no traceback, nothing lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unclip_pl.__main__ import COMMANDS, TRAINER, main
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str], *fragments: str) -> None:
+    """One line on stderr that says all of that, and a non-zero exit."""
+    assert main(words) != 0
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    for fragment in fragments:
+        assert fragment in said
+
+
+def test_help_names_every_command_and_imports_no_torch() -> None:
+    code = "import sys, unclip_pl.__main__ as m; m.main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for word in TRAINER | COMMANDS:
+        assert f"  {word} " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "usage: unclip" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["trian"], capsys, "unknown command 'trian'")
+
+
+def test_unknown_config_key(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", "configs/prior/tiny.yaml", "--model.init_args.text_dorp", "0.2"]
+    refused(words, capsys, "text_dorp")
+
+
+def test_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["fit", "--config", "configs/nowhere.yaml"], capsys, "No config at configs/nowhere.yaml")
+
+
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["sample", "a red star", "--run", str(tmp_path)], capsys, "No run at", "reproduce")
+
+
+def test_no_caption(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["sample", "--run", str(mini_run)], capsys, "Expected a caption")
+
+
+def test_unknown_prior(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["sample", "x", "--run", str(mini_run), "--prior", "best"], capsys, "'best'", "diffusion, ar")
+
+
+def test_empty_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["precompute", "--source", str(tmp_path), "--store", str(tmp_path / "s"), "--clip.name", "tiny-rn"]
+    refused(words, capsys, str(tmp_path))
+
+
+def test_embeddings_of_another_clip(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in (mini_run / "store").iterdir()}
+    words = [
+        "precompute",
+        "--source",
+        str(mini_run / "data"),
+        "--store",
+        str(mini_run / "store"),
+        "--clip.name",
+        "tiny-rn",
+    ]
+    refused(words, capsys, "tiny-rn-")
+    assert {path: path.read_bytes() for path in (mini_run / "store").iterdir()} == before
+
+
+def test_sample_draws_the_same_bytes_for_the_same_seed(mini_run: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, seed in zip(files, ("1", "1", "2"), strict=True):
+        words = ["sample", "a red star", "", "--run", str(mini_run), "--num", "2", "--seed", seed, "--guidance", "1.5"]
+        assert main([*words, "--out", str(file)]) == 0
+    a, b, c = (file.read_bytes() for file in files)
+    assert a == b
+    assert a != c
+    assert Image.open(files[0]).text["captions"].startswith("a red star")
+
+
+def test_a_caption_that_is_too_long_is_cut_with_a_warning(
+    mini_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["sample", "a red star " * 30, "--run", str(mini_run), "--num", "1", "--out", str(tmp_path / "x.png")]
+    assert main(words) == 0
+    assert "cut to CLIP's 16 tokens" in caplog.text
