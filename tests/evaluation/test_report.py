@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from unclip_pl.commands.report import report as draw_again
 from unclip_pl.evaluation.claims import claims, verdict
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.report import Atlas, render, scalars, write_report
@@ -92,6 +93,7 @@ def example() -> dict[str, Any]:
         "judge": {"retrieval_r1": 0.036, "retrieval_r10": 0.288},
         "codec": {
             "roundtrip_cosine": 0.9981, "pca_error": 0.0041, "quantisation_error": 0.0006, "code_length": 32,
+            "axes_for_99": 22,
             "embed_dim": 64, "buckets": 256,
         },
         "priors": priors,
@@ -222,6 +224,13 @@ def test_loggers_get_every_mean() -> None:
     found = scalars(example())
     assert found["compare/embed_fd/ar"] == 0.0098
     assert "compare/diversity_gap/ceiling" not in found
+
+
+def test_command_draws_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "report.html").unlink()
+    draw_again(str(folder))
+    assert (folder / "report.html").is_file()
+    assert "93.1 [91.9, 94.3]" in capsys.readouterr().out
 
 
 def test_missing_and_broken_reports_are_told_apart(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from unclip_pl.cli import dispatch
 from unclip_pl.evaluation.provenance import STAGES
+from unclip_pl.evaluation.report import render
 from unclip_pl.pipeline import write_run
 
 
@@ -70,6 +71,8 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
         record["done"] = True
         _write(root, name, record)
         console.print(f"{title}: {record['seconds']:.0f} s")
+    if (root / "report.json").is_file():
+        render(root)  # again, now that the last stage's own time is known
     total = sum(_records(root)[name]["seconds"] for name in stages)
     console.rule(f"all {len(stages)} stages done, {total / 60:.1f} minutes: {root}", align="left")
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.evaluation.claims import claims
@@ -234,7 +235,7 @@ def _retrieval(text_embed: Tensor, image_embed: Tensor) -> dict[str, float]:
     return {f"retrieval_r{k}": (ranks < k).float().mean().item() for k in (1, 10)}
 
 
-def _codec(prior: ARPrior, image_embed: Tensor) -> dict[str, float]:
+def _codec(prior: ARPrior, image_embed: Tensor) -> dict[str, Any]:
     codec = prior.task.codec
     embed = image_embed.to(codec.mean.device)
     return {
@@ -242,6 +243,14 @@ def _codec(prior: ARPrior, image_embed: Tensor) -> dict[str, float]:
         "pca_error": codec.pca_error(embed).item(),
         "quantisation_error": codec.quantisation_error(embed).item(),
         "code_length": codec.code_length,
+        "axes_for_99": axes_for(0.99, F.normalize(embed, dim=-1) - codec.mean, codec.components),
         "embed_dim": codec.embed_dim,
         "buckets": codec.buckets,
     }
+
+
+def axes_for(share: float, centred: Tensor, components: Tensor) -> int | None:
+    """The fewest of (n, d) principal axes that hold this share of the variance of (N, d); None if all n do not."""
+    held = (centred @ components.T).square().sum(0).cumsum(0) / centred.square().sum()
+    enough = (held >= share).nonzero()
+    return int(enough[0]) + 1 if len(enough) else None

@@ -102,8 +102,9 @@ class Painter(AbstractContextManager["Painter"]):
             generator = torch.Generator().manual_seed(self.seed + 7919 * batch)
             images = self.decoder.decode(image_embed[rows].to(device), words, generator=generator)
             parts[batch] = self.look(images, keep=max(0, keep - start))
-            # Other ranks draw as much in the same time.
-            self.progress.advance(self.bar, len(images) * self.world_size)
+            # Other ranks draw the batches in between in the same time.
+            everyone = min(len(image_embed), start + self.batch_size * self.world_size) - start
+            self.progress.advance(self.bar, everyone)
         joined = {batch: view for own in gather(parts, self.world_size) for batch, view in own.items()}
         return join_views([joined[batch] for batch in sorted(joined)])
 

@@ -12,6 +12,8 @@ import torch
 
 #: What ``unclip reproduce`` writes of its stages, in the run's folder.
 STAGES = "stages.json"
+#: Longer lists, such as a sampler's times, follow from the other settings.
+FEW = 8
 PACKAGES = ("unclip_pl", "torch", "lightning", "open_clip_torch", "torchmetrics", "numpy")
 
 
@@ -27,7 +29,7 @@ def settings(thing: Any) -> Any:
     if isinstance(thing, dict):
         return {str(key): settings(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple) and not hasattr(thing, "_fields"):
-        return [settings(value) for value in thing]
+        return [settings(value) for value in thing] if len(thing) <= FEW else f"{len(thing)} values"
     name = type(thing).__name__
     if isinstance(thing, torch.nn.Module):
         return name

@@ -89,15 +89,17 @@ def states_unseen_pair(stated: Tensor) -> Tensor:
 
 
 def neighbour_scores(real: Tensor, fake: Tensor) -> dict[str, Interval]:
-    """Precision and recall of (N, F) features with binomial intervals: those of the balls themselves are left out."""
+    """Precision and recall of (N, F) features with binomial intervals, as if the balls were given."""
     scores = precision_recall(real, fake)
     return {name: share_interval(float(getattr(scores, name)), len(fake)) for name in ("precision", "recall")}
 
 
 def share_interval(share: float, n: int) -> Interval:
-    """Normal-approximation interval of a share of n."""
-    half = NORMAL_975 * math.sqrt(share * (1 - share) / n)
-    return Interval(share, share - half, share + half)
+    """Wilson's interval of a share of n, which stays inside [0, 1] and does not vanish at its ends."""
+    z2 = NORMAL_975**2 / n
+    centre = (share + z2 / 2) / (1 + z2)
+    half = NORMAL_975 * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
+    return Interval(share, min(share, centre - half), max(share, centre + half))
 
 
 def diversity_scores(view: View, captions: Sequence[str], samples: int) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def claim_table(report: dict[str, Any]) -> Table:
     """The paper's claims beside ours."""
     rows = [
         [
-            Cell(claim["claim"], claim["source"]),
+            Cell(claim["claim"], f"({claim['source']})"),
             Cell(claim["paper"]),
             Cell(claim["ours"]),
             Cell(claim["verdict"], tone=claim["verdict"].replace(" ", "-")),

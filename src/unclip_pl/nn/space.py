@@ -97,7 +97,7 @@ class EmbeddingSpace(nn.Module):
     fingerprint_bytes: Tensor
 
     #: Axes below this share of the first eigenvalue are noise: whitening must not blow them up.
-    FLOOR = 1e-3
+    FLOOR = 1e-2
 
     def __init__(self, statistics: str = "", scaling: Scaling = "unit") -> None:
         super().__init__()

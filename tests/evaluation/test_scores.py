@@ -1,0 +1,117 @@
+"""Numbers from features and readings, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unclip_pl.evaluation.assemble import axes_for
+from unclip_pl.evaluation.scores import (
+    caption_gap,
+    embedding_scores,
+    frechet_scores,
+    open_captions,
+    share_interval,
+    stated_indices,
+    states_unseen_pair,
+    win_rates,
+    zero_shot,
+)
+from unclip_pl.shapes.render import ATTRIBUTES, VALUES
+from unclip_pl.types import TextFeatures
+
+
+def test_captions_become_indices() -> None:
+    stated = stated_indices(["a large red star", "something"])
+    expected = [VALUES["shape"].index("star"), VALUES["color"].index("red"), VALUES["size"].index("large"), -1, -1]
+    assert stated.tolist() == [expected, [-1] * 5]
+
+
+def test_unseen_pairs_are_those_that_training_leaves_out() -> None:
+    stated = stated_indices(["a purple circle", "a red circle", "a circle", "a small green star on the left"])
+    assert states_unseen_pair(stated).tolist() == [True, False, False, True]
+
+
+def test_captions_for_diversity_differ_and_leave_something_open() -> None:
+    complete = "a large red star at the top on a navy background"
+    captions = ["a red star", complete, "a red star", "a small ring at the top"]
+    assert open_captions(captions, 9, shapes=True) == [0, 3]
+    assert open_captions(captions, 2, shapes=False) == [0, 1]
+    assert open_captions(captions, 0, shapes=True) == []
+
+
+def test_gap_of_one_value_is_its_distance_less_that_of_true_draws() -> None:
+    stated = {"shape": "star", "color": "red", "position": "top", "background": "navy"}  # size is open: two values
+    always = torch.zeros(16, len(ATTRIBUTES), dtype=torch.long)
+    even = always.clone()
+    even[::2, ATTRIBUTES.index("size")] = 1
+    expected = 0.5 * math.comb(16, 8) / 2**16  # mean deviation of 16 fair coins from one half: De Moivre
+    assert caption_gap(always, stated) == pytest.approx(0.5 - expected)
+    assert caption_gap(even, stated) == pytest.approx(-expected)
+    assert math.isnan(caption_gap(always, {**stated, "size": "small"}))
+
+
+def test_wilson_holds_the_share_and_does_not_vanish() -> None:
+    for share in (0.0, 0.3, 1.0):
+        mean, low, high = share_interval(share, 50)
+        assert mean == share
+        assert 0 <= low <= share <= high <= 1
+        assert high - low > 0.05
+    assert share_interval(0.5, 10**6).high - 0.5 == pytest.approx(1.96 * 0.5e-3, rel=1e-3)
+
+
+def test_calibrated_samples_have_equal_cosines() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = F.normalize(torch.randn(400, 1, 64, generator=generator), dim=-1)
+    draws = F.normalize(mean + 0.05 * torch.randn(400, 5, 64, generator=generator), dim=-1)
+    samples, true = draws[:, :4].transpose(0, 1), draws[:, 4]  # the truth is one more draw
+    scores = embedding_scores(samples, true)
+    assert scores["calibration_gap"].low < 0 < scores["calibration_gap"].high
+    assert scores["cos_true"].mean == pytest.approx(1 / (1 + 64 * 0.05**2), abs=0.01)
+
+
+def test_paired_difference_is_antisymmetric_and_sharper_than_its_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 8, generator=generator)
+    shift = torch.zeros(8)
+    shift[0] = 0.5
+    near = real + 0.3 * torch.randn(300, 8, generator=generator)
+    fakes = {"near": near, "far": near + shift, "twice": torch.stack([near, near])}
+    scores = frechet_scores(real, fakes, 50, generator)
+    assert scores.by_name["twice"] == scores.by_name["near"]
+    there, back = scores.differences["far", "near"], scores.differences["near", "far"]
+    assert there.mean == pytest.approx(-back.mean)
+    assert there.low == pytest.approx(-back.high)
+    assert there.low > 0
+
+
+def test_wins_follow_the_direction_of_the_measure() -> None:
+    good, bad = torch.ones(4), torch.zeros(4)
+    rates = win_rates({"clip_score": good, "residual": good}, {"clip_score": bad, "residual": bad})
+    assert (rates["clip_score"].mean, rates["residual"].mean) == (1, 0)  # a residual is better low
+
+
+class Reader:
+    """A CLIP whose embedding is what the caption states, one axis for every value."""
+
+    def describe(self, captions: list[str]) -> TextFeatures:
+        stated = stated_indices(captions)
+        widths = [len(VALUES[name]) for name in ATTRIBUTES]
+        axes = [F.one_hot(column, width) for column, width in zip(stated.T, widths, strict=True)]
+        return TextFeatures(stated, stated, stated, torch.cat(axes, dim=1).float())
+
+
+def test_zero_shot_finds_what_the_embeddings_say() -> None:
+    captions = ["a small red star in the center on a white background", "a large blue ring at the top on navy"]
+    truth = stated_indices(captions)
+    image_embed = Reader().describe(captions).embed
+    assert zero_shot(Reader(), image_embed, truth) == dict.fromkeys(ATTRIBUTES, 1.0)  # type: ignore[arg-type]
+    assert zero_shot(Reader(), image_embed.flip(0), truth) == dict.fromkeys(ATTRIBUTES, 0.0)  # type: ignore[arg-type]
+
+
+def test_axes_are_counted_until_the_share_is_held() -> None:
+    centred = torch.diag(torch.tensor([3.0, 2.0, 1.0]))  # axes hold 9, 4 and 1 of 14
+    assert axes_for(0.6, centred, torch.eye(3)) == 1
+    assert axes_for(0.92, centred, torch.eye(3)) == 2
+    assert axes_for(0.99, centred, torch.eye(3)[:2]) is None
