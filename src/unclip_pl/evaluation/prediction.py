@@ -1,0 +1,101 @@
+"""What a trained run makes of the held-out captions, written to disk: ``unclip predict --config configs/predict/…``."""
+
+from pathlib import Path
+
+import torch
+from lightning import LightningModule
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unclip_pl.clip import ClipSpec
+from unclip_pl.data.pack import Sample, write_shards
+from unclip_pl.evaluation.task import generator_for, to_bytes
+from unclip_pl.pipeline import Decoder, check_clip
+from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.types import EvaluationBatch, PriorBatch
+
+
+class PriorPrediction(LightningModule):
+    """Draws ``out/image_embed-RANK.safetensors``: (N, d), unit norm, one per held-out caption in the store's order.
+
+    Args:
+        run: folder of the run; the checkpoint is named relative to it.
+        clip: the CLIP whose embeddings these are.
+        prior: to sample.
+        out: folder to write.
+        seed: of all noise.
+    """
+
+    batch_type = PriorBatch
+
+    def __init__(self, run: str, clip: ClipSpec, prior: Prior, out: str, seed: int = 0) -> None:
+        super().__init__()
+        self.run = Path(run)
+        self.clip = clip
+        self.prior = prior
+        self.out = Path(out)
+        self.seed = seed
+
+    def on_predict_start(self) -> None:
+        """Loads the prior, and refuses another CLIP's."""
+        self._embeds: list[Tensor] = []
+        self.prior.load(self.run, str(self.device))
+        check_clip(self.clip.within(self.run).load().fingerprint, self.prior.fingerprint, "the prior")
+
+    def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
+        """One embedding a caption."""
+        generator = generator_for(self, self.seed, batch_idx)
+        self._embeds.append(self.prior.embed_batch(batch, generator=generator).float().cpu())
+
+    def on_predict_end(self) -> None:
+        """Writes this rank's embeddings, whole or not at all."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"image_embed-{self.global_rank:05d}.safetensors"
+        save_file({"image_embed": torch.cat(self._embeds)}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+
+class ImagePrediction(LightningModule):
+    """Images of every held-out caption, packed as shards with their captions: ``out/predicted-RANK-000000.tar``, ….
+
+    Args:
+        run: folder of the run; checkpoints are named relative to it.
+        clip: the CLIP that conditions everything.
+        decoder: that draws.
+        out: folder to write.
+        prior: whose embeddings are decoded; None decodes the true ones.
+        seed: of all noise.
+    """
+
+    batch_type = EvaluationBatch
+
+    def __init__(
+        self, run: str, clip: ClipSpec, decoder: Decoder, out: str, prior: Prior | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.run = Path(run)
+        self.clip = clip
+        self.decoder = decoder
+        self.out = Path(out)
+        self.prior = prior or TrueEmbedding()
+        self.seed = seed
+
+    def on_predict_start(self) -> None:
+        """Loads every network, and refuses to mix CLIPs."""
+        self._samples: list[Sample] = []
+        fingerprint = self.clip.within(self.run).load().fingerprint
+        self.decoder.load(self.run, str(self.device))
+        check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
+        check_clip(fingerprint, self.prior.load(self.run, str(self.device)).fingerprint, "the prior")
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """One image a caption."""
+        generator = generator_for(self, self.seed, batch_idx)
+        z_i = self.prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
+        images = to_bytes(self.decoder.decode(z_i, batch.text, generator=generator)).permute(0, 2, 3, 1).cpu().numpy()
+        for image, caption in zip(images, batch.captions, strict=True):
+            self._samples.append(Sample(f"{self.global_rank:05d}_{len(self._samples):07d}", image, [caption], {}))
+
+    def on_predict_end(self) -> None:
+        """Writes this rank's shards."""
+        write_shards(self._samples, self.out, f"predicted-{self.global_rank:05d}")
