@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +121,7 @@ def test_several_processes_do_not_wait_for_one(
     data = UnclipDataModule(str(source), str(tmp_path / "new"), clip)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match=r"5 shards .* 4 processes .* `unclip precompute"):
-        data.statistics
+        _ = data.statistics
     made = []
     monkeypatch.setattr(module, "precompute", lambda *args: made.append(args))
     data.ensure_store(4, allowed=5)
@@ -137,9 +136,9 @@ def test_a_split_without_images(source: Path, clip: ClipSpec, tmp_path: Path) ->
 
 
 @pytest.fixture(params=["kept", "read again"])
-def pairs(request: pytest.FixtureRequest, source: Path, encoder: ClipEncoder) -> Iterator[PairStore]:
+def pairs(request: pytest.FixtureRequest, source: Path, encoder: ClipEncoder) -> PairStore:
     memory = 2**31 if request.param == "kept" else 0
-    yield PairStore(str(source), encoder.tokenize, image_size=32, memory=memory)
+    return PairStore(str(source), encoder.tokenize, image_size=32, memory=memory)
 
 
 def test_pairs_are_those_of_the_store(pairs: PairStore, data: UnclipDataModule) -> None:

@@ -173,8 +173,13 @@ def test_a_damaged_manifest_line_is_named(store: Path, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), replacing(path) as temporary:
-        temporary.write_text("half of the ne")
-        raise OSError("disk full")
+
+    def break_off() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        break_off()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -58,7 +58,7 @@ def test_starting_late_continues_the_epoch_and_only_that() -> None:
 
 
 def test_fewer_rows_than_a_batch_is_an_error() -> None:
-    with pytest.raises(ValueError, match="4 × 2 training images. Got 7"):
+    with pytest.raises(ValueError, match=r"4 × 2 training images\. Got 7"):
         BlockShuffleSampler(blocks(7), 4, world_size=2)
 
 
