@@ -63,7 +63,7 @@ def test_moments_of_shards_add_up(store: Path) -> None:
         total = total.plus(read_moments(file))
     for ours, theirs in zip(total, whole, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert read_moments(store / "val-000000.safetensors").count == 0
+    assert read_moments(store / "val-000000.safetensors").total == 0
 
 
 def test_what_is_done_is_not_done_again(

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unclip_pl.nn.text import mix_text, pad_text
 from unclip_pl.nn.unet import UNet
@@ -73,6 +74,7 @@ NOBODY = ~EVERYONE
         {"patch": 2, "resample_with_blocks": False},
         {"channels": 12, "groups": 32, "channel_mult": [2, 3], "context_width": 20, "attention_levels": [0]},
         {"text_width": 0, "text_embed_in_time": False, "image_tokens": 2},
+        {"image_map": 4},
     ],
 )
 def test_shapes_zero_output_at_the_start_and_a_gradient_for_every_parameter(
@@ -118,6 +120,20 @@ def test_dropped_conditions_are_not_read(decoder: UNet, inputs: tuple[Tensor, Te
     only_text = decoder.encode_condition(z_i, make_text([2, 5, 1]), NOBODY)
     outputs = [decoder(x, index, c) for c in (a, only_image, only_text)]
     assert all((p - q).abs().amax() > 1e-3 for p, q in zip(outputs, outputs[1:] + outputs[:1], strict=True))
+
+
+def test_the_map_says_where_at_any_size(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """It lies at the lowest level, stretched to its side, and it is dropped with z_i."""
+    net = tiny_decoder(image_map=4).double()
+    randomise(net)
+    x, index, z_i = inputs
+    text = make_text([2, 5, 1])
+    kept, dropped = (net.encode_condition(z_i, text, keep) for keep in (EVERYONE, NOBODY))
+    torch.testing.assert_close(dropped.image_map, dropped.image_map[:1].expand(3, -1, -1, -1))  # the null embedding's
+    for side in (16, 32):
+        images = F.interpolate(x, size=(side, side))
+        flat = kept._replace(image_map=kept.image_map.mean((2, 3), keepdim=True).expand_as(kept.image_map))
+        assert not torch.allclose(net(images, index, kept), net(images, index, flat))
 
 
 def test_guidance_batch_is_two_batches(decoder: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:

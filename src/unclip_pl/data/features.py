@@ -70,7 +70,7 @@ def write_features(path: Path, features: ShardFeatures, moments: Moments, skippe
         skipped: keys of the bad samples by reason, kept as metadata.
     """
     tensors = features._asdict() | {_MOMENTS + name: value.numpy() for name, value in moments._asdict().items()}
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}  # a scalar stays one
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"skipped": json.dumps(skipped)})
 

@@ -27,6 +27,8 @@ class ConditionEncoder(nn.Module):
         image_tokens: how many tokens z_i becomes (paper: 4).
         text_width: width of the text states; 0: the caption is not used.
         text_embed_in_time: adds a projection of z_t to the time embedding too (Karlo).
+        map_channels: C of the map that z_i becomes.
+        map_side: S of that map; 0: none (paper).
     """
 
     def __init__(
@@ -37,9 +39,13 @@ class ConditionEncoder(nn.Module):
         image_tokens: int,
         text_width: int,
         text_embed_in_time: bool,
+        map_channels: int,
+        map_side: int,
     ) -> None:
         super().__init__()
         self.image_tokens = image_tokens
+        self.map_shape = (map_channels, map_side, map_side)
+        self.image_to_map = nn.Linear(embed_dim, map_channels * map_side**2) if map_side else None
         self.null_image_embed = nn.Parameter(torch.zeros(embed_dim))
         self.image_to_time = nn.Linear(embed_dim, time_width)
         self.image_to_context = nn.Linear(embed_dim, image_tokens * context_width)
@@ -60,7 +66,11 @@ class ConditionEncoder(nn.Module):
         if self.text_to_context is not None:
             context = torch.cat([context, self.text_to_context(text.states)], dim=1)
             mask = torch.cat([mask, text.mask], dim=1)
-        return Condition(time_bias, context, mask)
+        if self.image_to_map is None:
+            image_map = z_i.new_empty(len(z_i), self.map_shape[0], 0, 0)
+        else:
+            image_map = self.image_to_map(z_i).unflatten(-1, self.map_shape)
+        return Condition(time_bias, context, mask, image_map)
 
 
 def _down_path(
@@ -111,6 +121,9 @@ class UNet(nn.Module):
         context_width: M; 0 takes the time width (Karlo: 1536).
         image_tokens: context tokens made of z_i.
         text_embed_in_time: adds z_t to the time embedding too (Karlo).
+        image_map: side of a map that z_i becomes, stretched over the lowest level's features and added to them; 0
+            leaves it out (paper). The paper's two ways in are blind to position: a small network that has but a few
+            thousand steps learns sooner with it.
         time_mode: how the time enters a residual block; see :class:`ResBlock`.
         resample_with_blocks: resolutions change inside residual blocks; off, by one convolution.
         patch: every ``patch`` × ``patch`` pixels become the channels of one position, and back at the end.
@@ -135,13 +148,16 @@ class UNet(nn.Module):
         context_width: int = 0,
         image_tokens: int = 4,
         text_embed_in_time: bool = False,
+        image_map: int = 0,
         time_mode: TimeMode = "scale_shift",
         resample_with_blocks: bool = True,
         patch: int = 1,
     ) -> None:
         super().__init__()
-        if embed_dim == 0 and (text_width or text_embed_in_time):
-            raise ValueError("Expected embed_dim > 0 with text_width or text_embed_in_time. Got embed_dim=0.")
+        if embed_dim == 0 and (text_width or text_embed_in_time or image_map):
+            raise ValueError(
+                "Expected embed_dim > 0 with text_width, text_embed_in_time or image_map. Got embed_dim=0."
+            )
         time_width = 4 * channels
         context_width = context_width or time_width
         widths = [channels * m for m in channel_mult]
@@ -160,7 +176,16 @@ class UNet(nn.Module):
         )
         self.time_embed = nn.Sequential(nn.Linear(channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         self.condition_encoder = (
-            ConditionEncoder(embed_dim, time_width, context_width, image_tokens, text_width, text_embed_in_time)
+            ConditionEncoder(
+                embed_dim,
+                time_width,
+                context_width,
+                image_tokens,
+                text_width,
+                text_embed_in_time,
+                map_channels=widths[-1],
+                map_side=image_map,
+            )
             if embed_dim
             else None
         )
@@ -215,6 +240,8 @@ class UNet(nn.Module):
         for level in self.down:
             skips += level(skips[-1], time, condition)
         x = skips[-1]
+        if condition is not None and condition.image_map.numel():
+            x = x + F.interpolate(condition.image_map, size=x.shape[-2:], mode="bilinear", align_corners=False)
         for layer in self.mid:
             x = layer(x, time, condition)
         for level in self.up:

@@ -23,6 +23,7 @@ class Condition(NamedTuple):
     time_bias: Tensor  # (B, E) added to the time embedding
     context: Tensor  # (B, N, M) extra keys and values for every attention
     mask: Tensor  # (B, N) bool, False on padding
+    image_map: Tensor  # (B, C, S, S) added at the lowest level; of S = 0 where the network has none
 
     def repeat(self, n: int) -> "Condition":
         """Each row ``n`` times in a row: (B, …) to (B·n, …)."""
@@ -36,7 +37,8 @@ class Condition(NamedTuple):
 
     def _pad(self, length: int) -> "Condition":
         room = length - self.mask.shape[1]
-        return Condition(self.time_bias, F.pad(self.context, (0, 0, 0, room)), F.pad(self.mask, (0, room)))
+        context, mask = F.pad(self.context, (0, 0, 0, room)), F.pad(self.mask, (0, room))
+        return self._replace(context=context, mask=mask)
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
