@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.comparison import Comparison
+from unclip_pl.evaluation.report import Atlas
 from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import Prior, TextEmbedding, TrueEmbedding
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -23,12 +24,18 @@ Batches = list[EvaluationBatch]
 
 
 def compare(
-    batches: Batches, decoder: Decoder, run: Path, priors: dict[str, Prior], oracle: ShapesOracle | None = None
+    batches: Batches,
+    decoder: Decoder,
+    run: Path,
+    priors: dict[str, Prior],
+    oracle: ShapesOracle | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     torch.manual_seed(1)  # of the random encoders
     comparison = Comparison(
         str(run), CLIP, JUDGE, decoder, priors, oracle,
-        captions=40, seeds=2, diversity_captions=4, diversity_samples=4, grid_rows=3, batch_size=7, resamples=5,
+        captions=40, seeds=2, diversity_captions=4, diversity_samples=4, batch_size=7, resamples=5,
+        **{"grid_rows": 3, **options},
     )  # fmt: skip
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run)
     trainer.test(comparison, DataLoader(batches, batch_size=None), verbose=False)
@@ -103,6 +110,20 @@ def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: Decoder,
     assert "stated_match" not in report["priors"]["text"]["metrics"]
     assert report["priors"]["text"]["metrics"]["vendi"]["mean"] == pytest.approx(1)
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_only_pictures_that_may_be_shown_are(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+    licences = ["MIT, one", "CC BY", "", "Apache-2.0, two"]
+    named = [
+        batch._replace(metadata=[{"license": licences[i % 4]} for i in range(len(batch.metadata))]) for batch in batches
+    ]
+    report = compare(
+        named, lookup, tmp_path, {"ceiling": TrueEmbedding()}, grid_rows=3, grid_licenses=["MIT", "Apache"]
+    )
+    captions = [caption for batch in batches for caption in batch.captions]
+    assert report["pictures"]["grid"]["rows"] == [captions[row] for row in (0, 3, 4)]
+    sheet = Atlas.load(tmp_path / "plots" / "grid.png", **report["pictures"]["grid"]).images
+    torch.testing.assert_close(sheet[:, 0], torch.cat([b.image for b in batches])[[0, 3, 4]], atol=1 / 127, rtol=0)
 
 
 def test_oracle_refuses_data_without_attributes(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Material(NamedTuple):
     views: dict[str, View]  # prior → images of the first n captions
     many: dict[str, View]  # prior → K images of each of some captions
     many_captions: list[str]
+    shown: list[int]  # rows whose images the views keep
 
     @property
     def has_oracle(self) -> bool:
@@ -107,7 +108,7 @@ class Material(NamedTuple):
 
     def counts(self) -> dict[str, int]:
         """How many of everything, for the reader."""
-        samples, captions = next(iter(self.samples.values())), len(self.many_captions)
+        samples, captions = next(iter(self.samples.values())), len(self.many_captions) if self.many else 0
         images_each = len(next(iter(self.many.values())).judge) // captions if captions else 0
         return {
             "heldout_rows": len(self.heldout.captions),

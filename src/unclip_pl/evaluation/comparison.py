@@ -3,6 +3,7 @@
 import time
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -47,6 +48,8 @@ class Comparison(LightningModule):
         diversity_samples: images of each of those.
         rivals: two of the priors, for the head to head; the first is the one that the paper calls better.
         grid_rows: captions in the report's picture.
+        grid_licenses: show real images of these licences only, by the beginning of `license` in their json; None shows
+            any. A report that is published holds the pictures of others.
         batch_size: images decoded at once.
         resamples: of the captions, for intervals of Fréchet distances.
         seed: of all noise.
@@ -71,6 +74,7 @@ class Comparison(LightningModule):
         diversity_samples: int = 16,
         rivals: tuple[str, str] = ("diffusion", "ar"),
         grid_rows: int = 8,
+        grid_licenses: list[str] | None = None,
         batch_size: int = 96,
         resamples: int = 200,
         seed: int = 0,
@@ -92,6 +96,7 @@ class Comparison(LightningModule):
         self.diversity_samples = diversity_samples
         self.rivals = rivals
         self.grid_rows = grid_rows
+        self.grid_licenses = grid_licenses
         self.batch_size = batch_size
         self.resamples = resamples
         self.seed = seed
@@ -212,7 +217,7 @@ class Comparison(LightningModule):
         with painter:
             painter.expect(n * (len(self.priors) + 1) + len(many.embed) * len(drawers))
             alone = TextFeatures(*(part.cpu() for part in self.decoder.null_text(n)))
-            keep = self.grid_rows
+            keep = self._shown(heldout.metadata[:n])
             return Material(
                 heldout=heldout,
                 samples=samples,
@@ -227,13 +232,20 @@ class Comparison(LightningModule):
                         self._embed_many(prior, many),
                         many,
                         what=f"{name}, {self.diversity_samples} of a caption",
-                        keep=SHOWN * self.diversity_samples,
+                        keep=range(SHOWN * self.diversity_samples),
                     )
                     for name, prior in drawers.items()
                     if chosen
                 },
                 many_captions=[heldout.captions[row] for row in chosen],
+                shown=keep,
             )
+
+    def _shown(self, metadata: list[dict[str, Any]]) -> list[int]:
+        """The first rows that the report may show."""
+        allowed = None if self.grid_licenses is None else tuple(self.grid_licenses)
+        rows = [i for i, m in enumerate(metadata) if allowed is None or str(m.get("license", "")).startswith(allowed)]
+        return rows[: self.grid_rows]
 
     def _embed_many(self, prior: Prior, text: TextFeatures) -> Tensor:
         """(N, d) samples of N captions, on the CPU."""
@@ -252,7 +264,7 @@ class Comparison(LightningModule):
         atlases = {
             "grid": Atlas(
                 torch.stack([resize(view.images, size) for view in columns.values()], dim=1),
-                rows=material.heldout.captions[: len(material.real.images)],
+                rows=[material.heldout.captions[row] for row in material.shown],
                 columns=list(columns),
             )
         }

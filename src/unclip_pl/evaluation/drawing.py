@@ -1,5 +1,6 @@
 """Decodes embeddings batch by batch, over all ranks, and keeps of each image only what the scores need."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -83,14 +84,14 @@ class Painter(AbstractContextManager["Painter"]):
         """Tells the bar how many images there will be."""
         self.progress.update(self.bar, total=images)
 
-    def paint(self, image_embed: Tensor, text: TextFeatures, *, what: str, keep: int = 0) -> View:
+    def paint(self, image_embed: Tensor, text: TextFeatures, *, what: str, keep: Sequence[int] = ()) -> View:
         """Decode and look.
 
         Args:
             image_embed: (N, d) on the CPU.
             text: N captions, on the CPU.
             what: is being drawn, for the bar.
-            keep: how many of the images themselves to keep.
+            keep: the rows of which to keep the images themselves, ascending.
         """
         self.progress.update(self.bar, description=f"decoding: {what}")
         device = self.judge.preprocess.mean.device
@@ -101,21 +102,21 @@ class Painter(AbstractContextManager["Painter"]):
             words = TextFeatures(*(part.to(device) for part in select_text(text, rows)))
             generator = torch.Generator().manual_seed(self.seed + 7919 * batch)
             images = self.decoder.decode(image_embed[rows].to(device), words, generator=generator)
-            parts[batch] = self.look(images, keep=max(0, keep - start))
+            parts[batch] = self.look(images, keep=[row - start for row in keep if 0 <= row - start < len(images)])
             # Other ranks draw the batches in between in the same time.
             everyone = min(len(image_embed), start + self.batch_size * self.world_size) - start
             self.progress.advance(self.bar, everyone)
         joined = {batch: view for own in gather(parts, self.world_size) for batch, view in own.items()}
         return join_views([joined[batch] for batch in sorted(joined)])
 
-    def look(self, images: Tensor, *, keep: int = 0) -> View:
+    def look(self, images: Tensor, *, keep: Sequence[int] = ()) -> View:
         """What is kept of images (N, 3, H, H) in [-1, 1], on the CPU."""
         judge = F.normalize(self.judge.encode_image(images).float(), dim=-1)
         if self.oracle is None:
             read, residual = torch.empty(len(images), 0, dtype=torch.long), torch.full((len(images),), torch.nan)
         else:
             read, _, residual = self.oracle(images)
-        return View(judge.cpu(), read.cpu(), residual.cpu(), images[:keep].float().cpu())
+        return View(judge.cpu(), read.cpu(), residual.cpu(), images[list(keep)].float().cpu())
 
 
 def join_views(views: list[View]) -> View:

@@ -36,7 +36,7 @@ class View(NamedTuple):
     judge: Tensor  # (N, F) unit-norm features
     read: Tensor  # (N, A) what the oracle read, as indices
     residual: Tensor  # (N,) RMS to the nearest picture that the renderer can draw; NaN without an oracle
-    images: Tensor  # (n, 3, H, H) in [-1, 1], the first few
+    images: Tensor  # (n, 3, H, H) in [-1, 1], those that are shown
 
 
 def join_text(parts: Sequence[TextFeatures]) -> TextFeatures:
