@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 #: What makes the quickstart's recipe a matter of seconds: nothing but sizes.
 SHRINK = {
     "data": "--train 96 --val 16 --heldout 24",
-    "fit": "--trainer.max_steps 2 --data.init_args.batch_size 16 --trainer.enable_model_summary false",
+    "fit": (
+        "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.init_args.batch_size 16 "
+        "--trainer.enable_model_summary false"
+    ),
     "test": (
         "--model.init_args.captions 8 --model.init_args.diversity_captions 2 --model.init_args.diversity_samples 2 "
         "--model.init_args.grid_rows 2 --model.init_args.resamples 20"

@@ -71,6 +71,7 @@ class Decoder:
         image_embed: Tensor,
         text: TextFeatures,
         *,
+        guidance: float | None = None,
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -79,11 +80,12 @@ class Decoder:
         Args:
             image_embed: (B, d) raw or unit-norm z_i.
             text: raw features of the captions, see :meth:`null_text`.
+            guidance: for this call; None keeps the decoder's own.
             generator: of the starting noise and of stochastic samplers.
             progress: called after every step of the first stage.
         """
         device, n = image_embed.device, len(image_embed)
-        denoise = self.task.denoiser(image_embed, text, self.guidance)
+        denoise = self.task.denoiser(image_embed, text, self.guidance if guidance is None else guidance)
         x_T = torch.randn(n, 3, self.image_size, self.image_size, generator=generator).to(device)
         image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
         for stage in self.stages:
@@ -184,9 +186,8 @@ class Unclip:
         generator = torch.Generator().manual_seed(seed)
         text = repeat_text(self.clip.describe(list(captions)), num)
         z_i = self.prior(prior).embed(text, generator=generator)
-        if guidance is not None:
-            self.decoder.guidance = guidance
-        return Generation(self.decoder.decode(z_i, text, generator=generator, progress=progress), z_i)
+        images = self.decoder.decode(z_i, text, guidance=guidance, generator=generator, progress=progress)
+        return Generation(images, z_i)
 
 
 def check_clip(clip: str, other: str, what: str) -> None:

@@ -59,7 +59,8 @@ class DiffusionPrior(Prior):
 
     Args:
         checkpoint: of the Task, relative to the run.
-        sampler: None is 64 ancestral steps on the paper's strided grid.
+        sampler: None is 64 ancestral steps on the paper's strided grid. The paper's analytic variance (``Ancestral``'s
+            ``variance: analytic``) is read from the checkpoint.
         guidance: scale; 1 is off. Drops the text and never z_i^(t).
         candidates: drawn per caption; the one with the largest z_i·z_t is kept (paper: 2).
     """
@@ -79,6 +80,13 @@ class DiffusionPrior(Prior):
         """Read the checkpoint."""
         self.task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
         _describe(self, self.task)
+        if isinstance(self.sampler, Ancestral) and self.sampler.variance == "analytic":
+            if self.task.posterior_mse is None:
+                raise ValueError(
+                    f"{root / self.checkpoint} was saved before any validation, whose errors the analytic variance "
+                    "needs: fit on data with a validation split, or sample with another variance."
+                )
+            self.sampler = self.sampler.with_posterior_mse(self.task.posterior_mse)
         return self
 
     @torch.no_grad()

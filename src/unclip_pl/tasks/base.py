@@ -191,6 +191,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         raise TypeError(f"{path} holds a {name}. Expected a {expected.__name__}.")
     rebuilt = _rebuild(cls, checkpoint["hyper_parameters"])
     rebuilt.load_state_dict(checkpoint["state_dict"])
+    rebuilt.on_load_checkpoint(checkpoint)
     rebuilt.record = TrainingRecord.of(checkpoint)
     return rebuilt.eval()
 

@@ -1,15 +1,27 @@
 """The diffusion prior: z_i from a caption, by x0-prediction (§2.2 of the paper)."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import GaussianDiffusion
+from unclip_pl.diffusion import GaussianDiffusion, PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Scaling
 from unclip_pl.tasks.base import EmbeddingTask, Optimization
 from unclip_pl.types import PriorBatch
+
+
+class Draws(NamedTuple):
+    """What the network makes of noised embeddings, (B·K, d) each but t."""
+
+    t: Tensor  # (B·K,)
+    x0: Tensor
+    x_t: Tensor
+    F: Tensor  # the network's output
+    target: Tensor  # what F should be
 
 
 class DiffusionPriorTask(EmbeddingTask):
@@ -27,6 +39,10 @@ class DiffusionPriorTask(EmbeddingTask):
 
     batch_type = PriorBatch
     net: PriorTransformer
+
+    #: c_t, (T,): the variance of x0 given x_t at every training time, from the last validation's errors. In the
+    #: checkpoint, but no buffer: EMA would put an older one back.
+    posterior_mse: Tensor | None = None
 
     def __init__(
         self,
@@ -46,10 +62,11 @@ class DiffusionPriorTask(EmbeddingTask):
 
     def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error over ``draws_per_caption`` times and noises of each caption."""
-        return self.errors(batch, generator)[1].mean()
+        draws = self.denoise_batch(batch, generator)
+        return simple_loss(draws.F, draws.target).mean()
 
-    def errors(self, batch: PriorBatch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Times and squared errors, (B·K,) each, for K = ``draws_per_caption``."""
+    def denoise_batch(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Draws:
+        """K = ``draws_per_caption`` times and noises for each of B captions."""
         draws = self.draws_per_caption
         z_i = self.space.scale(batch.image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
         prefix = self.net.encode_prefix(self.drop_text(batch.text, generator))
@@ -58,14 +75,42 @@ class DiffusionPriorTask(EmbeddingTask):
         eps = noise_like(x0, generator=generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
         F = self.net(x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws), prefix).flatten(0, 1)
-        return t, simple_loss(F, self.diffusion.target(x0, eps, t))
+        return Draws(t, x0, x_t, F, self.diffusion.target(x0, eps, t))
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the errors of older weights."""
+        self._errors = PosteriorMSE(self.diffusion.steps)
 
     def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """The loss, also by quarter of t: a prior that is good near t = 0 alone has learned nothing of the caption."""
-        t, errors = self.errors(batch, self._fixed_noise(batch_idx))
+        t, x0, x_t, F, target = self.denoise_batch(batch, self._fixed_noise(batch_idx))
+        self._errors.update(t, simple_loss(self.diffusion.to_x0(F, x_t, t), x0))
+        errors = simple_loss(F, target)
         self.log("val/loss", errors.mean(), prog_bar=True, batch_size=len(errors), sync_dist=True)
         quarter = (t * 4).ceil().long() - 1
         for q in range(4):
             chosen = quarter == q
             share = (errors * chosen).sum() / chosen.sum().clamp(min=1)
             self.log(f"val/loss_t{q / 4:.2f}-{(q + 1) / 4:.2f}", share, batch_size=len(errors), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keeps what the analytic variance of a sampler needs (Analytic-DPM, Bao et al. 2022)."""
+        if self.trainer.sanity_checking:
+            return
+        self._errors.sums = self.trainer.strategy.reduce(self._errors.sums, reduce_op="sum")
+        self.posterior_mse = self._errors.compute(bound=self._variance())
+
+    def _variance(self) -> float | None:
+        """Per dimension, of the data: no posterior is wider. None where the scaling does not fix the norm."""
+        if self.space.scaling != "unit":
+            return None
+        return self.space.unit_scale**2 * (1 - self.space.mean.square().sum().item()) / self.space.embed_dim
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """``posterior_mse`` travels beside the weights."""
+        if self.posterior_mse is not None:
+            checkpoint["posterior_mse"] = self.posterior_mse
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.posterior_mse = checkpoint.get("posterior_mse")

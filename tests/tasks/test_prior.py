@@ -1,0 +1,64 @@
+"""The diffusion prior's own bookkeeping: errors of validation become the analytic variance of its sampler."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from unclip_pl.diffusion import Ancestral, GaussianDiffusion
+from unclip_pl.diffusion.process import Prediction
+from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.space import Moments, write_statistics
+from unclip_pl.priors import DiffusionPrior
+from unclip_pl.tasks import DiffusionPriorTask
+from unclip_pl.types import PriorBatch, TextFeatures
+
+D, W = 6, 5
+
+
+def text(n: int) -> TextFeatures:
+    return TextFeatures(torch.ones(n, 3).long(), torch.randn(n, 3, W), torch.ones(n, 3).bool(), torch.randn(n, D))
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_errors_of_x0_whatever_the_network_predicts(prediction: Prediction, tmp_path: Path) -> None:
+    """A network that answers 0 knows nothing: x0_hat is 0, x_t / alpha or alpha x_t, and its error a closed form."""
+    torch.manual_seed(0)
+    z_i = torch.nn.functional.normalize(torch.randn(4000, D), dim=-1)
+    write_statistics(tmp_path / "s.safetensors", moments=Moments.of(z_i), null_text=text(1), fingerprint="c")
+    net = PriorTransformer(D, W, 8, width=8, layers=1, heads=2)
+    torch.nn.init.zeros_(net.out_proj.weight)
+    torch.nn.init.zeros_(net.out_proj.bias)
+    diffusion = GaussianDiffusion(prediction=prediction)
+    task = DiffusionPriorTask(net, str(tmp_path / "s.safetensors"), diffusion=diffusion, draws_per_caption=8)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    loader = DataLoader([PriorBatch(part, text(len(part))) for part in z_i.split(1000)], batch_size=None)
+    trainer.validate(task, loader, verbose=False)
+
+    assert task.posterior_mse is not None
+    assert task.posterior_mse.shape == (1000,)
+    variance = task.space.unit_scale**2 / D
+    middle = torch.arange(200, 800)
+    alpha, sigma = diffusion.schedule.alpha_sigma((middle + 1) / 1000)
+    error = {
+        "x0": torch.full_like(alpha, variance),
+        "eps": (sigma / alpha) ** 2,
+        "v": sigma**4 * variance + (alpha * sigma) ** 2,
+    }[prediction]
+    torch.testing.assert_close(task.posterior_mse[middle], error.clamp(max=variance), rtol=0.1, atol=0.02)
+
+
+def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) -> None:
+    path = mini_run / "prior" / "checkpoints" / "last.ckpt"
+    prior = DiffusionPrior(path.name, Ancestral(4, "analytic")).load(path.parent)
+    assert isinstance(prior.sampler, Ancestral)
+    assert torch.equal(prior.sampler.posterior_mse, torch.load(path, weights_only=True)["posterior_mse"])
+
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["posterior_mse"]
+    torch.save(checkpoint, tmp_path / "early.ckpt")
+    with pytest.raises(ValueError, match="before any validation"):
+        DiffusionPrior("early.ckpt", Ancestral(4, "analytic")).load(tmp_path)
+    DiffusionPrior("early.ckpt").load(tmp_path)
