@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
-from rich.progress import track
+from tqdm import tqdm
 
 from unclip_pl.data.pack import Encoding, Sample, coco_samples, shapes_samples, table_samples, write_shards
 from unclip_pl.shapes.render import Split
@@ -34,7 +34,7 @@ def pack_shapes(
     for split, count in zip(get_args(Split), (train, val, heldout), strict=True):
         if count:
             samples = shapes_samples(count, split=split, size=size, seed=seed)
-            write_shards(track(samples, split, total=count), out, split, shard_size=shard_size)
+            write_shards(tqdm(samples, split, count, unit=" images"), out, split, shard_size=shard_size)
 
 
 def pack_folder(
@@ -100,7 +100,7 @@ def _write(
 ) -> None:
     """Write shards, then say what was left out."""
     try:
-        write_shards(track(samples, split), out, split, shard_size=shard_size, encode=encode)
+        write_shards(tqdm(samples, split, unit=" images"), out, split, shard_size=shard_size, encode=encode)
     finally:
         for reason, count in skipped.most_common():
             print(f"skipped {count} image(s): {reason}")
