@@ -94,3 +94,40 @@ def test_a_caption_that_is_too_long_is_cut_with_a_warning(
     words = ["sample", "a red star " * 30, "--run", str(mini_run), "--num", "1", "--out", str(tmp_path / "x.png")]
     assert main(words) == 0
     assert "cut to CLIP's 16 tokens" in caplog.text
+
+
+def fit_words(mini_run: Path, out: Path) -> list[str]:
+    """One step of the tiny prior on the miniature run's data."""
+    data = {"source": "data", "store": "store", "clip.pretrained": "clip/checkpoints/last.ckpt"}
+    words = [
+        "fit",
+        "--config",
+        "configs/prior/tiny.yaml",
+        "--trainer.max_steps",
+        "1",
+        "--data.init_args.batch_size",
+        "16",
+    ]
+    for key, value in data.items():
+        words += [f"--data.init_args.{key}", f"{mini_run}/{value}"]
+    return [*words, "--trainer.logger.init_args.save_dir", str(out)]
+
+
+def test_without_a_bar(mini_run: Path, tmp_path: Path) -> None:
+    assert main([*fit_words(mini_run, tmp_path), "--trainer.enable_progress_bar", "false"]) == 0
+
+
+def test_what_lightning_refuses_is_one_line(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused([*fit_words(mini_run, tmp_path), "--trainer.limit_train_batches", "1.5"], capsys, "1.5")
+
+
+def test_evaluation_on_embeddings_of_another_clip(
+    mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(mini_run / "data")
+    words = ["precompute", "--source", source, "--store", str(tmp_path / "store"), "--clip.name", "tiny-rn"]
+    assert main([*words, "--clip.pretrained", ""]) == 0  # the same architecture with random weights
+    words = ["test", "--config", "configs/evaluate/prior.yaml", "--model.init_args.run", str(mini_run)]
+    words += ["--data.init_args.source", source, "--data.init_args.store", str(tmp_path / "store")]
+    words += ["--data.init_args.clip.pretrained", "", "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    refused(words, capsys, "embedding store", "tiny-rn-")

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 #: Errors that a user can mend: one line. Anything else is ours, and shows its traceback.
-EXPECTED = (ValueError, TypeError, OSError, KeyError)
+EXPECTED = (ValueError, TypeError, OSError, KeyError, yaml.YAMLError)
+#: The same, of a class whose import would take seconds.
+EXPECTED_NAMES = ("MisconfigurationException",)
 
 #: What linked arguments are made of: never written in a config.
 LINKS = (
@@ -49,8 +52,8 @@ def run(words: list[str], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
-    except EXPECTED as error:
-        if debug:
+    except Exception as error:
+        if debug or not (isinstance(error, EXPECTED) or type(error).__name__ in EXPECTED_NAMES):
             raise
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1

@@ -54,6 +54,9 @@ class Decoder:
         """Read the checkpoints."""
         self.task = load_task(root / self.checkpoint, DecoderTask).to(device)
         self.stages = [load_task(root / path, UpsamplerTask).to(device) for path in self.upsamplers]
+        self.sampler.check(self.task.diffusion)
+        for stage in self.stages:
+            self.upsampler.check(stage.diffusion)
         return self
 
     @property

@@ -80,6 +80,7 @@ class DiffusionPrior(Prior):
         """Read the checkpoint."""
         self.task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
         _describe(self, self.task)
+        self.sampler.check(self.task.diffusion)
         if isinstance(self.sampler, Ancestral) and self.sampler.variance == "analytic":
             if self.task.posterior_mse is None:
                 raise ValueError(

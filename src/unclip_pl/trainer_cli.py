@@ -5,8 +5,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 
 from unclip_pl.callbacks import StepProgressBar
@@ -38,7 +38,7 @@ class UnclipCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             # The samplers know their rank; the bar counts the whole fit.
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [StepProgressBar()]},
+            trainer_defaults={"use_distributed_sampler": False},
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,
@@ -55,6 +55,14 @@ class UnclipCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyperparameters win over YAML and command line; here they lose."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With our bar, unless none is wanted or the config brings its own."""
+        own = self._get(self.config_init, "trainer.callbacks") or []
+        wanted = self._get(self.config_init, "trainer.enable_progress_bar") is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in own):
+            self.trainer_defaults["callbacks"] = [StepProgressBar()]
+        return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Leave ``last.ckpt`` at the last step, whatever the checkpoint interval."""

@@ -61,12 +61,39 @@ def test_a_changed_stage_takes_what_depends_on_it_along_and_nothing_else(journal
     assert list((journal.run / "replaced").glob("b-*/precious"))  # nothing that was whole is lost
 
 
-def test_what_was_deleted_is_made_again(journal: Journal) -> None:
+def test_what_was_deleted_is_made_again_with_what_was_made_of_it(journal: Journal) -> None:
+    for deleted, asked in (("d", ["d"]), ("b", ["b", "c"])):
+        reproduce(chain(), str(journal.run))
+        journal.asked.clear()
+        (journal.run / deleted).rmdir()
+        reproduce(chain(), str(journal.run))
+        assert journal.asked == asked
+
+
+def test_how_a_folder_is_written_changes_nothing(journal: Journal) -> None:
     reproduce(chain(), str(journal.run))
+    reproduce(chain(), f"{journal.run}/")
+    assert journal.asked == ["a", "b", "c", "d"]
+
+
+def test_shards_that_changed_and_names_with_braces_and_spaces(journal: Journal, tmp_path: Path) -> None:
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"train-{i}.tar").write_bytes(bytes(10240))
+    stages = {
+        "a": Stage("make --out a --source {source}"),
+        "b": Stage("make --out b", ["a"]),
+        "c": Stage("make --out c"),
+    }
+    source = str(folder / "train-{0..1}.tar")
+    for _ in range(2):
+        reproduce(stages, str(journal.run), source)
+    assert journal.asked == ["a", "b", "c"]
     journal.asked.clear()
-    (journal.run / "d").rmdir()
-    reproduce(chain(), str(journal.run))
-    assert journal.asked == ["d"]
+    (folder / "train-1.tar").write_bytes(bytes(20480))
+    reproduce(stages, str(journal.run), source)
+    assert journal.asked == ["a", "b"]
 
 
 def test_comments_do_not_count_but_included_files_do(tmp_path: Path) -> None:

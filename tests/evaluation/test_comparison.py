@@ -113,7 +113,7 @@ def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: Decoder,
 
 
 def test_only_pictures_that_may_be_shown_are(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
-    licences = ["MIT, one", "CC BY", "", "Apache-2.0, two"]
+    licences = ["MIT, one", "CC BY", "CC BY-SA", "Apache-2.0, two"]
     named = [
         batch._replace(metadata=[{"license": licences[i % 4]} for i in range(len(batch.metadata))]) for batch in batches
     ]
@@ -124,6 +124,18 @@ def test_only_pictures_that_may_be_shown_are(batches: Batches, lookup: Decoder, 
     assert report["pictures"]["grid"]["rows"] == [captions[row] for row in (0, 3, 4)]
     sheet = Atlas.load(tmp_path / "plots" / "grid.png", **report["pictures"]["grid"]).images
     torch.testing.assert_close(sheet[:, 0], torch.cat([b.image for b in batches])[[0, 3, 4]], atol=1 / 127, rtol=0)
+
+
+def test_own_pictures_name_no_licence_and_a_report_may_have_no_grid(
+    batches: Batches, lookup: Decoder, tmp_path: Path
+) -> None:
+    priors: dict[str, Prior] = {"ceiling": TrueEmbedding()}
+    report = compare(batches, lookup, tmp_path / "own", priors, grid_licenses=["MIT"])
+    assert len(report["pictures"]["grid"]["rows"]) == 3
+    theirs = [batch._replace(metadata=[{"license": "CC BY"} for _ in batch.metadata]) for batch in batches]
+    report = compare(theirs, lookup, tmp_path / "theirs", priors, grid_licenses=["MIT"])
+    assert "grid" not in report["pictures"]
+    assert (tmp_path / "theirs" / "report.html").is_file()
 
 
 def test_oracle_refuses_data_without_attributes(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:

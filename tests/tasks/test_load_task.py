@@ -3,6 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
+from unclip_pl.pipeline import Decoder
+from unclip_pl.priors import DiffusionPrior
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
 
 
@@ -48,3 +51,24 @@ def test_no_clip_in_a_checkpoint(mini_run: Path) -> None:
     for stage in ("prior", "ar_prior", "decoder"):
         state = torch.load(mini_run / stage / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         assert not [name for name in state if "token_embedding" in name or "visual" in name]
+
+
+def test_weights_of_another_clips_space_do_not_go_on(mini_run: Path) -> None:
+    path = mini_run / "prior" / "checkpoints" / "last.ckpt"
+    task, checkpoint = load_task(path, DiffusionPriorTask), torch.load(path, weights_only=True)
+    task.on_load_checkpoint(checkpoint)
+    checkpoint["state_dict"]["space.fingerprint_bytes"] = torch.tensor(list(b"other-clip"), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="of CLIP 'other-clip', but the data are of 'tiny-rn-"):
+        task.on_load_checkpoint(checkpoint)
+
+
+def test_a_sampler_of_other_noise_levels_is_refused(mini_run: Path) -> None:
+    with pytest.raises(ValueError, match=r"'CosineSchedule', 1000.*Got \('LinearSchedule', 1000"):
+        DiffusionPrior("prior/checkpoints/last.ckpt", Ancestral(4, schedule=LinearSchedule())).load(mini_run)
+    with pytest.raises(ValueError, match=r"'CosineSchedule', 1000.*Got \('CosineSchedule', 500"):
+        Decoder("decoder/checkpoints/last.ckpt", 32, DDIM(4, train_steps=500)).load(mini_run)
+
+
+def test_a_decoder_cannot_ask_priors_for_the_norm() -> None:
+    with pytest.raises(ValueError, match="without its norm"):
+        DecoderTask(None, scaling="standardize")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shlex
 import shutil
 import time
@@ -14,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from unclip_pl.cli import dispatch
+from unclip_pl.data.shards import list_shards
 from unclip_pl.evaluation.provenance import STAGES
 from unclip_pl.evaluation.report import render
 from unclip_pl.pipeline import write_run
@@ -38,27 +40,33 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
     Args:
         stages: by name, in order.
         run: folder of everything that is made.
-        source: shards to work on, for recipes that do not make their own.
+        source: shards to work on, for recipes that do not make their own. When they change, what reads them is done
+            again.
         compare: config of the comparison; ``run.json`` takes CLIP, judge, decoder and priors from it.
     """
     root = Path(run)
     root.mkdir(parents=True, exist_ok=True)
+    places = {"{run}": str(root), "{source}": source.replace("{run}", str(root))}
+    shards = [] if "{run}" in source else [_state(shard) for shard in list_shards(source)]
     console = Console()
     _check_needs(stages)
     keys: dict[str, str] = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
-        words = shlex.split(stage.run.format(run=run, source=source.format(run=run)))
-        keys[name] = stage_key(words, [keys[need] for need in stage.needs])
+        words = [_fill(word, places) for word in shlex.split(stage.run)]
+        # A stage that was made again, though nothing of it changed, has another stamp: what it gave is not the same.
+        needs = [f"{keys[need]} {_records(root)[need].get('stamp', '')}" for need in stage.needs]
+        keys[name] = stage_key(words, [*needs, *shards] if "{source}" in stage.run else needs)
         record = _records(root).get(name, {})
         title = f"[{number}/{len(stages)}] {name}"
         if record.get("key") == keys[name] and record.get("done") and _made(root, name):
             console.print(f"{title}: done in {record['seconds']:.0f} s, skipped", style="dim")
             continue
         console.rule(f"{title}: unclip {shlex.join(words)}", align="left")
-        resumed = record.get("key") == keys[name]
+        resumed = record.get("key") == keys[name] and not record.get("done")
         if not resumed:
             _set_aside(root, name)
-            record = {"key": keys[name], "command": words, "seconds": 0.0, "done": False}
+            stamp = secrets.token_hex(8)
+            record = {"key": keys[name], "stamp": stamp, "command": words, "seconds": 0.0, "done": False}
         _write(root, name, record)
         if compare and words[0] == "test":
             write_run(root, describe_run(compare, root))
@@ -107,6 +115,17 @@ def describe_run(compare: str, root: Path) -> dict[str, Any]:
     """``run.json`` from the comparison's config: sampled pictures and compared numbers come from the same priors."""
     model = resolved(Path(compare))["model"]["init_args"]
     return {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
+
+
+def _fill(word: str, places: dict[str, str]) -> str:
+    for name, place in places.items():
+        word = word.replace(name, place)
+    return word
+
+
+def _state(shard: Path) -> str:
+    stat = shard.stat()
+    return f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _check_needs(stages: dict[str, Stage]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion.process import Denoised, noise_like
+from unclip_pl.diffusion.process import Denoised, GaussianDiffusion, noise_like
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,) in (0, 1]
@@ -108,6 +108,19 @@ class Sampler(ABC):
         self.schedule = schedule or CosineSchedule()
         self.train_steps = train_steps
         self.times = time_grid(steps, grid, train_steps)
+
+    def check(self, diffusion: GaussianDiffusion) -> None:
+        """Whether it walks the noise levels that a network was trained on.
+
+        Raises:
+            ValueError: another schedule or another T.
+        """
+        have = (type(self.schedule).__name__, self.train_steps)
+        want = (type(diffusion.schedule).__name__, diffusion.steps)
+        if have != want:
+            raise ValueError(
+                f"Expected a sampler for (schedule, training steps) = {want}, as the network's. Got {have}."
+            )
 
     @abstractmethod
     def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
-from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.evaluation.assemble import Cost, Heldout, Material, assemble, join_heldout, true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.provenance import provenance, settings
 from unclip_pl.evaluation.report import Atlas, print_summary, scalars, write_report
 from unclip_pl.evaluation.scores import View, open_captions, select_text
+from unclip_pl.evaluation.task import check_store
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.pipeline import Decoder, check_clip
 from unclip_pl.priors import Prior, TrueEmbedding
@@ -48,8 +48,8 @@ class Comparison(LightningModule):
         diversity_samples: images of each of those.
         rivals: two of the priors, for the head to head; the first is the one that the paper calls better.
         grid_rows: captions in the report's picture.
-        grid_licenses: show real images of these licences only, by the beginning of `license` in their json; None shows
-            any. A report that is published holds the pictures of others.
+        grid_licenses: of the real images whose json names a `license`, show those alone whose licence begins with one
+            of these; None shows any. A report that is published holds the pictures of others.
         batch_size: images decoded at once.
         resamples: of the captions, for intervals of Fréchet distances.
         seed: of all noise.
@@ -126,8 +126,7 @@ class Comparison(LightningModule):
             "judge": self.judge.within(self.run).load().to(self.device),
         }
         fingerprint = encoder.fingerprint
-        if isinstance(data := self.trainer.datamodule, UnclipDataModule):  # type: ignore[attr-defined]
-            check_clip(fingerprint, data.embeddings.fingerprint, f"the embedding store {data.store}")
+        check_store(self, fingerprint)
         self.decoder.load(self.run, device)
         check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
         for name, prior in self.priors.items():
@@ -244,7 +243,8 @@ class Comparison(LightningModule):
     def _shown(self, metadata: list[dict[str, Any]]) -> list[int]:
         """The first rows that the report may show."""
         allowed = None if self.grid_licenses is None else tuple(self.grid_licenses)
-        rows = [i for i, m in enumerate(metadata) if allowed is None or str(m.get("license", "")).startswith(allowed)]
+        licences = [sample.get("license") for sample in metadata]
+        rows = [i for i, name in enumerate(licences) if allowed is None or not name or str(name).startswith(allowed)]
         return rows[: self.grid_rows]
 
     def _embed_many(self, prior: Prior, text: TextFeatures) -> Tensor:
@@ -261,13 +261,13 @@ class Comparison(LightningModule):
         """The report's pictures: captions × priors, and many images of a few captions."""
         columns: dict[str, View] = {"real": material.real, **material.views, "embedding alone": material.reconstruction}
         size = material.reconstruction.images.shape[-1]
-        atlases = {
-            "grid": Atlas(
+        atlases = {}
+        if material.shown:
+            atlases["grid"] = Atlas(
                 torch.stack([resize(view.images, size) for view in columns.values()], dim=1),
                 rows=[material.heldout.captions[row] for row in material.shown],
                 columns=list(columns),
             )
-        }
         if material.many:
             shown = torch.stack([view.images for view in material.many.values()])  # (P, SHOWN · K, 3, H, H)
             shown = shown.unflatten(1, (-1, self.diversity_samples)).transpose(0, 1).flatten(0, 1)

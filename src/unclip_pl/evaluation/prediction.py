@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.data.pack import Sample, write_shards
-from unclip_pl.evaluation.task import generator_for, to_bytes
+from unclip_pl.evaluation.task import check_store, generator_for, to_bytes
 from unclip_pl.pipeline import Decoder, check_clip
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch
@@ -40,7 +40,9 @@ class PriorPrediction(LightningModule):
         """Loads the prior, and refuses another CLIP's."""
         self._embeds: list[Tensor] = []
         self.prior.load(self.run, str(self.device))
-        check_clip(self.clip.within(self.run).load().fingerprint, self.prior.fingerprint, "the prior")
+        fingerprint = self.clip.within(self.run).load().fingerprint
+        check_store(self, fingerprint)
+        check_clip(fingerprint, self.prior.fingerprint, "the prior")
 
     def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """One embedding a caption."""
@@ -84,6 +86,7 @@ class ImagePrediction(LightningModule):
         """Loads every network, and refuses to mix CLIPs."""
         self._samples: list[Sample] = []
         fingerprint = self.clip.within(self.run).load().fingerprint
+        check_store(self, fingerprint)
         self.decoder.load(self.run, str(self.device))
         check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
         check_clip(fingerprint, self.prior.load(self.run, str(self.device)).fingerprint, "the prior")

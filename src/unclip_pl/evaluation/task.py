@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
+from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.metrics import CLIPScore, EmbeddingCalibration, FrechetDistance, NeighbourScores, RetrievalRecall
 from unclip_pl.pipeline import Decoder, check_clip
 from unclip_pl.priors import Prior, TrueEmbedding
@@ -51,7 +52,9 @@ class PriorEvaluation(LightningModule):
     def on_test_start(self) -> None:
         """Loads the prior, and refuses another CLIP's."""
         self.prior.load(self.run, str(self.device))
-        check_clip(self.clip.within(self.run).load().fingerprint, self.prior.fingerprint, "the prior")
+        fingerprint = self.clip.within(self.run).load().fingerprint
+        check_store(self, fingerprint)
+        check_clip(fingerprint, self.prior.fingerprint, "the prior")
 
     def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """Embeds the captions ``seeds`` times."""
@@ -132,6 +135,7 @@ class ImageEvaluation(LightningModule):
         # A tuple keeps them out of the module tree: nobody should find a CLIP in a state dict.
         self._judges = Judges(judge, inception)
         fingerprint = self.clip.within(self.run).load().fingerprint
+        check_store(self, fingerprint)
         self.decoder.load(self.run, device)
         check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
         check_clip(fingerprint, self.prior.load(self.run, device).fingerprint, "the prior")
@@ -172,6 +176,16 @@ class Judges(NamedTuple):
 
     clip: ClipEncoder
     inception: nn.Module | None
+
+
+def check_store(module: LightningModule, fingerprint: str) -> None:
+    """The embeddings that a module is given must be of this CLIP.
+
+    Raises:
+        ValueError: they are another's.
+    """
+    if isinstance(data := module.trainer.datamodule, UnclipDataModule):  # type: ignore[attr-defined]
+        check_clip(fingerprint, data.embeddings.fingerprint, f"the embedding store {data.store}")
 
 
 def generator_for(module: LightningModule, seed: int, batch_idx: int) -> torch.Generator:

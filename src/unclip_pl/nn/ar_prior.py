@@ -132,10 +132,12 @@ def upper_quantile(probability: Tensor, quantile: float) -> Tensor:
 def draw(probability: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """One index (…) from each distribution (…, V): the first of V exponential clocks, rates p, to ring.
 
-    ``torch.multinomial`` does the same, but on a GPU it waits for the device at every call.
+    ``torch.multinomial`` does the same, but on a GPU it waits for the device at every call. The clocks are drawn on the
+    generator's device, then moved.
     """
-    clocks = torch.empty_like(probability).exponential_(generator=generator)
-    return (probability / clocks).argmax(-1)
+    source = probability.device if generator is None else generator.device
+    clocks = torch.empty_like(probability, device=source).exponential_(generator=generator)
+    return (probability / clocks.to(probability.device)).argmax(-1)
 
 
 class ARPriorTransformer(PrefixTransformer):

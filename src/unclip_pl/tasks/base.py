@@ -151,6 +151,15 @@ class EmbeddingTask(Task):
         self.space = EmbeddingSpace(statistics, scaling)
         self.text_drop = text_drop
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with weights that were trained in another CLIP's space."""
+        saved = bytes(checkpoint["state_dict"]["space.fingerprint_bytes"].tolist()).decode()
+        if self.space.fingerprint not in ("", saved):
+            raise ValueError(
+                f"The checkpoint was trained on embeddings of CLIP {saved!r}, but the data are of "
+                f"{self.space.fingerprint!r}: give the data of its CLIP, or train anew."
+            )
+
     def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
         """Scale z_t and replace a share of the captions, states and z_t together, by the empty caption."""
         keep = bernoulli(len(text.embed), 1 - self.text_drop, text.embed.device, generator)

@@ -22,11 +22,14 @@ class DecoderTask(EmbeddingTask):
     Args:
         net: the UNet, with ``embed_dim`` of the CLIP.
         statistics: file of the embedding store (linked from the data).
-        scaling: of z_i; tiny decoders learn faster from ``whiten``.
+        scaling: of z_i, ``unit`` or ``whiten``; tiny decoders learn faster from ``whiten``.
         diffusion: None is the paper's: cosine, 1,000 steps, eps.
         image_drop: share of z_i replaced by the learned null (paper: 10 %).
         text_drop: share of captions replaced by the empty one (paper: 50 %).
         optimization: of the network's weights.
+
+    Raises:
+        ValueError: ``standardize``, which needs the norm of z_i that priors do not give.
     """
 
     batch_type = DecoderBatch
@@ -42,6 +45,8 @@ class DecoderTask(EmbeddingTask):
         text_drop: float = 0.5,
         optimization: Optimization | None = None,
     ) -> None:
+        if scaling == "standardize":
+            raise ValueError("Expected scaling 'unit' or 'whiten' for a decoder: priors give z_i without its norm.")
         super().__init__(statistics, scaling, text_drop, optimization)
         self.save_hyperparameters()
         self.net = net
@@ -92,4 +97,5 @@ class DecoderTask(EmbeddingTask):
     def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
         """Images decoded from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
         x_T = noise_like(batch.image, generator=generator)
-        return DDIM(25).sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T)
+        sampler = DDIM(25, schedule=self.diffusion.schedule, train_steps=self.diffusion.steps)
+        return sampler.sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T)

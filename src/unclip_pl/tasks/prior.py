@@ -11,7 +11,7 @@ from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Scaling
 from unclip_pl.tasks.base import EmbeddingTask, Optimization
-from unclip_pl.types import PriorBatch
+from unclip_pl.types import PriorBatch, TextFeatures
 
 
 class Draws(NamedTuple):
@@ -62,14 +62,15 @@ class DiffusionPriorTask(EmbeddingTask):
 
     def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error over ``draws_per_caption`` times and noises of each caption."""
-        draws = self.denoise_batch(batch, generator)
+        text = self.drop_text(batch.text, generator)
+        draws = self.denoise_batch(batch.image_embed, text, generator)
         return simple_loss(draws.F, draws.target).mean()
 
-    def denoise_batch(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Draws:
-        """K = ``draws_per_caption`` times and noises for each of B captions."""
+    def denoise_batch(self, image_embed: Tensor, text: TextFeatures, generator: torch.Generator | None = None) -> Draws:
+        """K = ``draws_per_caption`` times and noises for each of B embeddings, the scaled captions beside them."""
         draws = self.draws_per_caption
-        z_i = self.space.scale(batch.image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
-        prefix = self.net.encode_prefix(self.drop_text(batch.text, generator))
+        z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
+        prefix = self.net.encode_prefix(text)
         t = self.diffusion.draw_t(len(z_i) * draws, z_i.device, generator)
         x0 = z_i.flatten(0, 1)  # (B·K, d)
         eps = noise_like(x0, generator=generator)
@@ -82,8 +83,12 @@ class DiffusionPriorTask(EmbeddingTask):
         self._errors = PosteriorMSE(self.diffusion.steps)
 
     def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
-        """The loss, also by quarter of t: a prior that is good near t = 0 alone has learned nothing of the caption."""
-        t, x0, x_t, F, target = self.denoise_batch(batch, self._fixed_noise(batch_idx))
+        """The loss with every caption kept, also by quarter of t.
+
+        A prior that is good near t = 0 alone has learned nothing of the caption.
+        """
+        text = self.space.scale_text(batch.text)
+        t, x0, x_t, F, target = self.denoise_batch(batch.image_embed, text, self._fixed_noise(batch_idx))
         self._errors.update(t, simple_loss(self.diffusion.to_x0(F, x_t, t), x0))
         errors = simple_loss(F, target)
         self.log("val/loss", errors.mean(), prog_bar=True, batch_size=len(errors), sync_dist=True)
@@ -113,4 +118,5 @@ class DiffusionPriorTask(EmbeddingTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes it back."""
+        super().on_load_checkpoint(checkpoint)
         self.posterior_mse = checkpoint.get("posterior_mse")

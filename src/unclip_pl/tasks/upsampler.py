@@ -89,7 +89,8 @@ class UpsamplerTask(Task):
     def draw(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """Images drawn again from their own small versions, for the sample grid: 27 DDIM steps."""
         x_T = noise_like(batch.image, generator=generator)
-        return DDIM(27).sample(self.denoiser(self.shrink(batch.image), batch.image.shape[-1]), x_T)
+        sampler = DDIM(27, schedule=self.diffusion.schedule, train_steps=self.diffusion.steps)
+        return sampler.sample(self.denoiser(self.shrink(batch.image), batch.image.shape[-1]), x_T)
 
 
 def enlarge(low: Tensor, size: int) -> Tensor:
