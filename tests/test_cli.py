@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from unclip_pl.__main__ import COMMANDS, TRAINER, main
+from unclip_pl.clip.encoder import build_clip
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str], *fragments: str) -> None:
@@ -124,10 +126,11 @@ def test_what_lightning_refuses_is_one_line(mini_run: Path, tmp_path: Path, caps
 def test_evaluation_on_embeddings_of_another_clip(
     mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = str(mini_run / "data")
+    source, other = str(mini_run / "data"), str(tmp_path / "other.pt")
+    torch.save(build_clip("tiny-rn").state_dict(), other)  # the same architecture with other weights
     words = ["precompute", "--source", source, "--store", str(tmp_path / "store"), "--clip.name", "tiny-rn"]
-    assert main([*words, "--clip.pretrained", ""]) == 0  # the same architecture with random weights
+    assert main([*words, "--clip.pretrained", other]) == 0
     words = ["test", "--config", "configs/evaluate/prior.yaml", "--model.init_args.run", str(mini_run)]
     words += ["--data.init_args.source", source, "--data.init_args.store", str(tmp_path / "store")]
-    words += ["--data.init_args.clip.pretrained", "", "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    words += ["--data.init_args.clip.pretrained", other, "--trainer.logger.init_args.save_dir", str(tmp_path)]
     refused(words, capsys, "embedding store", "tiny-rn-")
