@@ -71,9 +71,10 @@ def test_what_was_deleted_is_made_again_with_what_was_made_of_it(journal: Journa
 
 
 def test_how_a_folder_is_written_changes_nothing(journal: Journal) -> None:
-    reproduce(chain(), str(journal.run))
-    reproduce(chain(), f"{journal.run}/")
-    assert journal.asked == ["a", "b", "c", "d"]
+    stages = chain() | {"e": Stage("make --out e --source {source}")}
+    for slash in ("", "/"):
+        reproduce(stages, f"{journal.run}{slash}", f"{{run}}/data{slash}")
+    assert journal.asked == ["a", "b", "c", "d", "e"]
 
 
 def test_shards_that_changed_and_names_with_braces_and_spaces(journal: Journal, tmp_path: Path) -> None:

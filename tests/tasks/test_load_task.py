@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
+from unclip_pl.nn.unet import UNet
 from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import DiffusionPrior
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
@@ -71,4 +72,4 @@ def test_a_sampler_of_other_noise_levels_is_refused(mini_run: Path) -> None:
 
 def test_a_decoder_cannot_ask_priors_for_the_norm() -> None:
     with pytest.raises(ValueError, match="without its norm"):
-        DecoderTask(None, scaling="standardize")  # type: ignore[arg-type]
+        DecoderTask(UNet(channels=8, channel_mult=[1], attention_levels=[], embed_dim=4), scaling="standardize")

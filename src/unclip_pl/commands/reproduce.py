@@ -46,7 +46,7 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
     """
     root = Path(run)
     root.mkdir(parents=True, exist_ok=True)
-    places = {"{run}": str(root), "{source}": source.replace("{run}", str(root))}
+    places = {"{run}": str(root), "{source}": str(Path(source.replace("{run}", str(root))))}
     shards = [] if "{run}" in source else [_state(shard) for shard in list_shards(source)]
     console = Console()
     _check_needs(stages)

@@ -184,7 +184,8 @@ def check_store(module: LightningModule, fingerprint: str) -> None:
     Raises:
         ValueError: they are another's.
     """
-    if isinstance(data := module.trainer.datamodule, UnclipDataModule):  # type: ignore[attr-defined]
+    data = getattr(module.trainer, "datamodule", None)  # which Lightning attaches without declaring it
+    if isinstance(data, UnclipDataModule):
         check_clip(fingerprint, data.embeddings.fingerprint, f"the embedding store {data.store}")
 
 
