@@ -14,7 +14,7 @@ LAYERS = [
     {"metrics"},
     {"tasks", "callbacks", "data"},
     {"priors", "pipeline"},
-    {"evaluation"},
+    {"evaluation", "interop"},
     {"commands"},
     {"cli", "trainer_cli", "__main__"},
 ]

@@ -1,8 +1,7 @@
-from typing import Any
+"""Identities and invariances of the prior's network. That it is diffusers' and Karlo's is shown in tests/interop."""
 
 import pytest
 import torch
-from diffusers import PriorTransformer as Reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -123,49 +122,6 @@ def test_guidance_batch_with_one_unconditional_prefix(net: PriorTransformer) -> 
     both = net(x_t.repeat(2, 1, 1), index.repeat(2, 1), cond.cat(null.expand(2)))
     torch.testing.assert_close(both[:2], net(x_t, index, cond))
     torch.testing.assert_close(both[2:], net(x_t, index, null.repeat(2)))
-
-
-def karlo_name(name: str) -> str:
-    """Diffusers' parameter names in Karlo's words."""
-    words = {
-        "encoder_hidden_states_proj": "text_enc_proj",
-        "embedding_proj": "text_emb_proj",
-        "proj_in": "clip_img_proj",
-        "proj_to_clip_embeddings": "out_proj",
-        "norm_out": "final_ln",
-        "prd_embedding": "prd_emb",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "transformer_blocks": "transformer.resblocks",
-        "norm1": "ln_1",
-        "norm3": "ln_2",
-        "ff.net.0.proj": "mlp.c_fc",
-        "ff.net.2": "mlp.c_proj",
-        "attn1.to_out.0": "attn.c_proj",
-    }
-    for theirs, ours in words.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def test_equals_diffusers_with_the_same_weights() -> None:
-    torch.manual_seed(0)
-    theirs: Any = Reference(2, 8, num_layers=3, embedding_dim=D, num_embeddings=CONTEXT).double()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    state = {karlo_name(k): v for k, v in theirs.state_dict().items() if not k.startswith("clip_")}
-    for part in ("weight", "bias"):
-        for i in range(3):
-            qkv = [state.pop(f"transformer.resblocks.{i}.attn1.to_{x}.{part}").unflatten(0, (2, 8)) for x in "qkv"]
-            state[f"transformer.resblocks.{i}.attn.c_qkv.{part}"] = torch.stack(qkv, dim=1).flatten(0, 2)
-    ours = PriorTransformer(D, D, CONTEXT, width=16, layers=3, heads=2).double()
-    ours.load_state_dict(state)
-    text, (x_t, index) = captions(CONTEXT, 4), noised(2, 1)
-    with torch.no_grad():
-        expected = theirs(x_t[:, 0], index[:, 0], text.embed, text.states, text.mask).predicted_image_embedding
-        got = ours(x_t, index, ours.encode_prefix(text))[:, 0]
-    # diffusers computes the sinusoid in float32
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_karlo_size() -> None:

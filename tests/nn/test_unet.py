@@ -1,4 +1,4 @@
-"""Invariances of the U-Net, and equality with diffusers' modules, whose weights are renamed here for the test only."""
+"""Invariances of the U-Net. That it is diffusers' and Karlo's, weight for weight, is shown in tests/interop."""
 
 from typing import Any, TypeVar
 
@@ -182,114 +182,7 @@ def test_errors_name_the_fault(decoder: UNet, inputs: tuple[Tensor, Tensor, Tens
         UNet(text_width=4)
 
 
-# Independent reference: Karlo as diffusers has it.
-
-BLOCK = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
 KARLO: dict[str, Any] = {"channels": 320, "res_blocks": 3, "channel_mult": [1, 2, 3, 4], "head_channels": 64}
-
-
-def diffusers_name(name: str) -> list[str]:
-    """The names in diffusers of one of our tensors; several are fused into ours."""
-    fixed = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
-    fixed |= {"conv_in": "conv_in", "conv_out": "conv_out", "norm_out": "conv_norm_out"}
-    path, leaf = name.rsplit(".", 1)
-    if path in fixed:
-        return [f"{fixed[path]}.{leaf}"]
-    way, level, *rest = path.split(".")
-    if way == "mid":
-        base, number = "mid_block", level
-    else:
-        base = f"{way}_blocks.{level}"
-        if rest[0] == "resample":
-            return [f"{base}.{way}samplers.0.{BLOCK[rest[1]]}.{leaf}"]
-        number, rest = rest[1], rest[2:]
-    if rest[0] == "block":
-        return [f"{base}.resnets.{number}.{BLOCK.get(rest[1], 'conv_shortcut')}.{leaf}"]
-    parts = {
-        "norm": ["group_norm"],
-        "qkv": ["to_q", "to_k", "to_v"],
-        "context_kv": ["add_k_proj", "add_v_proj"],
-        "proj_out": ["to_out.0"],
-    }[rest[1]]
-    return [f"{base}.attentions.{number}.{part}.{leaf}" for part in parts]
-
-
-def from_diffusers(net: UNet, reference: dict[str, Tensor], head_channels: int) -> dict[str, Tensor]:
-    """``net``'s weights made of ``reference``, which must be used up."""
-    state, left = {}, dict(reference)
-    for name in net.state_dict():
-        if name.startswith("condition_encoder"):
-            continue
-        parts = [left.pop(n) for n in diffusers_name(name)]
-        if len(parts) > 1:  # q, k, v lie side by side within each head
-            parts = [torch.stack([p.unflatten(0, (-1, head_channels)) for p in parts], dim=1).flatten(0, 2)]
-        state[name] = parts[0]
-    assert left == {}
-    return state
-
-
-TEXT_PROJECTION = {
-    "null_image_embed": "learned_classifier_free_guidance_embeddings",
-    "image_to_time": "clip_image_embeddings_project_to_time_embeddings",
-    "image_to_context": "clip_extra_context_tokens_proj",
-    "text_embed_to_time": "embedding_proj",
-    "text_to_context.0": "encoder_hidden_states_proj",
-    "text_to_context.1": "text_encoder_hidden_states_norm",
-}
-
-
-def test_decoder_equals_karlos_in_diffusers(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-
-    reference = randomise(
-        diffusers.UNet2DConditionModel(
-            in_channels=3, out_channels=6, block_out_channels=(8, 16, 24), layers_per_block=2,
-            down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 2),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 2, "ResnetUpsampleBlock2D"),
-            attention_head_dim=4, cross_attention_dim=20, norm_num_groups=4, only_cross_attention=False,
-            class_embed_type="identity", resnet_time_scale_shift="scale_shift",
-        )
-    )  # fmt: skip
-    projection = randomise(UnCLIPTextProjModel(clip_embeddings_dim=EMBED, time_embed_dim=32, cross_attention_dim=20))
-    net = tiny_decoder(out_channels=6, res_blocks=2, context_width=20, text_width=EMBED).double()
-    state = from_diffusers(net, reference.state_dict(), head_channels=4)
-    for ours, theirs in TEXT_PROJECTION.items():
-        tensors = {k: v for k, v in projection.state_dict().items() if k.startswith(theirs)}
-        state |= {k.replace(theirs, f"condition_encoder.{ours}"): v for k, v in tensors.items()}
-    net.load_state_dict(state)
-
-    x, index, z_i = inputs
-    text = make_text([2, 5, 1])
-    text = text._replace(states=torch.randn(3, 5, EMBED, dtype=torch.float64))
-    index = index.float()  # the sinusoids of diffusers are float32
-    out = net(x, index, net.encode_condition(z_i, text, EVERYONE))
-    context, time_bias = projection(
-        image_embeddings=z_i, prompt_embeds=text.embed, text_encoder_hidden_states=text.states,
-        do_classifier_free_guidance=False,
-    )  # fmt: skip
-    visible = torch.cat([torch.ones(3, 4, dtype=torch.bool), text.mask], dim=1)
-    expected = reference(x, index, encoder_hidden_states=context, class_labels=time_bias, attention_mask=visible).sample
-    torch.testing.assert_close(out, expected)
-
-
-def test_upsampler_equals_karlos_in_diffusers(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    reference = randomise(
-        diffusers.UNet2DModel(
-            in_channels=6, out_channels=3, block_out_channels=(8, 16, 24), layers_per_block=2, norm_num_groups=4,
-            down_block_types=["ResnetDownsampleBlock2D"] * 3, up_block_types=["ResnetUpsampleBlock2D"] * 3,
-            add_attention=False, resnet_time_scale_shift="default",
-        )
-    )  # fmt: skip
-    net = UNet(
-        6, 3, channels=8, channel_mult=[1, 2, 3], res_blocks=2, attention_levels=[], groups=4, time_mode="additive"
-    ).double()
-    net.load_state_dict(from_diffusers(net, reference.state_dict(), head_channels=1))
-    x = torch.cat([inputs[0], inputs[0].flip(0)], dim=1)
-    index = inputs[1].float()
-    torch.testing.assert_close(net(x, index), reference(x, index).sample)
 
 
 def test_karlos_parameter_counts() -> None:
