@@ -104,7 +104,16 @@ def example() -> dict[str, Any]:
         "differences": differences,
         "meta": {
             "commit": "0123456789ab", "hardware": "2 × Example CPU, 2 threads", "versions": {"python": "3.11"},
-            "config": {"resamples": 200, "decoder": {"class": "Decoder", "guidance": 2.0}},
+            "config": {
+                "resamples": 200, "decoder": {"class": "Decoder", "guidance": 2.0},
+                "priors": {
+                    "diffusion": {
+                        "class": "DiffusionPrior", "guidance": 1.0, "candidates": 2,
+                        "sampler": {"class": "Ancestral", "steps": 64, "variance": "small"},
+                    },
+                    "ar": {"class": "ARPrior", "guidance": 2.0, "temperature": 1.0, "dot_quantile": 0.5},
+                },
+            },
             "counts": {
                 "heldout_rows": 2000, "seeds": 3, "decoded_captions": 512, "diversity_captions": 64,
                 "diversity_samples": 16,
@@ -147,6 +156,13 @@ def test_every_number_and_interval_is_on_the_page(folder: Path) -> None:
                 assert show(mean) in markdown
                 assert f"[{show(mean - half)}, {show(mean + half)}]" in markdown
                 assert f"[{show(mean - half)}, {show(mean + half)}]" in html
+
+
+def test_costs_name_the_guidance_that_they_are_of(folder: Path) -> None:
+    for page in ("report.html", "report.md"):
+        text = (folder / page).read_text()
+        assert "Ancestral 64 small, guidance 1, best of 2" in text
+        assert "guidance 2, dot token above 50%" in text
 
 
 def test_page_needs_no_other_file(folder: Path) -> None:

@@ -10,11 +10,11 @@ from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.evaluation.assemble import Cost, Heldout, Material, assemble, join_heldout, true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather
+from unclip_pl.evaluation.flops import sampling_flops
 from unclip_pl.evaluation.provenance import provenance, settings
 from unclip_pl.evaluation.report import Atlas, print_summary, scalars, write_report
 from unclip_pl.evaluation.scores import View, open_captions, select_text
@@ -155,7 +155,7 @@ class Comparison(LightningModule):
         pairs = PriorBatch(batch.image_embed, batch.text)
         for name, prior in self.priors.items():
             if not self._samples[name]:
-                self._costs[name] = self._costs[name]._replace(flops=count_flops(prior, pairs))
+                self._costs[name] = self._costs[name]._replace(flops=sampling_flops(prior, pairs))
             started = time.perf_counter()
             draws = [prior.embed_batch(pairs, generator=self._generator(batch_idx, s)).cpu() for s in range(self.seeds)]
             self._costs[name] = self._costs[name].plus(time.perf_counter() - started, self.seeds * len(batch.captions))
@@ -283,15 +283,6 @@ class Comparison(LightningModule):
             if isinstance(logger, TensorBoardLogger):
                 for name, atlas in atlases.items():
                     logger.experiment.add_image(f"compare/{name}", atlas.sheet())
-
-
-def count_flops(prior: Prior, pairs: PriorBatch) -> int:
-    """Floating-point operations per embedding, a multiply-add being two, counted over a few captions."""
-    n = min(8, len(pairs.image_embed))
-    few = PriorBatch(pairs.image_embed[:n], select_text(pairs.text, slice(n)))
-    with FlopCounterMode(display=False) as counter:
-        prior.embed_batch(few, generator=torch.Generator().manual_seed(0))
-    return counter.get_total_flops() // n
 
 
 def resize(images: Tensor, size: int) -> Tensor:

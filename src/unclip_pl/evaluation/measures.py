@@ -53,6 +53,12 @@ MEASURES: dict[str, Measure] = {
         "100 · cos of image and caption, in the eyes of the judge: a CLIP that no part was trained with.",
         digits=1,
     ),
+    "retrieval_r1": Measure(
+        "Caption match", "R@1", "higher", "As R@10, the true image being the nearest of all.", percent=True
+    ),
+    "retrieval_r5": Measure(
+        "Caption match", "R@5", "higher", "As R@10, the true image being among the five nearest.", percent=True
+    ),
     "retrieval_r10": Measure(
         "Caption match",
         "R@10",
@@ -83,11 +89,25 @@ MEASURES: dict[str, Measure] = {
         "Share of decoded images inside the k = 3 nearest-neighbour balls of the real ones (judge's features).",
         percent=True,
     ),
+    "density": Measure(
+        "Realism",
+        "density",
+        "higher",
+        "How many of the real images' balls hold a decoded image, over k: precision that weighs how dense the real "
+        "images lie there; about 1 where decoded images lie as real ones do.",
+    ),
     "recall": Measure(
         "Diversity",
         "recall",
         "higher",
         "Share of real images inside the k = 3 nearest-neighbour balls of the decoded ones (judge's features).",
+        percent=True,
+    ),
+    "coverage": Measure(
+        "Diversity",
+        "coverage",
+        "higher",
+        "Share of the real images' balls with a decoded image inside: recall that outliers do not raise.",
         percent=True,
     ),
     "diversity_gap": Measure(
@@ -103,6 +123,12 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "Effective number of different images among those of one caption (judge's features).",
         digits=2,
+    ),
+    "intra_distance": Measure(
+        "Diversity",
+        "distance within",
+        "higher",
+        "1 − mean cosine of two different images of one caption (judge's features). More is not truer.",
     ),
     "embed_fd": Measure(
         "Embeddings",
@@ -123,6 +149,13 @@ MEASURES: dict[str, Measure] = {
         "cos between samples",
         "neither",
         "Mean cosine of two samples of one caption, an estimate of ‖E[z | caption]‖²; 1 is a deterministic prior.",
+    ),
+    "cos_mean": Measure(
+        "Embeddings",
+        "cos of the mean",
+        "neither",
+        "Cosine of the mean of a caption's samples and the true embedding. Calibrated: its square is cos to true, as "
+        "the number of samples grows.",
     ),
     "calibration_gap": Measure(
         "Embeddings",

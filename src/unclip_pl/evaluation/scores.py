@@ -19,7 +19,7 @@ from unclip_pl.clip import ClipEncoder
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.metrics.attributes import attribute_accuracy, captions_right, stated_match
 from unclip_pl.metrics.clip_score import clip_scores, retrieval_ranks
-from unclip_pl.metrics.diversity import diversity_gap, vendi
+from unclip_pl.metrics.diversity import diversity_gap, intra_caption_cosine, vendi
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.interval import NORMAL_975, Interval, mean_interval, recentred_interval, win_rate
@@ -70,9 +70,10 @@ def caption_scores(view: View, real: Tensor, judge_text: Tensor, stated: Tensor)
         judge_text: (N, F) of the captions.
         stated: (N, A) from :func:`stated_indices`.
     """
+    ranks = retrieval_ranks(view.judge, real)
     scores = {
         "clip_score": clip_scores(view.judge, judge_text),
-        "retrieval_r10": (retrieval_ranks(view.judge, real) < 10).float(),
+        **{f"retrieval_r{k}": (ranks < k).float() for k in (1, 5, 10)},
     }
     if view.read.shape[1]:
         scores["stated_match"] = stated_match(view.read, stated)
@@ -89,9 +90,15 @@ def states_unseen_pair(stated: Tensor) -> Tensor:
 
 
 def neighbour_scores(real: Tensor, fake: Tensor) -> dict[str, Interval]:
-    """Precision and recall of (N, F) features with binomial intervals, as if the balls were given."""
+    """Precision, recall, density and coverage of (N, F) features, as if the balls were given.
+
+    Shares have binomial intervals; density, which is none, has no interval.
+    """
     scores = precision_recall(real, fake)
-    return {name: share_interval(float(getattr(scores, name)), len(fake)) for name in ("precision", "recall")}
+    shares = {
+        name: share_interval(float(getattr(scores, name)), len(fake)) for name in ("precision", "recall", "coverage")
+    }
+    return shares | {"density": Interval(float(scores.density), math.nan, math.nan)}
 
 
 def share_interval(share: float, n: int) -> Interval:
@@ -112,7 +119,8 @@ def diversity_scores(view: View, captions: Sequence[str], samples: int) -> dict[
         captions: N.
         samples: K.
     """
-    scores = {"vendi": vendi(view.judge.unflatten(0, (len(captions), samples)))}
+    features = view.judge.unflatten(0, (len(captions), samples))
+    scores = {"vendi": vendi(features), "intra_distance": 1 - intra_caption_cosine(features)}
     if view.read.shape[1]:
         read = view.read.unflatten(0, (len(captions), samples))
         gaps = [caption_gap(rows, parse(caption)) for rows, caption in zip(read, captions, strict=True)]
@@ -150,6 +158,7 @@ def embedding_scores(samples: Tensor, true: Tensor) -> dict[str, Interval]:
     return {
         "cos_true": mean_interval(per_caption.to_true),
         "cos_samples": mean_interval(per_caption.between_samples),
+        "cos_mean": mean_interval(per_caption.mean_to_true),
         "calibration_gap": mean_interval(per_caption.gap),
     }
 

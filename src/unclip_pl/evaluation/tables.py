@@ -51,7 +51,7 @@ def _best(name: str, priors: dict[str, Any]) -> set[str]:
     rivals = {
         prior: entry["metrics"][name]
         for prior, entry in priors.items()
-        if not entry["reference"] and name in entry["metrics"] and entry["metrics"][name]["mean"] is not None
+        if not entry["reference"] and entry["metrics"].get(name, {}).get("low") is not None
     }
     if not sign or len(rivals) < 2:
         return set()
@@ -71,6 +71,7 @@ def cost_table(report: dict[str, Any]) -> Table:
     rows = [
         [
             Cell(name),
+            Cell(sampled_by(report["meta"]["config"].get("priors", {}).get(name, {}))),
             Cell(_count(entry["parameters"])),
             Cell(f"{entry['training_steps']:,}"),
             Cell(f"{entry['training_seconds']:.0f}"),
@@ -80,12 +81,25 @@ def cost_table(report: dict[str, Any]) -> Table:
         ]
         for name, entry in report["priors"].items()
     ]
-    head = ["prior", "parameters", "training steps", "training s", "evaluations", "MFLOP", "ms"]
+    head = ["prior", "sampled with", "parameters", "training steps", "training s", "evaluations", "MFLOP", "ms"]
     notes = [
+        ("sampled with", "guidance 1 is off; of several candidates the one nearest to its caption is kept"),
         ("evaluations", "of the network for one embedding, candidates and guidance included"),
         ("MFLOP, ms", "for one embedding, on this machine in batches of the data's size; a multiply-add is two"),
     ]
     return Table("Cost", head, rows, notes)
+
+
+def sampled_by(settings: dict[str, Any]) -> str:
+    """How a prior's samples were drawn, from its settings; a dash where nothing is drawn."""
+    sampler = settings.get("sampler", {})
+    variance = f" {sampler['variance']}" if "variance" in sampler else ""
+    parts = [f"{sampler['class']} {sampler['steps']}{variance}"] if sampler else []
+    parts += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
+    parts += [f"best of {settings['candidates']}"] if settings.get("candidates", 1) > 1 else []
+    parts += [f"dot token above {settings['dot_quantile']:.0%}"] if settings.get("dot_quantile") else []
+    parts += [f"temperature {settings['temperature']:g}"] if settings.get("temperature", 1) != 1 else []
+    return ", ".join(parts) or "–"
 
 
 def attribute_table(report: dict[str, Any]) -> Table | None:

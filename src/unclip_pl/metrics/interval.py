@@ -1,7 +1,7 @@
 """95 % intervals over captions: the unit that is drawn anew when somebody repeats a comparison.
 
 Several samples of one caption are not independent, so they are averaged first (clustering by caption). An interval here
-says nothing of training seeds: that takes several trained priors.
+says nothing of training seeds: that takes several trained priors, see :mod:`unclip_pl.metrics.crossed`.
 """
 
 import math
@@ -45,6 +45,31 @@ def win_rate(ours: Tensor, theirs: Tensor) -> Interval:
         ours, theirs: (N,) or (S, N) scores of the same captions, larger is better.
     """
     return mean_interval((ours > theirs).double() + 0.5 * (ours == theirs).double())
+
+
+class SignTest(NamedTuple):
+    """Captions that either side won, and how surprising such an uneven split would be among equals."""
+
+    wins: int
+    losses: int
+    ties: int
+    p: float  # two-sided, exact
+
+
+def sign_test(ours: Tensor, theirs: Tensor) -> SignTest:
+    """Two-sided exact sign test over captions; ties are set aside. It assumes nothing of the scores but their order.
+
+    Args:
+        ours, theirs: (N,) or (S, N) scores of the same captions, larger is better; several samples of a caption are
+            averaged first.
+    """
+    difference = (ours.double() - theirs.double()).reshape(-1, ours.shape[-1]).mean(0)
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    n = wins + losses
+    tail = range(min(wins, losses) + 1)
+    log_half = n * math.log(0.5)
+    p = 2 * sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half) for i in tail)
+    return SignTest(wins, losses, len(difference) - n, min(1.0, p))
 
 
 def recentred_interval(estimate: float, resampled: Tensor) -> Interval:

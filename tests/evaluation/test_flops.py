@@ -1,0 +1,22 @@
+"""Counted operations beside what arithmetic says."""
+
+import torch
+from torch.nn import functional as F
+
+from unclip_pl.evaluation.flops import count_flops
+
+
+def test_attention_counts_on_any_device() -> None:
+    batch, heads, length, width = 2, 3, 16, 8
+    q = torch.randn(batch, heads, length, width)
+    products = 2 * batch * heads * length * length * width  # q kᵀ, and again for the weights times v
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * products
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q, mask)) == 2 * products
+
+
+def test_backward_costs_twice_the_forward() -> None:
+    layer, x = torch.nn.Linear(8, 4, bias=False), torch.randn(5, 8, requires_grad=True)
+    forward = 2 * 5 * 8 * 4
+    assert count_flops(lambda: layer(x)) == forward
+    assert count_flops(lambda: layer(x).sum().backward()) == 3 * forward
