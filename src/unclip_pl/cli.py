@@ -36,6 +36,7 @@ NOISE = (
     ".*GPU available but not used.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",
+    ".*could be decompression bomb.*",  # refused by our own limit, which is lower
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",
 )
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl.data.pack import Sample, coco_samples, shapes_samples, suffix_of, table_samples, write_shards
+from unclip_pl.data.pack import Sample, coco_samples, shapes_samples, table_samples, write_shards
 from unclip_pl.data.shards import Split, decode_entries, index_shard, parse_json, read_span
+from unclip_pl.data.transforms import suffix_of
 from unclip_pl.shapes.captions import parse
 
 

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import tarfile
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unclip_pl.data.shards import (
+    MAX_TEXT,
     Split,
     decode_entries,
     index_shard,
@@ -118,11 +120,139 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert index.skipped == {"broken tar": ["x.tar"]}
 
 
-def test_what_is_no_tar_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [b"", b"hello" * 1000, bytes(100), gzip.compress(bytes(9000))])
+def test_what_is_no_tar_holds_nothing(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.tar"
-    path.write_bytes(b"hello" * 1000)
-    with pytest.raises(ValueError, match="no tar file"):
-        index_shard(path)
+    path.write_bytes(data)
+    assert index_shard(path) == ([], {"broken tar": ["x.tar"]})
+
+
+def test_an_empty_tar_is_whole(tmp_path: Path) -> None:
+    assert index_shard(write_tar(tmp_path / "x.tar", {})) == ([], {})
+
+
+def test_a_second_sample_of_a_key_is_one_bad_sample(tmp_path: Path) -> None:
+    """However many files it has; the first stays."""
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"1", "a.txt": b"one"})
+    with tarfile.open(path, "a") as tar:
+        for name in ["b.png", "b.txt", "a.png", "a.txt", "a.json", "a.png", "a.txt"]:
+            tar.addfile(tarfile.TarInfo(name))
+    index = index_shard(path)
+    assert [(entry.key, entry.captions) for entry in index.entries] == [("a", ["one"])]
+    assert index.skipped == {"duplicate key": ["a", "a"], "no caption": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [
+        ({}, "no caption"),
+        ({"txt": b""}, "no caption"),
+        ({"txt": b" \t\r\n"}, "no caption"),
+        ({"json": b'{"caption": ""}'}, "no caption"),
+        ({"json": b'{"caption": 3}'}, "no caption"),
+        ({"txt": "café".encode("latin-1")}, "undecodable caption"),
+        ({"txt": "x".encode("utf-16")}, "undecodable caption"),
+        ({"txt": b"x" * (MAX_TEXT + 1)}, "caption too long"),
+    ],
+)
+def test_bad_captions_have_a_reason(tmp_path: Path, captions: dict[str, bytes], reason: str) -> None:
+    members = {"a.png": b"?"} | {f"a.{suffix}": data for suffix, data in captions.items()}
+    assert index_shard(write_tar(tmp_path / "x.tar", members)) == ([], {reason: ["a"]})
+
+
+@pytest.mark.parametrize("caption", ["🦊 on 🧊", "x" * MAX_TEXT, "é" * (MAX_TEXT // 2), "nul\0inside", "النص"])
+def test_long_and_unusual_captions_pass_unchanged(tmp_path: Path, caption: str) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"?", "a.txt": caption.encode()})
+    assert index_shard(path).entries[0].captions == [caption]
+
+
+def test_names_with_spaces_accents_and_other_encodings_are_keys(tmp_path: Path) -> None:
+    names = ["a b", "ñandú 🦊", "x" * 200, "Ω/β", "./c", "-rf", "$(id)", "a\udce9"]
+    path = write_tar(tmp_path / "x.tar", {f"{name}.{s}": b"y" for name in names for s in ("png", "txt")})
+    assert [entry.key for entry in index_shard(path).entries] == names
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/evil", "..//evil", "a\nb", "\x1b[2Ja", "tab\t"])
+def test_names_that_lead_out_of_a_folder_or_into_a_terminal_are_refused(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{name}.png": b"?", f"{name}.txt": b"caption"})
+    assert index_shard(path) == ([], {"unsafe name": [name]})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("a.png")
+        link.type, link.linkname = kind, "/etc/passwd"
+        tar.addfile(link)
+        caption = tarfile.TarInfo("a.txt")
+        caption.size = 1
+        tar.addfile(caption, io.BytesIO(b"x"))
+        tar.addfile(link.replace(name="b.png"))
+    assert index_shard(path) == ([], {"image is a link, a device or sparse": ["a", "b"]})
+
+
+def raw_header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """A ustar header with any bytes for a size."""
+    head = bytearray(name.encode().ljust(100, b"\0") + b"0000644\0" * 3 + size.ljust(12, b"\0") + b"00000000000\0")
+    head += b" " * 8 + kind + bytes(100) + b"ustar\00000" + bytes(247)
+    head[148:156] = f"{sum(head):06o}\0 ".encode()
+    return bytes(head)
+
+
+NEGATIVE = b"\xff" * 10 + b"\xfe\x00"  # -512 in base 256
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        raw_header("b.png", NEGATIVE),  # read backwards, the tar never ends
+        raw_header("b.png", b"\x80" + b"\x7f" * 11),
+        raw_header("b", b"77777777777", b"x"),
+        raw_header("b", NEGATIVE, b"L"),
+        raw_header("b", b"00000000030", b"x") + b"16 size=-1024\n 8".ljust(512, b"\0") + raw_header("b.png", b"0"),
+        raw_header("b", b"00000001000", b"x") + b"16 GNU.sparse.map=1,2,3\n".ljust(512, b"\0"),
+        raw_header("b", b"00000400000", b"x") + b"1" * 2**17 + raw_header("b.png", b"0"),
+        raw_header("b", b"00000000000", b"x") * 3000,
+    ],
+)
+def test_crafted_headers_end_the_tar_and_nothing_else(tmp_path: Path, crafted: bytes) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"?", "a.txt": b"caption"})
+    path.write_bytes(path.read_bytes()[: 4 * 512] + crafted + bytes(1024))
+    index = index_shard(path)
+    assert [entry.key for entry in index.entries] == ["a"]
+    assert index.skipped["broken tar"] == ["x.tar"]
+
+
+def test_sparse_files_are_not_read_as_they_lie(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(raw_header("b.png", b"00000001000", b"S") + bytes(512 + 1024))
+    assert index_shard(path) == ([], {"image is a link, a device or sparse": ["b"]})
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_kind_of_tar_is_read_as_tarfile_reads_it(tmp_path: Path, format: int) -> None:
+    path, names = tmp_path / "x.tar", ["short", "folder/" * 12 + "deep", "ä" * 40]
+    names += [] if format == tarfile.USTAR_FORMAT else ["n" * 180, "long/" * 60 + "n"]
+    with tarfile.open(path, "w", format=format) as tar:
+        for number, name in enumerate(names):
+            for suffix, data in (("png", bytes([number]) * 600 * number), ("txt", f"caption {number}".encode())):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size, info.uname, info.mtime = len(data), "bigdata", 1.5
+                tar.addfile(info, io.BytesIO(data))
+        tar.addfile(tarfile.TarInfo("README"))
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    index = index_shard(path)
+    assert index.skipped == {}
+    assert [entry.key for entry in index.entries] == names
+    with tarfile.open(path) as tar, path.open("rb") as file:
+        for entry in index.entries:
+            member = tar.extractfile(f"{entry.key}.png")
+            assert member is not None
+            assert read_span(file, *entry.image) == member.read()
 
 
 def test_file_names_decide_the_split_or_else_the_key() -> None:

@@ -1,9 +1,13 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 
 from unclip_pl.data import transforms
 from unclip_pl.data.transforms import BadSample, center_square, decode_image, load_square, to_pixels
@@ -46,19 +50,100 @@ def test_crop_is_the_centre_of_the_shorter_side() -> None:
     assert center_square(Image.new("RGB", (7, 999)), 64).size == (64, 64)
 
 
+def test_square_is_what_clip_would_cut() -> None:
+    """torchvision's resize and centre crop are open_clip's own preprocessing."""
+    rng = np.random.default_rng(0)
+    for width, height in [(37, 52), (52, 37), (64, 64), (33, 400), (31, 32), (1, 1), (86, 254)]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        theirs = center_crop(resize(image, 32, InterpolationMode.BICUBIC), 32)
+        assert np.array_equal(center_square(image, 32), theirs)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "P", "1"])
+def test_other_colour_modes_are_converted(mode: str) -> None:
+    image = Image.linear_gradient("L").convert(mode)
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    kept = encoded(image, kind, quality=100, subsampling=0) if kind == "JPEG" else encoded(image)
+    expected = np.asarray(image.convert("RGB"), np.int16)
+    assert np.abs(np.asarray(decode_image(kept), np.int16) - expected).max() <= (3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("channels", [0, 2])
+def test_sixteen_bits_keep_their_upper_eight(channels: int) -> None:
+    """Grey (colour type 0) and RGB (2) alike; Pillow alone would clip the one to white and shift the other."""
+    values = (np.arange(64, dtype=np.uint16) * 1037).reshape(8, 8)
+    pixels = np.repeat(values[..., None], 3 if channels else 1, axis=2)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, channels, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
+    image = decode_image(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert np.array_equal(np.asarray(image), np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue", "lime")]
+    options = {} if kind == "PNG" else {"lossless": True}
+    moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode_image(moving).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_one_pixel_is_an_image() -> None:
+    assert (
+        load_square(encoded(Image.new("RGB", (1, 1), "teal")), 16) == torch.tensor([0, 128, 128])[:, None, None]
+    ).all()
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "undecodable image"),
-        (b"not an image", "undecodable image"),
+        (b"", "empty image file"),
+        (b"not an image", "no PNG, JPEG or WebP image"),
+        (encoded(Image.new("RGB", (4, 4)), "GIF"), "no PNG, JPEG or WebP image"),
+        (encoded(Image.new("RGB", (4, 4)), "TIFF"), "no PNG, JPEG or WebP image"),
         (encoded(Image.new("RGB", (64, 64)))[:60], "undecodable image"),
-        (encoded(Image.new("RGB", (4, 4)), "GIF"), "undecodable image"),
-        (encoded(Image.new("I;16", (4, 4))), "more than 8 bits a channel"),
+        (encoded(Image.new("RGB", (64, 64)), "JPEG")[:300], "undecodable image"),
+        (encoded(Image.new("RGB", (64, 64)), "WEBP")[:40], "undecodable image"),
+        (encoded(Image.new("RGB", (64, 64)))[:50] + b"?" * 200, "undecodable image"),
+        (b"\x89PNG\r\n\x1a\n", "undecodable image"),
     ],
 )
 def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadSample, match=f"^{reason}$"):
         decode_image(data)
+
+
+def claiming(kind: str, side: int) -> bytes:
+    """A file of a few bytes whose header announces side x side pixels."""
+    if kind == "PNG":
+        data = bytearray(encoded(Image.new("L", (8, 8))))
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    elif kind == "JPEG":
+        data = bytearray(encoded(Image.new("L", (8, 8)), "JPEG"))
+        place = data.index(b"\xff\xc0") + 5
+        data[place : place + 4] = struct.pack(">HH", side, side)
+    else:
+        data = bytearray(encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
+        place = data.index(b"VP8L") + 9
+        data[place : place + 4] = struct.pack("<I", (side - 1) | (side - 1) << 14)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("PNG", 12_000), ("PNG", 2**31 - 1), ("JPEG", 65_000), ("WEBP", 16_000)])
+def test_decompression_bombs_are_refused_by_their_header(kind: str, side: int) -> None:
+    with pytest.raises(BadSample, match="image too large"):
+        decode_image(claiming(kind, side))
+
+
+def test_narrow_images_do_not_grow_without_bounds() -> None:
+    """One pixel by fifty thousand, scaled until its shorter side is 224, would take 7 GB."""
+    with pytest.raises(BadSample, match="image too narrow"):
+        load_square(encoded(Image.new("1", (50_000, 1))), 224)
 
 
 def test_bombs_are_refused_before_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,27 +9,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from unclip_pl.data.atomic import replacing
-from unclip_pl.data.transforms import BadSample, center_square, decode_image
+from unclip_pl.data.transforms import BadSample, Encoding, center_square, decode_image, suffix_of
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import HELD_OUT, Split, draw_attributes, render
-
-Encoding = Literal["png", "jpg", "webp"]
 
 _CODECS: dict[Encoding, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
     "jpg": ("JPEG", {"quality": 95}),
     "webp": ("WEBP", {"quality": 95}),
-}
-_MAGIC: dict[Encoding, re.Pattern[bytes]] = {
-    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "jpg": re.compile(rb"\xff\xd8\xff"),
-    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
 
 
@@ -105,18 +98,6 @@ def _members(sample: Sample, encode: Encoding) -> Iterator[tuple[str, bytes]]:
     yield "txt", "\n".join(captions).encode()
     meta = {"captions": captions, **sample.extra}
     yield "json", json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-
-
-def suffix_of(data: bytes) -> Encoding:
-    """The format of an image file, by its first bytes.
-
-    Raises:
-        BadSample: none of PNG, JPEG and WebP.
-    """
-    for suffix, magic in _MAGIC.items():
-        if magic.match(data):
-            return suffix
-    raise BadSample("no PNG, JPEG or WebP file")
 
 
 def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0) -> Iterator[Sample]:

@@ -4,14 +4,14 @@ import hashlib
 import json
 import re
 import tarfile
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum
 from glob import glob, has_magic
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from torch import Tensor
 
@@ -19,8 +19,18 @@ from unclip_pl.data.transforms import BadSample, load_square
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or JSON member
+MAX_IMAGE = 2**28  # bytes of an image file
+MAX_HEADER = 2**14  # bytes of a long name and what else a tar says of one file
 
-_MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$")
+_MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
+_UNSAFE = re.compile(r"^/|(?:^|/)\.\.(?:/|$)|[\x00-\x1f\x7f-\x9f]")  # a key becomes a file's name sooner or later
+_NAME_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -37,6 +47,10 @@ class Span(NamedTuple):
 
     offset: int
     size: int
+
+
+#: A file that a tar names and does not hold.
+NOWHERE = Span(0, 0)
 
 
 class Entry(NamedTuple):
@@ -120,20 +134,24 @@ def encode_text(text: str) -> bytes:
 def index_shard(path: Path) -> ShardIndex:
     """Where each sample of a shard lies, and its captions.
 
-    Members are grouped as webdataset does, at the first dot of the base name.
-
-    Raises:
-        ValueError: the file is no tar at all. A tar that breaks off gives what lies before the break.
+    Members are grouped as webdataset does, at the first dot of the base name. Nothing is unpacked to disk, and what is
+    skipped, and why, depends on the shard's bytes alone. A tar that breaks off gives what lies before the break; a
+    file that is no tar at all gives nothing. Both are named as "broken tar".
     """
     skipped: dict[str, list[str]] = defaultdict(list)
     groups: dict[str, dict[str, Span]] = defaultdict(dict)
+    seen: Counter[tuple[str, str]] = Counter()  # a second sample of one key repeats all its suffixes, and is bad once
+    repeats: Counter[str] = Counter()
     for name, span in _members(path, skipped):
         match = _MEMBER.match(name)
         if match is None:
             continue
         key, suffix = match[1], match[2].lower()
         if suffix in groups[key]:
-            skipped["duplicate key"].append(key)
+            seen[key, suffix] += 1
+            if seen[key, suffix] > repeats[key]:
+                repeats[key] += 1
+                skipped["duplicate key"].append(key)
             continue
         groups[key][suffix] = span
 
@@ -141,49 +159,76 @@ def index_shard(path: Path) -> ShardIndex:
     with path.open("rb") as file:
         for key, members in groups.items():
             try:
+                if _UNSAFE.search(key):
+                    raise BadSample("unsafe name")
                 image = _image(members)
                 captions = _captions(file, members)
             except BadSample as reason:
                 skipped[str(reason)].append(key)
                 continue
-            json_span = members.get("json", Span(0, 0))
+            json_span = members.get("json", NOWHERE)
             entries.append(Entry(key, image, json_span, captions, split_of_key(key) if split is None else split))
     return ShardIndex(entries, dict(skipped))
 
 
+class _Header(tarfile.TarInfo):
+    """Without the headers by which a crafted tar makes ``tarfile`` read backwards, or match expressions for hours."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in _NAME_TYPES and info.size > MAX_HEADER):
+            raise tarfile.TarError(f"header of {info.size} bytes")
+        return info
+
+
 def _members(path: Path, skipped: dict[str, list[str]]) -> Iterator[tuple[str, Span]]:
-    """Name and place of each regular file in a tar."""
+    """Name and place of each file in a tar; links, devices and sparse files are ``NOWHERE``.
+
+    A header that cannot be right ends the tar.
+    """
     length, end = path.stat().st_size, 0
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            try:
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
                 for info in tar:
-                    end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    if info.isreg() and info.offset_data + info.size <= length:
+                    if not end <= info.offset < tar.offset <= length + tarfile.BLOCKSIZE or info.size < 0:
+                        raise tarfile.TarError("a member that overlaps another or the end")
+                    end = tar.offset
+                    if info.isreg() and not info.issparse():
+                        if info.offset_data + info.size > length:
+                            raise tarfile.TarError("a member cut short")
                         yield info.name, Span(info.offset_data, info.size)
-            except tarfile.TarError:
-                end = length + 1
-            # tarfile takes a header that it cannot read for the end of the archive; the true end is a block of zeros.
-            file.seek(min(end, length))
-            if end > length or file.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
-                skipped["broken tar"].append(path.name)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no tar file ({error}): fetch or pack it again, or take it away.") from error
+                    elif not info.isdir():
+                        yield info.name, NOWHERE
+        except Exception:  # what damaged headers raise inside tarfile ranges from TarError to IndexError
+            end = length + 1
+        # tarfile takes a header that it cannot read for the end of the archive; the true end is a block of zeros.
+        file.seek(min(end, length))
+        if end > length or file.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
+            skipped["broken tar"].append(path.name)
 
 
 def _image(members: dict[str, Span]) -> Span:
     found = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     if found is None:
         raise BadSample("no image")
+    if found == NOWHERE:
+        raise BadSample("image is a link, a device or sparse")
+    if found.size > MAX_IMAGE:
+        raise BadSample("image too large")
     return found
 
 
 def _captions(file: BinaryIO, members: dict[str, Span]) -> list[str]:
     """``captions`` or ``caption`` of ``key.json``, else the lines of ``key.txt``."""
-    captions = _listed(read_span(file, *members["json"])) if "json" in members else []
+    span = members.get("json", NOWHERE)
+    captions = _listed(read_span(file, *span)) if 0 < span.size <= MAX_TEXT else []
     if "txt" in members and not captions:
+        if members["txt"].size > MAX_TEXT:
+            raise BadSample("caption too long")
         try:
-            captions = read_span(file, *members["txt"])[:MAX_TEXT].decode("utf-8").splitlines()
+            captions = read_span(file, *members["txt"]).decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise BadSample("undecodable caption") from error
     captions = list(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))

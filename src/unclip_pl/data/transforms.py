@@ -1,13 +1,22 @@
 """Bytes of an image file → the square that CLIP sees, and pixels between uint8 and [-1, 1]."""
 
 import io
+import re
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+Encoding = Literal["png", "jpg", "webp"]
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_MAGIC: dict[Encoding, re.Pattern[bytes]] = {
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpg": re.compile(rb"\xff\xd8\xff"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
 
 #: More pixels than this are taken for a decompression bomb: 8,192 × 8,192.
 MAX_PIXELS = 2**26
@@ -17,19 +26,35 @@ class BadSample(ValueError):
     """A sample that cannot be used. Its text is the reason under which the manifest counts it."""
 
 
+def suffix_of(data: bytes) -> Encoding:
+    """The format of an image file, by its first bytes.
+
+    Raises:
+        BadSample: none of PNG, JPEG and WebP.
+    """
+    if not data:
+        raise BadSample("empty image file")
+    for suffix, magic in _MAGIC.items():
+        if magic.match(data):
+            return suffix
+    raise BadSample("no PNG, JPEG or WebP image")
+
+
 def decode_image(data: bytes) -> Image.Image:
-    """An RGB image, upright by its EXIF tag, transparency over white.
+    """An RGB image, upright by its EXIF tag, transparency over white; of an animation the first frame.
 
     Raises:
         BadSample: no PNG, JPEG or WebP image, a damaged one, or one of more than ``MAX_PIXELS`` pixels.
+        MemoryError: no room for it on this machine, which is not the image's fault.
     """
+    suffix_of(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # the header's word, before anything is unpacked
                 raise BadSample("image too large")
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
-    except BadSample:
+    except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("image too large") from error
@@ -38,22 +63,40 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # convert() would clip 16 bits to 8 without a word
-        raise BadSample("more than 8 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to 255 without a word
+        if "transparency" in image.info:
+            raise BadSample("transparency of more than 8 bits")
+        high = np.asarray(image) >> 8  # what Pillow does to 16-bit RGB
+        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
+def scale_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to ``size`` (antialiased bicubic), the other in proportion.
+
+    Raises:
+        BadSample: it is so narrow that the longer side would run out of bounds.
+    """
+    shorter = min(image.size)
+    if shorter == size:
+        return image
+    width, height = (size if side == shorter else int(side * size / shorter) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise BadSample("image too narrow")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def center_square(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to ``size`` (antialiased bicubic), then the central square: what CLIP's own preprocessing does."""
-    width, height = image.size
-    if min(width, height) != size:
-        scale = size / min(width, height)
-        width, height = (size if side == min(width, height) else int(side * scale) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    """Shorter side to ``size``, then the central square: what CLIP's own preprocessing does.
+
+    Raises:
+        BadSample: see :func:`scale_shorter`.
+    """
+    image = scale_shorter(image, size)
+    left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
