@@ -9,11 +9,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 
 #: From the ground up; packages in one row do not know each other, but for the exceptions named.
 LAYERS = [
-    {"types"},
+    {"types", "checkpoint"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
-    {"priors", "pipeline"},
+    {"priors", "pipeline", "resume"},
     {"evaluation", "interop"},
     {"commands"},
     {"cli", "trainer_cli", "__main__"},
@@ -30,7 +30,7 @@ SIDEWAYS = {
     ("commands", "cli"),
 }
 #: torch, numpy and open_clip are enough here: who takes the mathematics does not wait for a trainer.
-PURE = {"types", "diffusion", "nn", "clip", "shapes"}
+PURE = {"types", "checkpoint", "diffusion", "nn", "clip", "shapes"}
 
 
 def modules() -> list[Path]:

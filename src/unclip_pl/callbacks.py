@@ -24,12 +24,22 @@ class WarmupEMA(WeightAveraging):
         self.decay = decay
         # Buffers are statistics and fingerprints: copied, never averaged.
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        self._swapped = False
 
     @torch.no_grad()
     def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
         n = int(num_averaged)
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Puts the current weights back where a validation was cut: a checkpoint may be about to be written."""
+        if self._swapped:
+            self._swap_models(pl_module)
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -79,6 +89,14 @@ class SampleGrid(Callback):
         self.every_n_steps = every_n_steps
         self.num = num
         self._next = every_n_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the next grid is due."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back."""
+        self._next = state_dict["next"]
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any

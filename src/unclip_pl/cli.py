@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -37,22 +38,26 @@ NOISE = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",
     ".*could be decompression bomb.*",  # refused by our own limit, which is lower
-    ".*You're resuming from a checkpoint that ended before the epoch ended.*",
 )
 
 
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command line; see :func:`unclip_pl.__main__.main` for the exit status."""
+    from unclip_pl.__main__ import TRAINER
+
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
     try:
         dispatch(words)
     except SystemExit as stop:  # jsonargparse has printed what was wrong, or the help
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, which carries no code
+            return 128 + signal.SIGTERM
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
+        print(f"interrupted{again}.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception as error:
         if debug or not (isinstance(error, EXPECTED) or type(error).__name__ in EXPECTED_NAMES):
             raise

@@ -1,16 +1,23 @@
 """LightningCLI with our links, our callbacks, and no surprises on resume."""
 
+import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.callbacks import StepProgressBar
 from unclip_pl.cli import LINKS
+from unclip_pl.resume import CheckpointFiles, CtrlC, ExactResume
 
 
 class UnclipCLI(LightningCLI):
@@ -39,6 +46,7 @@ class UnclipCLI(LightningCLI):
             seed_everything_default=0,
             # The samplers know their rank; the bar counts the whole fit.
             trainer_defaults={"use_distributed_sampler": False},
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,
@@ -56,20 +64,70 @@ class UnclipCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyperparameters win over YAML and command line; here they lose."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the option to unpickle whatever a checkpoint holds."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With our bar, unless none is wanted or the config brings its own."""
+        """With what makes runs exact to resume, and with our bar, unless none is wanted or there is one."""
         own = self._get(self.config_init, "trainer.callbacks") or []
         wanted = self._get(self.config_init, "trainer.enable_progress_bar") is not False
-        if wanted and not any(isinstance(callback, ProgressBar) for callback in own):
-            self.trainer_defaults["callbacks"] = [StepProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+        bar = [StepProgressBar()] if wanted and not any(isinstance(callback, ProgressBar) for callback in own) else []
+        self.ctrl_c = CtrlC()
+        self.trainer_defaults["callbacks"] = [ExactResume(), self.ctrl_c, *bar]
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, CheckpointFiles()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
-    def after_fit(self) -> None:
-        """Leave ``last.ckpt`` at the last step, whatever the checkpoint interval."""
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-                self.trainer.save_checkpoint(Path(callback.dirpath) / "last.ckpt")
-                return
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a run that is stopped says what goes on from where.
+
+        Raises:
+            SIGTERMException: by SIGTERM, with everything saved.
+            KeyboardInterrupt: by Ctrl-C, likewise.
+        """
+        try:
+            self.trainer.fit(**kwargs)
+        except SIGTERMException:
+            last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+            saved = f"{last} goes on from there (--ckpt_path)" if last and Path(last).is_file() else "nothing is saved"
+            rank_zero_only(print)(f"stopped at step {self.trainer.global_step}: {saved}.", file=sys.stderr)
+            if self.ctrl_c.pressed:
+                raise KeyboardInterrupt from None
+            raise
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved ``config.yaml``, and takes it along in checkpoints: a resumed run says what differs."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """As plain data."""
+        checkpoint["config"] = self._plain()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Names every setting that is not as it was. What is given now holds."""
+        if "config" not in checkpoint or trainer.state.fn != TrainerFn.FITTING:
+            return
+        before, now = _flat(checkpoint["config"]), _flat(self._plain())
+        changed = [key for key in before | now if before.get(key) != now.get(key) and key != "ckpt_path"]
+        lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed] or ["  nothing"]
+        title = f"resuming {trainer.ckpt_path} at step {checkpoint['global_step']}; what differs from its config:"
+        rank_zero_only(print)("\n".join([title, *lines]), file=sys.stderr)
+
+    def _plain(self) -> dict[str, Any]:
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+
+
+def _flat(config: Any, path: str = "") -> dict[str, Any]:
+    """A tree of dictionaries and lists as one dictionary of dotted paths."""
+    if not isinstance(config, dict | list) or not config:
+        return {path: config}
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    parts = [_flat(node, f"{path}.{name}" if path else str(name)) for name, node in items]
+    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 class _Instantiator(_InstantiatorFn):

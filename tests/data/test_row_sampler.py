@@ -50,11 +50,17 @@ def test_blocks_stay_together_inside_a_window() -> None:
 
 
 def test_starting_late_continues_the_epoch_and_only_that() -> None:
-    whole = rows_of(BlockShuffleSampler(blocks(50), 5))
-    late = BlockShuffleSampler(blocks(50), 5, start=4)
-    assert rows_of(late) == whole[4:]
-    assert rows_of(late) == whole
-    assert len(late) == len(whole)
+    sampler = BlockShuffleSampler(blocks(50), 5)
+    whole = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        whole.append(rows_of(sampler))
+    late = BlockShuffleSampler(blocks(50), 5, epoch=1, start=4)
+    iter(late)
+    assert rows_of(late) == whole[1][4:]
+    assert len(late) == len(whole[1])
+    late.set_epoch(2)
+    assert rows_of(late) == whole[2]
 
 
 def test_fewer_rows_than_a_batch_is_an_error() -> None:

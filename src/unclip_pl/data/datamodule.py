@@ -33,15 +33,68 @@ class Batches(Dataset[Any]):
         return self.assemble(index)
 
 
-def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int) -> DataLoader[Any]:
-    return DataLoader(
+class ResumableLoader(DataLoader[Any]):
+    """Tells Lightning that training goes on where it was cut; the position itself is the data module's to know."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int) -> ResumableLoader:
+    return ResumableLoader(
         Batches(assemble),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        # Seeds of the workers, which use none: from the global generator they would shift the noise of training.
+        generator=torch.Generator(),
     )
+
+
+class ResumableDataModule(LightningDataModule):
+    """Training batches that go on at the very next one when a checkpoint is resumed.
+
+    The position in a checkpoint is what has been trained, not what workers have drawn ahead.
+
+    Args:
+        batch_size: images per rank and step in training.
+        num_workers: processes that assemble batches; 0 is this one.
+        seed: of the order and of what is drawn for a row in an epoch.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._position = {"epoch": 0, "start": 0}
+        self._sampler: BlockShuffleSampler | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and its first batch that is not trained."""
+        if not self.trainer or not self._sampler:
+            return {}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch:
+            return {"epoch": self._sampler.epoch + 1, "start": 0}
+        return {"epoch": self._sampler.epoch, "start": progress.current.processed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Where ``train_dataloader`` will go on."""
+        self._position = state
+
+    def _training(self, blocks: list[np.ndarray], assemble: Callable[[RowBatch], Any]) -> ResumableLoader:
+        rank, world_size = _place(self)
+        self._sampler = BlockShuffleSampler(
+            blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **self._position
+        )
+        return _loader(assemble, self._sampler, self.num_workers)
 
 
 def _in_order(data: LightningDataModule, rows: np.ndarray, batch_size: int) -> EvaluationSampler:
@@ -59,7 +112,7 @@ def _launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-class UnclipDataModule(LightningDataModule):
+class UnclipDataModule(ResumableDataModule):
     """Frozen CLIP features, and the images where the task wants them.
 
     What a batch holds is the task's to say: its class attribute ``batch_type`` is one of PriorBatch, DecoderBatch,
@@ -87,15 +140,12 @@ class UnclipDataModule(LightningDataModule):
         seed: int = 0,
         image_size: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         self.prepare_data_per_node = False  # one store, on a file system that all nodes see
         self.source = source
         self.store = store
         self.clip = clip
-        self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self.image_size = image_size or clip.image_size
 
     @property
@@ -155,11 +205,7 @@ class UnclipDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training rows, one caption of each per epoch."""
-        rank, world_size = _place(self)
-        sampler = BlockShuffleSampler(
-            self.embeddings.blocks(Split.TRAIN), self.batch_size, seed=self.seed, rank=rank, world_size=world_size
-        )
-        return _loader(self._assemble(), sampler, self.num_workers)
+        return self._training(self.embeddings.blocks(Split.TRAIN), self._assemble())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation rows in order with their first captions; no loader where the source has none."""
@@ -198,7 +244,7 @@ class UnclipDataModule(LightningDataModule):
         return makers[wanted]
 
 
-class PairDataModule(LightningDataModule):
+class PairDataModule(ResumableDataModule):
     """Images and token ids straight from the shards, for training a CLIP; no embedding store is needed.
 
     Args:
@@ -213,12 +259,9 @@ class PairDataModule(LightningDataModule):
     def __init__(
         self, source: str, clip: ClipSpec, batch_size: int = 256, num_workers: int = 0, seed: int = 0, shift: int = 0
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         self.source = source
         self.clip = clip
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self.shift = shift
 
     @property
@@ -233,11 +276,9 @@ class PairDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training pairs, one caption of each image per epoch."""
-        rank, world_size = _place(self)
         rows = self.pairs.rows(Split.TRAIN)
         blocks = np.split(rows, range(BLOCK, len(rows), BLOCK))
-        sampler = BlockShuffleSampler(blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
-        return _loader(partial(self.pairs.batch, shift=self.shift), sampler, self.num_workers)
+        return self._training(blocks, partial(self.pairs.batch, shift=self.shift))
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation pairs in order; no loader where the source has none."""

@@ -44,7 +44,8 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
         seed: of the order and of the draws.
         rank: of this process, below ``world_size``.
         world_size: number of processes.
-        start: steps of the first epoch that are already done.
+        epoch: where training goes on; Lightning's ``set_epoch`` moves on from there.
+        start: batches of that epoch which are already trained. ``len`` counts them: it is the epoch's.
         window: blocks that are shuffled together; a data set smaller than the window is shuffled as a whole.
 
     Raises:
@@ -59,6 +60,7 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        epoch: int = 0,
         start: int = 0,
         window: int = 64,
     ) -> None:
@@ -71,14 +73,16 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
         super().__init__(cast(Any, range(rows)), num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
         self.blocks = blocks
         self.batch_size = batch_size
-        self.start = start
         self.window = window
+        self.set_epoch(epoch)
+        self._started = (epoch, start)
 
     def __len__(self) -> int:
         return len(self.dataset) // (self.batch_size * self.num_replicas)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[RowBatch]:
-        start, self.start = self.start, 0
+        # By epoch, not once: an iterator that nobody draws from must not use the start up.
+        start = self._started[1] if self.epoch == self._started[0] else 0
         order = self.order()
         stride = self.batch_size * self.num_replicas
         for step in range(start, len(self)):

@@ -13,6 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
 from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
@@ -86,6 +87,7 @@ class Task(LightningModule):
         self.optimization = optimization or Optimization()
         self.register_buffer("train_seconds", torch.zeros((), dtype=torch.float64))
         self._started = 0.0
+        self._configured: list[dict[str, Any]] = []
 
     @abstractmethod
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
@@ -131,7 +133,19 @@ class Task(LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, total))
+        fresh = [dict(group) for group in optimizer.param_groups]
+        self._configured = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in fresh]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """The config's learning rate, decay and betas hold, whatever a resumed checkpoint brought back."""
+        scheduler = self.lr_schedulers()
+        if not self._configured or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return  # a subclass brings its own
+        scheduler.base_lrs = [group["initial_lr"] for group in self._configured]
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, configured, factor in zip(scheduler.optimizer.param_groups, self._configured, factors, strict=True):
+            group.update(configured, lr=configured["initial_lr"] * factor)
 
 
 class EmbeddingTask(Task):
@@ -187,11 +201,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
-    try:
-        # The file is memory-mapped and never unpickled into objects: only tensors and plain containers come out.
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): train it again.") from error
+    checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
     module, _, name = checkpoint.get("hyper_parameters", {}).get("_class_path", "").rpartition(".")
     if not module.startswith("unclip_pl."):
         raise ValueError(f"{path} was not written by `unclip fit`: it names no Task of unclip_pl.")

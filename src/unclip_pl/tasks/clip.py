@@ -38,8 +38,8 @@ class ClipTask(Task):
         image_embed, text_embed, scale = self.net(self.preprocess(batch.image), batch.tokens)
         return self.contrastive(image_embed, text_embed, scale)
 
-    def on_train_batch_end(self, outputs: Any, batch: ClipBatch, batch_idx: int) -> None:
-        """Clamps the temperature, as CLIP does."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Clamps the temperature, as CLIP does; with the step, so that no checkpoint falls between the two."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.net.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
