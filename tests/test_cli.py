@@ -1,5 +1,6 @@
 """The command line as a user meets it: help at once, one clear line for a mistake, no traceback, nothing lost."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,17 @@ def fit_words(mini_run: Path, out: Path) -> list[str]:
     for key, value in data.items():
         words += [f"--data.init_args.{key}", f"{mini_run}/{value}"]
     return [*words, "--trainer.logger.init_args.save_dir", str(out)]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_no_traceback(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("unclip_pl.cli.call", lambda *_: signal.raise_signal(number))
+    assert main(["linear"]) == status
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_without_a_bar(mini_run: Path, tmp_path: Path) -> None:

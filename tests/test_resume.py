@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 
 from unclip_pl.__main__ import main
 from unclip_pl.checkpoint import read_checkpoint
-from unclip_pl.resume import CheckpointFiles, CtrlC, random_state, set_random_state
+from unclip_pl.resume import CheckpointFiles, Signals, random_state, set_random_state
 from unclip_pl.trainer_cli import build
 
 #: The smallest of everything: what is tested does not depend on sizes. 96 images in batches of 16: 6 steps an epoch.
@@ -174,10 +174,10 @@ def test_a_signal_ends_the_step_saves_and_says_where(
         if trainer.global_step == step - 1:
             signal.raise_signal(number)
 
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(CtrlC, "on_train_batch_start", strike)
+    before = [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(Signals, "on_train_batch_start", strike)
     assert main(["fit", *line]) == status
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)] == before
     said = capsys.readouterr().err
     assert "Traceback" not in said
     last = tmp_path / "prior-tiny" / "version_1" / "checkpoints" / "last.ckpt"

@@ -4,6 +4,7 @@ import importlib
 import logging
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -43,19 +44,42 @@ NOISE = (
 
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command line; see :func:`unclip_pl.__main__.main` for the exit status."""
+    before = _on_sigterm(_terminate)
+    try:
+        return _run(words, debug)
+    finally:
+        _on_sigterm(before)
+
+
+class Terminated(SystemExit):
+    """SIGTERM: whatever is being written is tidied up on the way out."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Sets the handler where that is possible; returns the one before."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, handler) if in_main else handler
+
+
+def _run(words: list[str], debug: bool) -> int:
     from unclip_pl.__main__ import TRAINER
 
+    again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
     try:
         dispatch(words)
     except SystemExit as stop:  # jsonargparse has printed what was wrong, or the help
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's, which carries no code
+        if isinstance(stop, Terminated) or type(stop).__name__ == "SIGTERMException":  # Lightning's
+            print(f"terminated{again}.", file=sys.stderr)
             return 128 + signal.SIGTERM
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
         print(f"interrupted{again}.", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:

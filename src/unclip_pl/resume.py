@@ -9,7 +9,6 @@ import random
 import signal
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -239,18 +238,23 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-class CtrlC(Callback):
-    """Makes the first Ctrl-C of a fit a SIGTERM to itself: Lightning ends the step, and the checkpoint is saved.
+class Signals(Callback):
+    """SIGTERM during a fit is Lightning's: it ends the batch, and the checkpoint is saved. So is the first Ctrl-C.
 
-    The second one stops at once.
+    The second Ctrl-C stops at once.
     """
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.ctrl_c = False
         self._before: Any = None
 
+    def on_fit_start(self, *_: Any) -> None:
+        """Takes other handlers of SIGTERM away, which Lightning would call too."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def on_train_start(self, *_: Any) -> None:
-        """Listens."""
+        """Listens to Ctrl-C."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._finish_step)
 
@@ -262,8 +266,8 @@ class CtrlC(Callback):
         """Likewise."""
         self._restore()
 
-    def _finish_step(self, signum: int, frame: FrameType | None) -> None:
-        self.pressed = True
+    def _finish_step(self, *_: Any) -> None:
+        self.ctrl_c = True
         self._restore()
         signal.raise_signal(signal.SIGTERM)
 

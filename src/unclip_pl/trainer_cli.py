@@ -1,6 +1,8 @@
 """LightningCLI with our links, our callbacks, and no surprises on resume."""
 
+import signal
 import sys
+import threading
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -17,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.callbacks import StepProgressBar
 from unclip_pl.cli import LINKS
-from unclip_pl.resume import CheckpointFiles, CtrlC, ExactResume
+from unclip_pl.resume import CheckpointFiles, ExactResume, Signals
 
 
 class UnclipCLI(LightningCLI):
@@ -74,8 +76,8 @@ class UnclipCLI(LightningCLI):
         own = self._get(self.config_init, "trainer.callbacks") or []
         wanted = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         bar = [StepProgressBar()] if wanted and not any(isinstance(callback, ProgressBar) for callback in own) else []
-        self.ctrl_c = CtrlC()
-        self.trainer_defaults["callbacks"] = [ExactResume(), self.ctrl_c, *bar]
+        self.signals = Signals()
+        self.trainer_defaults["callbacks"] = [ExactResume(), self.signals, *bar]
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -89,15 +91,19 @@ class UnclipCLI(LightningCLI):
             SIGTERMException: by SIGTERM, with everything saved.
             KeyboardInterrupt: by Ctrl-C, likewise.
         """
+        before = signal.getsignal(signal.SIGTERM)
         try:
             self.trainer.fit(**kwargs)
         except SIGTERMException:
             last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
             saved = f"{last} goes on from there (--ckpt_path)" if last and Path(last).is_file() else "nothing is saved"
             rank_zero_only(print)(f"stopped at step {self.trainer.global_step}: {saved}.", file=sys.stderr)
-            if self.ctrl_c.pressed:
+            if self.signals.ctrl_c:
                 raise KeyboardInterrupt from None
             raise
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
 
 
 class RunConfig(SaveConfigCallback):
