@@ -135,6 +135,13 @@ def test_what_lightning_refuses_is_one_line(mini_run: Path, tmp_path: Path, caps
     refused([*fit_words(mini_run, tmp_path), "--trainer.limit_train_batches", "1.5"], capsys, "1.5")
 
 
+def test_resuming_from_another_part(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, fragment in (("decoder", "another network"), ("clip", "no DiffusionPriorTask")):
+        checkpoint = f"{mini_run}/{part}/checkpoints/last.ckpt"
+        refused([*fit_words(mini_run, tmp_path), "--ckpt_path", checkpoint], capsys, "The checkpoint", fragment)
+    refused([*fit_words(mini_run, tmp_path), "--ckpt_path", "nowhere.ckpt"], capsys, "No checkpoint at nowhere.ckpt")
+
+
 def test_evaluation_on_embeddings_of_another_clip(
     mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,18 @@
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
+from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet
 from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import DiffusionPrior
+from unclip_pl.resume import CheckpointFiles
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
 
 
@@ -37,6 +43,104 @@ def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="not written by `unclip fit`"):
         load_task(tmp_path / "foreign.ckpt", DecoderTask)
+
+
+class Trap:
+    """Pickled, it writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.write_text, (self.path, "sprung"))
+
+
+def test_a_pickle_does_not_run(mini_run: Path, tmp_path: Path) -> None:
+    sprung, crafted = tmp_path / "sprung", tmp_path / "crafted.ckpt"
+    checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(checkpoint | {"optimizer_states": Trap(sprung)}, crafted)
+    for read in (lambda: load_task(crafted, DiffusionPriorTask), lambda: CheckpointFiles().load_checkpoint(crafted)):
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            read()
+    with pytest.raises(ValueError, match="no plain CLIP weights"):
+        ClipSpec("tiny-rn", str(crafted)).load()
+    assert not sprung.exists()
+
+
+EVIL = "evil_module_of_a_test.Net"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"net": {"class_path": EVIL, "init_args": {}}},
+        {"net": EVIL},
+        {"net": f" '{EVIL}' "},
+        {"net": f"{{class_path: {EVIL}}}"},
+        {"diffusion": {"class_path": "unclip_pl.diffusion.GaussianDiffusion", "init_args": {"schedule": EVIL}}},
+        {"diffusion": {"class_path": "subprocess.Popen", "dict_kwargs": {"args": ["touch", "sprung"]}}},
+        {"diffusion": {"class_path": "unclip_pl.cli.dispatch", "init_args": {"words": ["pack"]}}},
+        {"diffusion": {"class_path": "unclip_pl.evaluation.provenance.subprocess.Popen"}},
+        {"optimization": {"lr": {"class_path": EVIL}}},
+        {"_class_path": EVIL},
+        {"_class_path": "torch.nn.Linear"},
+        {"_class_path": ["unclip_pl.tasks.DiffusionPriorTask"]},
+        {"_class_path": "unclip_pl.nowhere.Task"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_does_not_say_what_is_called(
+    settings: dict[str, Any], mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module_of_a_test.py").write_text("open('sprung', 'w')\nclass Net: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] |= settings
+    torch.save(checkpoint, tmp_path / "crafted.ckpt")
+    with pytest.raises(ValueError, match=r"crafted\.ckpt: the checkpoint (names|holds)"):
+        load_task(tmp_path / "crafted.ckpt", DiffusionPriorTask)
+    assert not (tmp_path / "sprung").exists()
+    assert "evil_module_of_a_test" not in sys.modules
+
+
+@pytest.mark.parametrize("net", ["unclip_pl.trainer_cli.UnclipCLI", "unclip_pl.nn.unet.UNet", 3, None])
+def test_a_class_of_ours_in_the_wrong_place(net: Any, mini_run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["net"] = {"class_path": net} if isinstance(net, str) else net
+    torch.save(checkpoint, tmp_path / "crafted.ckpt")
+    with pytest.raises(ValueError, match="does not fit its DiffusionPriorTask"):
+        load_task(tmp_path / "crafted.ckpt", DiffusionPriorTask)
+
+
+class OwnNet(PriorTransformer):
+    """A user's."""
+
+
+class OwnTask(DiffusionPriorTask):
+    """A user's."""
+
+
+def test_own_classes_load_where_they_are_imported(
+    mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or ModuleType(__name__))
+    for cls in (OwnNet, OwnTask):
+        monkeypatch.setattr(sys.modules[__name__], cls.__name__, cls, raising=False)
+    checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = f"{__name__}.OwnTask"
+    checkpoint["hyper_parameters"]["net"]["class_path"] = f"{__name__}.OwnNet"
+    torch.save(checkpoint, tmp_path / "own.ckpt")
+    task = load_task(tmp_path / "own.ckpt", DiffusionPriorTask)
+    assert (type(task).__name__, type(task.net).__name__) == ("OwnTask", "OwnNet")
+
+
+def test_weights_of_another_network(mini_run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["net"]["init_args"]["width"] = 96
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt does not fit its DiffusionPriorTask.*size mismatch"):
+        load_task(tmp_path / "other.ckpt", DiffusionPriorTask)
 
 
 def test_the_average_is_what_is_loaded(mini_run: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,6 +17,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip_pl.checkpoint import check_archive
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,12 @@ def build_clip(name: str, pretrained: str = "") -> Any:
 def _load_weights(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
-    state = load_state_dict(path)
+    try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        state = load_state_dict(path)  # by open_clip, plain tensors only
+    except Exception as error:
+        raise ValueError(f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}).") from error
     if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
