@@ -32,7 +32,12 @@ class Decoder:
         guidance: scale; 1 is off.
         upsamplers: checkpoints of ``UpsamplerTask``s, smallest first.
         upsampler: sampler of those; None is the paper's 27 DDIM steps.
+        last_step: checkpoint of an ``UpsamplerTask`` that takes the last upsampler's last step (Karlo); None: the same
+            network takes all.
     """
+
+    #: Whether it was trained on raw embeddings, so that z_i must come with CLIP's own norm.
+    needs_norm: bool = False
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class Decoder:
         guidance: float = 2.0,
         upsamplers: Sequence[str] = (),
         upsampler: Sampler | None = None,
+        last_step: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.image_size = image_size
@@ -49,14 +55,19 @@ class Decoder:
         self.guidance = guidance
         self.upsamplers = list(upsamplers)
         self.upsampler = upsampler or DDIM(27)
+        if last_step is not None and not self.upsamplers:
+            raise ValueError(f"Expected upsamplers, whose last step {last_step} could take. Got none.")
+        self.last_step = last_step
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Read the checkpoints."""
         self.task = load_task(root / self.checkpoint, DecoderTask).to(device)
         self.stages = [load_task(root / path, UpsamplerTask).to(device) for path in self.upsamplers]
         self.sampler.check(self.task.diffusion)
+        self.finisher = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else None
         for stage in self.stages:
             self.upsampler.check(stage.diffusion)
+        self.needs_norm = self.task.space.scaling == "raw"
         return self
 
     @property
@@ -94,7 +105,9 @@ class Decoder:
         for stage in self.stages:
             size = image.shape[-1] * stage.factor
             x_T = torch.randn(n, 3, size, size, generator=generator).to(device)
-            image = self.upsampler.sample(stage.denoiser(image, size), x_T, generator=generator)
+            finisher = self.finisher if stage is self.stages[-1] else None
+            last = finisher.denoiser(image, size) if finisher is not None else None
+            image = self.upsampler.sample(stage.denoiser(image, size), x_T, last=last, generator=generator)
         return image.clamp(-1, 1)
 
 
@@ -102,7 +115,7 @@ class Generation(NamedTuple):
     """Images of captions, and the embeddings that they were drawn from."""
 
     images: Tensor  # (B, 3, H, H) in [-1, 1]
-    image_embed: Tensor  # (B, d) unit norm
+    image_embed: Tensor  # (B, d) as the prior gave them: unit norm, or raw where it keeps the norm
 
 
 @dataclass
@@ -111,17 +124,17 @@ class RunDescription:
 
     Args:
         clip: the CLIP that conditions everything.
-        judge: another one, for scores.
-        store: folder of the training split's embeddings.
         decoder: and its upsamplers.
         priors: by name.
+        judge: another CLIP, for scores; None in an imported run.
+        store: folder of the training split's embeddings; empty in an imported run.
     """
 
     clip: ClipSpec
-    judge: ClipSpec
-    store: str
     decoder: Decoder
     priors: dict[str, Prior]
+    judge: ClipSpec | None = None
+    store: str = ""
 
 
 class Unclip:
@@ -161,6 +174,7 @@ class Unclip:
         if name not in self._loaded:
             self.priors[name].load(self.root, self.device)
             check_clip(self.clip.fingerprint, self.priors[name].fingerprint, f"the prior {name!r}")
+            check_norm(self.priors[name], self.decoder)
             self._loaded.add(name)
         return self.priors[name]
 
@@ -203,6 +217,19 @@ def check_clip(clip: str, other: str, what: str) -> None:
         raise ValueError(
             f"This run's CLIP is {clip!r}, but {what} was trained on embeddings of {other!r}: train it again on this "
             "CLIP's embeddings, or point the run at the other CLIP."
+        )
+
+
+def check_norm(prior: Prior, decoder: Decoder) -> None:
+    """A decoder of raw embeddings cannot draw from those that have lost their norm.
+
+    Raises:
+        ValueError: it would have to.
+    """
+    if decoder.needs_norm and not prior.keeps_norm:
+        raise ValueError(
+            f"The decoder {decoder.checkpoint} was trained on raw embeddings, and {type(prior).__name__} gives them "
+            "without CLIP's norm: use a prior with keep_norm, or a decoder of scaling 'unit'."
         )
 
 

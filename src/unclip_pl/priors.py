@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral, Denoised, Sampler, guided
+from unclip_pl.diffusion import Ancestral, Denoised, Sampler, clip_x0, guided
 from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
@@ -27,6 +27,8 @@ class Prior(ABC):
     evaluations: int = 0
     #: What training took.
     record: TrainingRecord = TrainingRecord(0, 0.0)
+    #: Whether its embeddings have CLIP's own norm: what a decoder of raw embeddings needs.
+    keeps_norm: bool = False
     #: Of the CLIP whose embeddings it draws; empty for any.
     fingerprint: str = ""
 
@@ -36,7 +38,7 @@ class Prior(ABC):
 
     @abstractmethod
     def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
-        """One z_i per caption, (B, d), unit norm.
+        """One z_i per caption, (B, d), unit norm, or raw where ``keeps_norm``.
 
         Args:
             text: raw features of B captions.
@@ -49,8 +51,8 @@ class Prior(ABC):
 
 
 def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
-    """The candidate with the largest z_i·z_t of each caption (§2.2): (B, N, d) unit-norm → (B, d)."""
-    score = torch.einsum("bnd,bd->bn", candidates, F.normalize(text.embed, dim=-1))
+    """The candidate with the largest z_i·z_t, both unit-norm, of each caption (§2.2): (B, N, d) → (B, d)."""
+    score = torch.einsum("bnd,bd->bn", F.normalize(candidates, dim=-1), F.normalize(text.embed, dim=-1))
     return candidates[torch.arange(len(candidates), device=score.device), score.argmax(dim=1)]
 
 
@@ -63,10 +65,18 @@ class DiffusionPrior(Prior):
             ``variance: analytic``) is read from the checkpoint.
         guidance: scale; 1 is off. Drops the text and never z_i^(t).
         candidates: drawn per caption; the one with the largest z_i·z_t is kept (paper: 2).
+        x0_bound: the scaled estimate of z_i is clamped to ± this (Karlo: 10); None is the paper's, no clamp.
+        keep_norm: embeddings keep CLIP's own norm, for decoders of raw ones (Karlo); the prior must have learned it.
     """
 
     def __init__(
-        self, checkpoint: str, sampler: Sampler | None = None, guidance: float = 1.0, candidates: int = 2
+        self,
+        checkpoint: str,
+        sampler: Sampler | None = None,
+        guidance: float = 1.0,
+        candidates: int = 2,
+        x0_bound: float | None = None,
+        keep_norm: bool = False,
     ) -> None:
         if candidates < 1:
             raise ValueError(f"Expected candidates >= 1. Got {candidates}.")
@@ -74,6 +84,8 @@ class DiffusionPrior(Prior):
         self.sampler = sampler or Ancestral(64)
         self.guidance = guidance
         self.candidates = candidates
+        self.x0_bound = x0_bound
+        self.keeps_norm = keep_norm
         self.evaluations = self.sampler.steps * candidates * (1 if guidance == 1 else 2)
 
     def load(self, root: Path, device: str = "cpu") -> Self:
@@ -81,6 +93,11 @@ class DiffusionPrior(Prior):
         self.task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
         _describe(self, self.task)
         self.sampler.check(self.task.diffusion)
+        if self.keeps_norm and self.task.space.scaling not in ("standardize", "raw"):
+            raise ValueError(
+                f"{root / self.checkpoint} was trained on embeddings scaled {self.task.space.scaling!r}, without their "
+                "norm: keep_norm needs 'standardize' or 'raw'."
+            )
         if isinstance(self.sampler, Ancestral) and self.sampler.variance == "analytic":
             if self.task.posterior_mse is None:
                 raise ValueError(
@@ -96,7 +113,8 @@ class DiffusionPrior(Prior):
         space, n = self.task.space, len(text.embed)
         x_T = torch.randn(n, self.candidates, space.embed_dim, generator=generator)
         z_i = self.sampler.sample(self._denoiser(text), x_T.to(text.embed.device), generator=generator)
-        return best_of(F.normalize(space.unscale(z_i), dim=-1), text)
+        z_i = space.unscale(z_i)
+        return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
     def _denoiser(self, text: TextFeatures) -> Denoise:
         space, diffusion = self.task.space, self.task.diffusion
@@ -110,7 +128,8 @@ class DiffusionPrior(Prior):
             index = diffusion.index(t)[:, None].expand(x_t.shape[:2])
             return Denoised(diffusion.to_x0(net(x_t, index, prefix), x_t, t))
 
-        return guided(denoise, self.guidance) if self.guidance != 1 else denoise
+        whole = guided(denoise, self.guidance) if self.guidance != 1 else denoise
+        return whole if self.x0_bound is None else clip_x0(whole, self.x0_bound)
 
 
 class ARPrior(Prior):
@@ -239,7 +258,14 @@ class TextEmbedding(Prior):
 
 
 class TrueEmbedding(Prior):
-    """The image's own z_i. The ceiling: what the decoder does when the prior makes no mistake."""
+    """The image's own z_i. The ceiling: what the decoder does when the prior makes no mistake.
+
+    Args:
+        keep_norm: embeddings keep CLIP's own norm, for decoders of raw ones.
+    """
+
+    def __init__(self, keep_norm: bool = False) -> None:
+        self.keeps_norm = keep_norm
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Nothing to read."""
@@ -255,4 +281,4 @@ class TrueEmbedding(Prior):
 
     def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
         """The batch's image embeddings."""
-        return F.normalize(batch.image_embed, dim=-1)
+        return batch.image_embed if self.keeps_norm else F.normalize(batch.image_embed, dim=-1)

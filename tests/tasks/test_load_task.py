@@ -174,6 +174,6 @@ def test_a_sampler_of_other_noise_levels_is_refused(mini_run: Path) -> None:
         Decoder("decoder/checkpoints/last.ckpt", 32, DDIM(4, train_steps=500)).load(mini_run)
 
 
-def test_a_decoder_cannot_ask_priors_for_the_norm() -> None:
-    with pytest.raises(ValueError, match="without its norm"):
+def test_a_decoder_does_not_take_a_priors_scaling() -> None:
+    with pytest.raises(ValueError, match="Got 'standardize'"):
         DecoderTask(UNet(channels=8, channel_mult=[1], attention_levels=[], embed_dim=4), scaling="standardize")

@@ -132,6 +132,7 @@ class Sampler(ABC):
         denoise: Denoise,
         x_T: Tensor,
         *,
+        last: Denoise | None = None,
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -140,13 +141,15 @@ class Sampler(ABC):
         Args:
             denoise: estimates x0, (B, ...), from x_t and t, (B,) in float32 (float64 if x_T is).
             x_T: the noise to start from, on the device to work on.
+            last: takes the last step instead, where another network was trained for it (Karlo's upsampler).
             generator: of the noise of stochastic samplers. The same generator state gives the same bytes.
             progress: called after each step as progress(steps done, steps, x0).
         """
         x_t = x_T
         for i, t in enumerate(self.times[:-1]):
-            denoised = denoise(x_t, _time(t, x_t))
-            x_t = self.step(i, x_t, denoised, generator) if i + 1 < self.steps else denoised.x0
+            ends = i + 1 == self.steps
+            denoised = (last if ends and last is not None else denoise)(x_t, _time(t, x_t))
+            x_t = denoised.x0 if ends else self.step(i, x_t, denoised, generator)
             if progress is not None:
                 progress(i + 1, self.steps, denoised.x0)
         return x_t

@@ -20,7 +20,7 @@ from unclip_pl.evaluation.report import Atlas, print_summary, scalars, write_rep
 from unclip_pl.evaluation.scores import View, open_captions, select_text
 from unclip_pl.evaluation.task import check_store
 from unclip_pl.nn.text import repeat_text
-from unclip_pl.pipeline import Decoder, check_clip
+from unclip_pl.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
@@ -131,6 +131,9 @@ class Comparison(LightningModule):
         check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
         for name, prior in self.priors.items():
             check_clip(fingerprint, prior.load(self.run, device).fingerprint, f"the prior {name!r}")
+            check_norm(prior, self.decoder)
+            if prior.keeps_norm:
+                raise ValueError(f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm.")
         self._heldout: list[Heldout] = []
         self._samples: dict[str, list[Tensor]] = {name: [] for name in self.priors}
         self._costs = {name: Cost() for name in self.priors}

@@ -10,7 +10,7 @@ from torch import Tensor
 from unclip_pl.clip import ClipSpec
 from unclip_pl.data.pack import Sample, write_shards
 from unclip_pl.evaluation.task import check_store, generator_for, to_bytes
-from unclip_pl.pipeline import Decoder, check_clip
+from unclip_pl.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
@@ -79,7 +79,7 @@ class ImagePrediction(LightningModule):
         self.clip = clip
         self.decoder = decoder
         self.out = Path(out)
-        self.prior = prior or TrueEmbedding()
+        self.prior = prior or TrueEmbedding(keep_norm=True)
         self.seed = seed
 
     def on_predict_start(self) -> None:
@@ -90,6 +90,7 @@ class ImagePrediction(LightningModule):
         self.decoder.load(self.run, str(self.device))
         check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
         check_clip(fingerprint, self.prior.load(self.run, str(self.device)).fingerprint, "the prior")
+        check_norm(self.prior, self.decoder)
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """One image a caption."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.metrics import CLIPScore, EmbeddingCalibration, FrechetDistance, NeighbourScores, RetrievalRecall
-from unclip_pl.pipeline import Decoder, check_clip
+from unclip_pl.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
@@ -118,7 +118,7 @@ class ImageEvaluation(LightningModule):
         self.clip = clip
         self.judge = judge
         self.decoder = decoder
-        self.prior = prior or TrueEmbedding()
+        self.prior = prior or TrueEmbedding(keep_norm=True)
         self.inception_weights = inception_weights
         self.seed = seed
         self.distance = FrechetDistance(judge.embed_dim)
@@ -139,6 +139,7 @@ class ImageEvaluation(LightningModule):
         self.decoder.load(self.run, device)
         check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
         check_clip(fingerprint, self.prior.load(self.run, device).fingerprint, "the prior")
+        check_norm(self.prior, self.decoder)
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draws one image for each caption and looks at it."""

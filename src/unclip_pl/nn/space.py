@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from unclip_pl.types import TextFeatures
 
-Scaling = Literal["unit", "standardize", "whiten"]
+Scaling = Literal["unit", "standardize", "whiten", "raw"]
 
 #: RMS of an ImageNet pixel in [-1, 1]: 17.2 / sqrt(1024), the paper's factor at CLIP's own width (App. C).
 PIXEL_RMS = 0.5375
@@ -63,9 +63,27 @@ def write_statistics(path: str | Path, *, moments: Moments, null_text: TextFeatu
         "mean": mean,
         "components": vectors.flip(-1).T,
         "eigenvalues": eigenvalues.flip(0).clamp(min=0),
-        "null_states": null_text.states,
-        "null_embed": null_text.embed,
     }
+    _write(path, tensors, null_text, fingerprint)
+
+
+def write_raw_statistics(
+    path: str | Path, *, mean: Tensor, std: Tensor, null_text: TextFeatures, fingerprint: str
+) -> None:
+    """What is known of somebody else's training set: enough for ``standardize`` and ``raw``, not for ``whiten``.
+
+    Args:
+        path: the safetensors file to write.
+        mean: (d,) of raw embeddings.
+        std: (d,) likewise.
+        null_text: CLIP's features of ``""``, batch size 1.
+        fingerprint: of the CLIP.
+    """
+    _write(path, {"raw_mean": mean, "raw_std": std}, null_text, fingerprint)
+
+
+def _write(path: str | Path, tensors: dict[str, Tensor], null_text: TextFeatures, fingerprint: str) -> None:
+    tensors = tensors | {"null_states": null_text.states, "null_embed": null_text.embed}
     tensors = {name: value.float().contiguous() for name, value in tensors.items()}
     tensors["null_tokens"] = null_text.tokens.long().contiguous()
     tensors["fingerprint_bytes"] = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
@@ -80,7 +98,8 @@ class EmbeddingSpace(nn.Module):
     Args:
         statistics: file made by ``unclip precompute``; empty when a checkpoint is about to fill the buffers.
         scaling: ``unit``: unit norm × 0.5375·√d (the paper's 17.2 at d = 1,024). ``standardize``: raw coordinates with
-            mean 0 and std 1 (Karlo). ``whiten``: unit norm, centred, each principal axis to unit variance.
+            mean 0 and std 1 (Karlo's prior). ``whiten``: unit norm, centred, each principal axis to unit variance.
+            ``raw``: as CLIP gave them (Karlo's decoder).
 
     Raises:
         FileNotFoundError: no statistics there.
@@ -123,7 +142,7 @@ class EmbeddingSpace(nn.Module):
     @property
     def embed_dim(self) -> int:
         """d."""
-        return self.mean.shape[0]
+        return self.raw_mean.shape[0]
 
     @property
     def fingerprint(self) -> str:
@@ -143,6 +162,8 @@ class EmbeddingSpace(nn.Module):
 
     def scale(self, embed: Tensor) -> Tensor:
         """(…, d) raw image embeddings → what the network sees."""
+        if self.scaling == "raw":
+            return embed
         if self.scaling == "standardize":
             return (embed - self.raw_mean) / self.raw_std
         unit = F.normalize(embed, dim=-1)
@@ -153,6 +174,8 @@ class EmbeddingSpace(nn.Module):
 
     def unscale(self, z: Tensor) -> Tensor:
         """Inverse of :meth:`scale`; for ``unit`` and ``whiten`` it returns to unit-norm coordinates."""
+        if self.scaling == "raw":
+            return z
         if self.scaling == "standardize":
             return z * self.raw_std + self.raw_mean
         if self.scaling == "unit":

@@ -22,14 +22,14 @@ class DecoderTask(EmbeddingTask):
     Args:
         net: the UNet, with ``embed_dim`` of the CLIP.
         statistics: file of the embedding store (linked from the data).
-        scaling: of z_i, ``unit`` or ``whiten``; tiny decoders learn faster from ``whiten``.
+        scaling: of z_i, ``unit``, ``whiten`` (tiny decoders learn faster from it) or ``raw`` (Karlo).
         diffusion: None is the paper's: cosine, 1,000 steps, eps.
         image_drop: share of z_i replaced by the learned null (paper: 10 %).
         text_drop: share of captions replaced by the empty one (paper: 50 %).
         optimization: of the network's weights.
 
     Raises:
-        ValueError: ``standardize``, which needs the norm of z_i that priors do not give.
+        ValueError: ``standardize``, which no decoder is known to have been trained on.
     """
 
     batch_type = DecoderBatch
@@ -46,7 +46,7 @@ class DecoderTask(EmbeddingTask):
         optimization: Optimization | None = None,
     ) -> None:
         if scaling == "standardize":
-            raise ValueError("Expected scaling 'unit' or 'whiten' for a decoder: priors give z_i without its norm.")
+            raise ValueError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize', a prior's.")
         super().__init__(statistics, scaling, text_drop, optimization)
         self.save_hyperparameters()
         self.net = net

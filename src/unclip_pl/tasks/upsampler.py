@@ -1,5 +1,7 @@
 """The upsamplers: a low-resolution image in, four times its side out; unconditional otherwise (§2.1 of the paper)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,8 @@ from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks.base import Optimization, Task
 from unclip_pl.types import UpsamplerBatch
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class GaussianBlur:
@@ -39,6 +43,8 @@ class UpsamplerTask(Task):
         factor: side of the image over side of the low-resolution image (paper: 4).
         corruption: of the low-resolution image, in training only.
         diffusion: None is the paper's: cosine, 1,000 steps, eps.
+        interpolation: of the low-resolution image to the side of x_t: ``bilinear`` as in guided-diffusion, or
+            ``bicubic``, antialiased (Karlo).
         optimization: of the network's weights.
     """
 
@@ -51,6 +57,7 @@ class UpsamplerTask(Task):
         factor: int = 4,
         corruption: GaussianBlur | None = None,
         diffusion: GaussianDiffusion | None = None,
+        interpolation: Interpolation = "bilinear",
         optimization: Optimization | None = None,
     ) -> None:
         super().__init__(optimization)
@@ -59,11 +66,17 @@ class UpsamplerTask(Task):
         self.factor = factor
         self.corruption = corruption or GaussianBlur()
         self.diffusion = diffusion or GaussianDiffusion()
+        self.interpolation: Interpolation = interpolation
 
     def shrink(self, image: Tensor) -> Tensor:
         """(B, 3, H, H) → (B, 3, H / factor, H / factor): antialiased bicubic, clamped."""
         size = (image.shape[-2] // self.factor, image.shape[-1] // self.factor)
         return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+    def enlarge(self, low: Tensor, size: int) -> Tensor:
+        """(B, 3, h, h) → (B, 3, size, size), what the network sees beside x_t."""
+        antialias = self.interpolation == "bicubic"
+        return F.interpolate(low, size=(size, size), mode=self.interpolation, antialias=antialias)
 
     def loss(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple given the corrupted low-resolution image."""
@@ -72,12 +85,12 @@ class UpsamplerTask(Task):
         t = self.diffusion.draw_t(len(x0), x0.device, generator)
         eps = noise_like(x0, generator=generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
-        out = self.net(torch.cat([x_t, enlarge(low, x0.shape[-1])], dim=1), self.diffusion.index(t), None)
+        out = self.net(torch.cat([x_t, self.enlarge(low, x0.shape[-1])], dim=1), self.diffusion.index(t), None)
         return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
 
     def denoiser(self, low: Tensor, size: int) -> Denoise:
         """``denoise(x_t, t)`` towards images of side ``size`` that shrink to ``low`` (B, 3, h, h), uncorrupted."""
-        large = enlarge(low, size)
+        large = self.enlarge(low, size)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             out = self.net(torch.cat([x_t, large], dim=1), self.diffusion.index(t), None)
@@ -91,8 +104,3 @@ class UpsamplerTask(Task):
         x_T = noise_like(batch.image, generator=generator)
         sampler = DDIM(27, schedule=self.diffusion.schedule, train_steps=self.diffusion.steps)
         return sampler.sample(self.denoiser(self.shrink(batch.image), batch.image.shape[-1]), x_T)
-
-
-def enlarge(low: Tensor, size: int) -> Tensor:
-    """Bilinear, as guided-diffusion's SuperResModel."""
-    return F.interpolate(low, size=(size, size), mode="bilinear", align_corners=False)
