@@ -16,6 +16,7 @@ COMMANDS = {
     "linear": "fit the linear prior (ridge regression) on a store",
     "sample": 'draw images: unclip sample "a large red star" --run runs/quickstart',
     "reproduce": "run a recipe's stages in order, resuming: --config configs/reproduce/*.yaml",
+    "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
     "report": "write a run's report again from its report.json",
 }
 

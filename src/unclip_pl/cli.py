@@ -29,6 +29,9 @@ LINKS = (
     ("data.clip_name", "model.init_args.name"),
 )
 
+#: Parameters of commands that stand before the options, and their help.
+POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read"}
+
 NOISE = (
     ".*does not have many workers.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
@@ -107,7 +110,7 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
 
     Args:
         program: as the help shows it.
-        entry: the function, or several by name. A parameter ``captions`` is what stands before the options.
+        entry: the function, or several by name. Its ``captions`` or ``paths`` are what stands before the options.
         words: the rest of the command line.
     """
     if isinstance(entry, dict):
@@ -122,10 +125,10 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
         return call(f"{program} {words[0]}", entry[words[0]], words[1:])
     parser = ArgumentParser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    positional = "captions" in entry.__annotations__
-    if positional:
-        parser.add_argument("captions", nargs="*", type=str, help="texts to draw")
-    parser.add_function_arguments(entry, skip={"captions"} if positional else set(), sub_configs=True)
+    positional = POSITIONAL.keys() & entry.__annotations__.keys()
+    for name in positional:
+        parser.add_argument(name, nargs="*", type=str, help=POSITIONAL[name])
+    parser.add_function_arguments(entry, skip=set(positional), sub_configs=True)
     options = parser.instantiate_classes(parser.parse_args(words))
     options.pop("config", None)
     return entry(**vars(options))

@@ -27,6 +27,26 @@ class Layout(ABC):
         """Whether a checkpoint holds what makes up our parameter ``name``."""
         return all(there in weights for there in self.names(name))
 
+    def count(self, weights: Weights, pattern: str) -> int:
+        """How many modules 0, 1, … a checkpoint has; ``pattern`` is one of our parameters, ``{}`` for the number."""
+        n = 0
+        while self.has(weights, pattern.format(n)):
+            n += 1
+        return n
+
+    def shape(self, weights: Weights, name: str) -> tuple[int, ...]:
+        """Shape of our parameter ``name`` in a checkpoint.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        missing = [there for there in self.names(name) if there not in weights]
+        if missing:
+            raise ValueError(
+                f"Expected {', '.join(missing)}, which says the network's sizes. Got a checkpoint without."
+            )
+        return tuple(self.join([weights[there] for there in self.names(name)], name).shape)
+
 
 @torch.no_grad()
 def load_weights(net: nn.Module, weights: Weights, layout: Layout, what: str = "the checkpoint") -> None:

@@ -125,17 +125,20 @@ class Task(LightningModule):
         """Stops it."""
         self.train_seconds += time.perf_counter() - self._started
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with decay on matrices, stepped every step."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW with decay on matrices."""
         spec = self.optimization
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
-        total = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, total))
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer, and its learning rate stepped every step."""
+        optimizer, total = self.optimizer(), self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, total))
         fresh = [dict(group) for group in optimizer.param_groups]
         self._configured = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in fresh]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

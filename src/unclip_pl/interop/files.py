@@ -1,0 +1,140 @@
+"""Karlo's files as the parts they hold: its own checkpoints, or a folder that diffusers' pipeline was saved in."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
+from unclip_pl.interop.karlo import KarloPrior, KarloUNet
+from unclip_pl.interop.layout import Layout, Weights
+from unclip_pl.interop.sizes import HEAD
+
+#: The parts of a Karlo model. ``upsampler_last`` takes the upsampler's last step.
+PARTS = ("prior", "decoder", "upsampler", "upsampler_last")
+
+
+class Part(NamedTuple):
+    """One network's weights, as somebody else wrote them."""
+
+    path: Path
+    weights: Weights
+    layout: Layout
+
+
+class Statistics(NamedTuple):
+    """Of the raw image embeddings that Karlo's prior was trained on, (d,) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class KarloFiles(NamedTuple):
+    """What was found: parts by name, and the statistics."""
+
+    parts: dict[str, Part]
+    statistics: Statistics | None
+
+
+def read_karlo(paths: Iterable[str | Path]) -> KarloFiles:
+    """Sort files and folders by what they hold. Nothing is unpickled but tensors and plain containers.
+
+    Args:
+        paths: Karlo's own ``prior``, ``decoder`` and ``improved-sr`` checkpoints and its statistics (``.th``); or
+            folders of a diffusers pipeline (or the pipeline's own folder).
+
+    Raises:
+        FileNotFoundError: there is nothing at a path.
+        ValueError: a file holds none of these, or two hold the same.
+    """
+    parts: dict[str, Part] = {}
+    statistics: Statistics | None = None
+    for path in map(Path, paths):
+        found = _folder(path) if path.is_dir() else _file(path)
+        for name, part in found.parts.items():
+            if name in parts:
+                raise ValueError(f"Expected one {name}. Got two: {parts[name].path} and {part.path}.")
+            parts[name] = part
+        statistics = found.statistics or statistics
+    return KarloFiles(parts, statistics)
+
+
+def _file(path: Path) -> KarloFiles:
+    """A checkpoint in Karlo's own layout, known by its first names."""
+    content = _read(path)
+    if not isinstance(content, dict):
+        if isinstance(content, list | tuple) and len(content) == 2 and all(isinstance(x, Tensor) for x in content):
+            return KarloFiles({}, Statistics(*(x.float().flatten() for x in content)))
+        raise _unknown(path)
+    state = content.get("state_dict", content)
+    if "model.clip_img_proj.weight" in state:
+        return KarloFiles({"prior": Part(path, _below(state, "model"), KarloPrior())}, None)
+    if "model.input_blocks.0.0.weight" in state:
+        weights = _below(state, "model")
+        return KarloFiles({"decoder": Part(path, weights, KarloUNet.of(weights))}, None)
+    if "model_first_steps.input_blocks.0.0.weight" in state:
+        both = {"upsampler": _below(state, "model_first_steps"), "upsampler_last": _below(state, "model_last_step")}
+        return KarloFiles({name: Part(path, part, KarloUNet.of(part)) for name, part in both.items()}, None)
+    raise _unknown(path)
+
+
+def _folder(path: Path) -> KarloFiles:
+    """A diffusers pipeline's folder, with one folder for each network in it."""
+    if not any((path / name).is_dir() for name in ("prior", "decoder", "super_res_first")):
+        raise _unknown(path)
+    parts: dict[str, Part] = {}
+    statistics = None
+    if (path / "prior").is_dir():
+        weights = _diffusers(path / "prior")
+        heads = weights["proj_in.weight"].shape[0] // HEAD if "proj_in.weight" in weights else 1
+        parts["prior"] = Part(path / "prior", weights, DiffusersPrior(heads))
+        if {"clip_mean", "clip_std"} <= weights.keys():
+            statistics = Statistics(*(weights[name].float().flatten() for name in ("clip_mean", "clip_std")))
+    if (path / "decoder").is_dir():
+        weights = {**_diffusers(path / "decoder"), **_diffusers(path / "text_proj")}
+        parts["decoder"] = Part(path / "decoder", weights, DiffusersUNet(HEAD))
+    for name, folder in {"upsampler": "super_res_first", "upsampler_last": "super_res_last"}.items():
+        if (path / folder).is_dir():
+            parts[name] = Part(path / folder, _diffusers(path / folder), DiffusersUNet(HEAD))
+    return KarloFiles(parts, statistics)
+
+
+def _diffusers(folder: Path) -> Weights:
+    """The weights that ``save_pretrained`` wrote."""
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        if (folder / name).is_file():
+            return _read(folder / name)
+    raise FileNotFoundError(f"No diffusion_pytorch_model.safetensors or .bin in {folder}.")
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"No file or folder at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{path} holds no plain weights ({type(error).__name__}: {reason:.200}).") from error
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> Weights:
+    """One network of a checkpoint; keys of another prefix stay as they are, to be named as unexpected."""
+    others = ("model.", "model_first_steps.", "model_last_step.")
+    return {
+        key.removeprefix(f"{prefix}."): value
+        for key, value in state.items()
+        if key.startswith(f"{prefix}.") or not key.startswith(others)
+    }
+
+
+def _unknown(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} holds no part of Karlo: expected its prior, decoder or improved-sr checkpoint, its statistics (two "
+        "tensors), or a folder of diffusers' UnCLIPPipeline with prior/, decoder/ and text_proj/, super_res_first/ and "
+        "super_res_last/."
+    )

@@ -1,0 +1,167 @@
+"""Karlo's parts as a run: ``run.json``, and checkpoints that ``load_task`` rebuilds and ``fit`` goes on from."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import __version__ as lightning_version
+from torch import nn
+
+from unclip_pl.clip import ClipSpec
+from unclip_pl.interop.files import KarloFiles, Part
+from unclip_pl.interop.layout import load_weights
+from unclip_pl.interop.sizes import decoder_sizes, prior_sizes, upsampler_sizes
+from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.space import write_raw_statistics
+from unclip_pl.nn.unet import UNet, UpsamplerUNet
+from unclip_pl.pipeline import write_run
+from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, Task, UpsamplerTask
+
+STATISTICS = "statistics.safetensors"
+
+
+def write_karlo(files: KarloFiles, root: Path, clip: ClipSpec) -> list[str]:
+    """Write every part that was found, and ``run.json`` if a run can be made of them.
+
+    Args:
+        files: what was read.
+        root: the run's folder; nothing in it may be overwritten.
+        clip: the CLIP that conditions Karlo: its null text and fingerprint go into the checkpoints.
+
+    Returns:
+        One line a part.
+
+    Raises:
+        ValueError: a part does not fit its network or the CLIP, or the statistics are missing.
+        FileExistsError: there is a run already.
+    """
+    if (root / "run.json").exists():
+        raise FileExistsError(f"{root} holds a run already: import into another folder (--out).")
+    if files.statistics is None:
+        raise ValueError("Expected Karlo's statistics (ViT-L-14_stats.th, or diffusers' prior/). Got none among these.")
+    if len(files.statistics.mean) != clip.embed_dim:
+        raise ValueError(
+            f"Expected a CLIP of {len(files.statistics.mean)} dimensions, as Karlo's statistics. Got "
+            f"{clip.name} of {clip.embed_dim}: name its CLIP with --clip.name and --clip.pretrained."
+        )
+    encoder = clip.load()
+    root.mkdir(parents=True, exist_ok=True)
+    write_raw_statistics(
+        root / STATISTICS,
+        mean=files.statistics.mean,
+        std=files.statistics.std,
+        null_text=encoder.describe([""]),
+        fingerprint=encoder.fingerprint,
+    )
+    writers = {"prior": _prior, "decoder": _decoder, "upsampler": _upsampler, "upsampler_last": _upsampler}
+    said = []
+    for name, part in files.parts.items():
+        task, hyper_parameters = writers[name](part, str(root / STATISTICS))
+        path = root / name / "checkpoints" / "last.ckpt"
+        write_checkpoint(path, task, hyper_parameters)
+        said.append(f"{name}: {sum(p.numel() for p in task.net.parameters()):,} parameters, {path}")
+    if "decoder" in files.parts:
+        write_run(root, describe_karlo(files.parts, clip))
+    return said
+
+
+def _prior(part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
+    sizes = prior_sizes(part.weights, part.layout)
+    net = _filled(PriorTransformer(**sizes), part)
+    diffusion = {"class_path": "unclip_pl.diffusion.GaussianDiffusion", "init_args": {"prediction": "x0"}}
+    settings = {"scaling": "standardize", "text_drop": 0.2}
+    task = DiffusionPriorTask(net, statistics, **settings)  # type: ignore[arg-type]
+    return task, _hyper_parameters(task, sizes, settings | {"diffusion": diffusion, "statistics": ""})
+
+
+def _decoder(part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
+    sizes = decoder_sizes(part.weights, part.layout)
+    net = _filled(UNet(**sizes), part)
+    settings = {"scaling": "raw", "image_drop": 0.1, "text_drop": 0.3}
+    task = DecoderTask(net, statistics, **settings)  # type: ignore[arg-type]
+    return task, _hyper_parameters(task, sizes, settings | {"statistics": ""})
+
+
+def _upsampler(part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
+    sizes = upsampler_sizes(part.weights, part.layout)
+    net = _filled(UpsamplerUNet(**sizes), part)
+    settings = {"interpolation": "bicubic"}
+    task = UpsamplerTask(net, **settings)  # type: ignore[arg-type]
+    return task, _hyper_parameters(task, sizes, settings)
+
+
+def _filled(net: nn.Module, part: Part) -> Any:
+    load_weights(net, part.weights, part.layout, str(part.path))
+    return net
+
+
+def _hyper_parameters(task: Task, sizes: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """As LightningCLI would have saved them."""
+    net = type(task.net)
+    return {
+        "_class_path": f"unclip_pl.tasks.{type(task).__name__}",
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "net": {"class_path": f"{net.__module__}.{net.__qualname__}", "init_args": sizes},
+        **settings,
+    }
+
+
+def write_checkpoint(path: Path, task: Task, hyper_parameters: dict[str, Any]) -> None:
+    """A Lightning checkpoint of a task at step 0, whole or not at all: ``fit --ckpt_path`` starts an optimizer anew."""
+    optimizer = task.optimizer().state_dict()
+    checkpoint = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning_version,
+        "state_dict": task.state_dict(),
+        "callbacks": {},
+        "optimizer_states": [optimizer],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": hyper_parameters,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
+    """``run.json``: sampled as Karlo samples by default, 25 + 50 + 7 steps at guidance 4 and 8."""
+
+    def ancestral(steps: int, variance: str) -> dict[str, Any]:
+        return {"class_path": "unclip_pl.diffusion.Ancestral", "init_args": {"steps": steps, "variance": variance}}
+
+    def checkpoint(name: str) -> str:
+        return f"{name}/checkpoints/last.ckpt"
+
+    learned = parts["decoder"].layout.shape(parts["decoder"].weights, "conv_out.bias")[0] == 6
+    decoder: dict[str, Any] = {
+        "checkpoint": checkpoint("decoder"),
+        "image_size": 64,
+        "sampler": ancestral(50, "learned" if learned else "small"),
+        "guidance": 8.0,
+    }
+    if "upsampler" in parts:
+        decoder |= {"upsamplers": [checkpoint("upsampler")], "upsampler": ancestral(7, "small")}
+    if "upsampler_last" in parts:
+        decoder["last_step"] = checkpoint("upsampler_last")
+    priors: dict[str, Any] = {}
+    if "prior" in parts:
+        priors["diffusion"] = {
+            "class_path": "unclip_pl.priors.DiffusionPrior",
+            "init_args": {
+                "checkpoint": checkpoint("prior"),
+                "sampler": ancestral(25, "small"),
+                "guidance": 4.0,
+                "candidates": 1,
+                "x0_bound": 10.0,
+                "keep_norm": True,
+            },
+        }
+    return {
+        "clip": {"name": clip.name, "pretrained": clip.pretrained},
+        "decoder": {"class_path": "unclip_pl.pipeline.Decoder", "init_args": decoder},
+        "priors": priors,
+    }
