@@ -102,7 +102,7 @@ def test_counts_and_meta_are_told(report: dict[str, Any]) -> None:
     }  # fmt: skip
     assert report["meta"]["counts"] == counts
     assert {"commit", "config", "hardware", "wall_seconds", "stages", "versions"} <= set(report["meta"])
-    assert report["meta"]["config"]["priors"]["ceiling"] == {"class": "TrueEmbedding"}
+    assert report["meta"]["config"]["priors"]["ceiling"] == {"class": "TrueEmbedding", "keeps_norm": False}
 
 
 def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
