@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv quickstart test test-slow lint format clean
+.PHONY: help venv quickstart bench test test-slow lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,22 @@ venv: $(VENV)/.installed ## the environment, in .venv
 
 quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (about half an hour on 2 cores)
 	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart
+
+# Peers live in an environment of their own. dalle2-pytorch names packages that it does not import and an old open_clip:
+# it comes without them, and what it does import is listed here.
+BENCH := .venv-bench
+PEERS := 'diffusers>=0.42,<0.43' einops ema-pytorch accelerate pytorch-warmup kornia resize-right \
+	rotary-embedding-torch vector-quantize-pytorch x-clip coca-pytorch
+
+$(BENCH)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
+	$(BENCH)/bin/python -m pip install --quiet --editable . $(PEERS)
+	$(BENCH)/bin/python -m pip install --quiet --no-deps dalle2-pytorch==1.15.6
+	@touch $@
+
+bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torchmetrics, into results/benchmarks (20 minutes)
+	$(BENCH)/bin/python -W ignore benchmarks/run.py
 
 test: venv lint ## what CI runs
 	$(BIN)/python -m pytest -q
@@ -35,4 +51,4 @@ format: venv ## let ruff rewrite the layout
 	$(BIN)/ruff format .
 
 clean: ## the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache
