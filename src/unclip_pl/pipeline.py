@@ -34,6 +34,7 @@ class Decoder:
         upsampler: sampler of those; None is the paper's 27 DDIM steps.
         last_step: checkpoint of an ``UpsamplerTask`` that takes the last upsampler's last step (Karlo); None: the same
             network takes all.
+        drop_embedding: draws from the caption alone, z_i giving way to its null: what a prior is better than (§5.1).
     """
 
     #: Whether it was trained on raw embeddings, so that z_i must come with CLIP's own norm.
@@ -48,6 +49,7 @@ class Decoder:
         upsamplers: Sequence[str] = (),
         upsampler: Sampler | None = None,
         last_step: str | None = None,
+        drop_embedding: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.image_size = image_size
@@ -58,6 +60,7 @@ class Decoder:
         if last_step is not None and not self.upsamplers:
             raise ValueError(f"Expected upsamplers, whose last step {last_step} could take. Got none.")
         self.last_step = last_step
+        self.drop_embedding = drop_embedding
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Read the checkpoints."""
@@ -99,7 +102,8 @@ class Decoder:
             progress: called after every step of the first stage.
         """
         device, n = image_embed.device, len(image_embed)
-        denoise = self.task.denoiser(image_embed, text, self.guidance if guidance is None else guidance)
+        scale = self.guidance if guidance is None else guidance
+        denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
         x_T = torch.randn(n, 3, self.image_size, self.image_size, generator=generator).to(device)
         image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
         for stage in self.stages:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral, Denoised, Sampler, clip_x0, guided
 from unclip_pl.diffusion.sampling import Denoise
+from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
@@ -282,3 +283,35 @@ class TrueEmbedding(Prior):
     def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
         """The batch's image embeddings."""
         return batch.image_embed if self.keeps_norm else F.normalize(batch.image_embed, dim=-1)
+
+
+class RoundTrip(TrueEmbedding):
+    """The image's own z_i through a codec, cut after some principal axes: the most that an AR prior of them can give.
+
+    Args:
+        codec: file made by ``unclip codec``, relative to the run.
+        axes: to keep, of the codec's.
+    """
+
+    def __init__(self, codec: str, axes: int) -> None:
+        super().__init__()
+        self.path = codec
+        self.axes = axes
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Read the codec.
+
+        Raises:
+            ValueError: it has fewer axes.
+        """
+        self.codec = EmbeddingCodec(str(root / self.path)).to(device)
+        self.fingerprint = self.codec.fingerprint
+        if not 1 <= self.axes <= self.codec.code_length:
+            raise ValueError(f"Expected axes from 1 to the {self.codec.code_length} of {self.path}. Got {self.axes}.")
+        return self
+
+    def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
+        """What the codes of the first axes decode to, unit norm."""
+        codec = self.codec
+        y = codec.values(codec.encode(batch.image_embed)) * codec.std
+        return F.normalize(y[:, : self.axes] @ codec.components[: self.axes] + codec.mean, dim=-1)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,82 @@ def test_the_whole_recipe_leaves_a_run_and_a_report(mini_run: Path) -> None:
     assert (mini_run / "report.md").is_file()
     assert set(report["meta"]["stages"]) >= {"data", "clip", "judge", "store", "prior", "ar_prior", "decoder"}
     assert json.loads((mini_run / "run.json").read_text())["store"] == "store"
+
+
+def rematch(journal: Journal, results: Path, **options: str) -> None:
+    """Two trainings of two seeds each, a choice between them, a cell for every one."""
+    stages = {
+        "fit": Stage("make --out fit-{kind}-{seed}", matrix={"kind": ["a", "b"], "seed": [0, 1]}),
+        "choice": Stage(f"make {options.get('choice', '')} --out {{results}}/best/a.json", ["fit"]),
+        "again": Stage("make --out again-{seed} --config {results}/best/a.yaml", ["choice"], {"seed": [0, 1]}),
+        "cell": Stage("make --out {results}/cells/{kind}-{seed}.json", ["fit"], {"kind": ["a", "b"], "seed": [0, 1]}),
+        "best": Stage("make --out {results}/cells/best-{seed}.json", ["again"], {"seed": [0, 1]}),
+    }
+    reproduce(stages, str(journal.run), results=str(results))
+
+
+@pytest.fixture
+def study(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of the results; stages that keep a file leave it there."""
+    monkeypatch.setattr(module, "render_study", lambda folder: {})
+    monkeypatch.setattr(module, "log_study", lambda report, folder: None)
+    monkeypatch.setattr(module, "print_study", lambda folder, report: None)
+
+    def make(words: list[str]) -> None:
+        out = Path(words[words.index("--out") + 1])
+        journal.asked.append(out.stem)
+        if out.suffix == ".json":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text("{}")
+            out.with_suffix(".yaml").write_text("lr: 1")
+        else:
+            (journal.run / out).mkdir(parents=True)
+
+    monkeypatch.setattr(module, "dispatch", make)
+    return tmp_path / "results"
+
+
+FITS = ["fit-a-0", "fit-a-1", "fit-b-0", "fit-b-1"]
+CELLS = ["a-0", "a-1", "b-0", "b-1"]
+
+
+def test_a_matrix_is_one_stage_for_each_combination(journal: Journal, study: Path) -> None:
+    rematch(journal, study)
+    assert journal.asked == [*FITS, "a", "again-0", "again-1", *CELLS, "best-0", "best-1"]
+    journal.asked.clear()
+    rematch(journal, study)
+    assert not journal.asked
+
+
+def test_measurements_survive_the_loss_of_the_run(journal: Journal, study: Path) -> None:
+    rematch(journal, study)
+    journal.asked.clear()
+    shutil.rmtree(journal.run)
+    rematch(journal, study)
+    assert not journal.asked
+    (study / "cells" / "b-1.json").unlink()  # a lost cell asks for its own training and no other
+    rematch(journal, study)
+    assert journal.asked == ["fit-b-1", "b-1"]
+
+
+def test_a_choice_that_changes_takes_along_what_was_trained_by_it(journal: Journal, study: Path) -> None:
+    rematch(journal, study)
+    journal.asked.clear()
+    rematch(journal, study, choice="--grid finer")
+    assert journal.asked == ["a", "again-0", "again-1", "best-0", "best-1"]
+
+
+def test_a_run_to_build_on_is_made_where_there_is_none(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, asked = tmp_path / "base", []
+    monkeypatch.setattr(module, "dispatch", asked.append)
+    stages: dict[str, Stage] = {}
+    with pytest.raises(FileNotFoundError, match="base_recipe"):
+        reproduce(stages, str(journal.run), base=str(base))
+    reproduce(stages, str(journal.run), base=str(base), base_recipe="long.yaml")
+    assert asked == [["reproduce", "--config", "long.yaml", "--run", str(base)]]
+    base.mkdir()
+    (base / "run.json").write_text("{}")
+    reproduce(stages, str(journal.run), base=str(base), base_recipe="long.yaml")
+    assert len(asked) == 1

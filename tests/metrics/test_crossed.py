@@ -60,7 +60,7 @@ def test_resamples_of_a_mean_give_what_the_mean_gives() -> None:
     values = torch.randn(4, 1, generator=generator) * 0.1 + torch.randn(4, 300, generator=generator)
     index = torch.randint(300, (4000, 300), generator=generator)
     resamples = torch.cat([values.mean(1, keepdim=True), values[:, index].mean(-1)], dim=1)
-    a, b = crossed_interval(values), crossed_resamples(resamples, 300)
+    a, b = crossed_interval(values), crossed_resamples(resamples)
     assert b.mean == pytest.approx(a.mean, abs=1e-6)
     assert b.high - b.low == pytest.approx(a.high - a.low, rel=0.05)
 

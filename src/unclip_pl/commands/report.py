@@ -1,14 +1,20 @@
-"""``unclip report``: draw a run's report again."""
+"""``unclip report``: draw a run's or a study's report again."""
 
 from pathlib import Path
 
 from unclip_pl.evaluation.report import print_summary, render
+from unclip_pl.evaluation.study import CELLS
+from unclip_pl.evaluation.study_page import print_study, render_study
 
 
 def report(run: str = "runs/quickstart") -> None:
-    """Draw report.md, report.html and plots/ from a run's report.json; nothing is computed again.
+    """Draw report.md, report.html and plots/ from what was measured; nothing is computed again.
 
     Args:
-        run: folder of the run.
+        run: folder of a run with a report.json, or of a study with cells/.
     """
-    print_summary(Path(run), render(Path(run)))
+    folder = Path(run)
+    if (folder / CELLS).is_dir():
+        print_study(folder, render_study(folder))
+    else:
+        print_summary(folder, render(folder))

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
 import time
-from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,24 @@ import yaml
 from rich.console import Console
 
 from unclip_pl.cli import dispatch
+from unclip_pl.commands.plan import Stage, work, write_out
 from unclip_pl.data.shards import list_shards
 from unclip_pl.evaluation.provenance import STAGES
 from unclip_pl.evaluation.report import render
+from unclip_pl.evaluation.study_page import log_study, print_study, render_study
 from unclip_pl.pipeline import write_run
 
 
-@dataclass
-class Stage:
-    """One command of a recipe.
-
-    Args:
-        run: the command line after ``unclip``; ``{run}`` is the run's folder, ``{source}`` the shards.
-        needs: stages whose results it reads.
-    """
-
-    run: str
-    needs: list[str] = field(default_factory=list)
-
-
-def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *, compare: str | None = None) -> None:
+def reproduce(
+    stages: dict[str, Stage],
+    run: str,
+    source: str = "{run}/data",
+    *,
+    compare: str | None = None,
+    base: str = "",
+    base_recipe: str = "",
+    results: str = "",
+) -> None:
     """Run a recipe: finished stages are skipped, an interrupted one goes on, a changed one is done again.
 
     Args:
@@ -43,31 +43,38 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
         source: shards to work on, for recipes that do not make their own. When they change, what reads them is done
             again.
         compare: config of the comparison; ``run.json`` takes CLIP, judge, decoder and priors from it.
+        base: folder of a run that this one builds on.
+        base_recipe: what makes that run where there is none yet.
+        results: folder of what is kept, small enough to be committed: measurements, and the report on them. What is
+            measured stays measured, also where the run is lost.
     """
     root = Path(run)
     root.mkdir(parents=True, exist_ok=True)
-    places = {"{run}": str(root), "{source}": str(Path(source.replace("{run}", str(root))))}
+    place = str(Path(source.replace("{run}", str(root))))
+    places = {"{run}": str(root), "{source}": place, "{base}": base, "{results}": results}
     shards = [] if "{run}" in source else [_state(shard) for shard in list_shards(source)]
     console = Console()
-    _check_needs(stages)
-    keys: dict[str, str] = {}
-    for number, (name, stage) in enumerate(stages.items(), 1):
-        words = [_fill(word, places) for word in shlex.split(stage.run)]
-        # A stage that was made again, though nothing of it changed, has another stamp: what it gave is not the same.
-        needs = [f"{keys[need]} {_records(root)[need].get('stamp', '')}" for need in stage.needs]
-        keys[name] = stage_key(words, [*needs, *shards] if "{source}" in stage.run else needs)
-        record = _records(root).get(name, {})
-        title = f"[{number}/{len(stages)}] {name}"
-        if record.get("key") == keys[name] and record.get("done") and _made(root, name):
-            console.print(f"{title}: done in {record['seconds']:.0f} s, skipped", style="dim")
+    if base:
+        _bring_about(base, base_recipe, [] if "{run}" in source else ["--source", source])
+    recipe = Recipe(write_out(stages), root, places, shards)
+    wanted = work(recipe.stages, recipe.done, lambda name: recipe.kept(name) is not None)
+    for number, name in enumerate(recipe.stages, 1):
+        title = f"[{number}/{len(recipe.stages)}] {name}"
+        if name not in wanted:
+            done = (
+                f"done in {recipe.record(name)['seconds']:.0f} s" if recipe.record(name) else "what it was for is done"
+            )
+            console.print(f"{title}: {done}, skipped", style="dim")
             continue
+        words = recipe.words(name)
         console.rule(f"{title}: unclip {shlex.join(words)}", align="left")
-        resumed = record.get("key") == keys[name] and not record.get("done")
+        key, record = recipe.key(name), recipe.record(name)
+        resumed = record.get("key") == key and not record.get("done")
         if not resumed:
-            _set_aside(root, name)
+            _set_aside(root, name, recipe.kept(name))
             stamp = secrets.token_hex(8)
-            record = {"key": keys[name], "stamp": stamp, "command": words, "seconds": 0.0, "done": False}
-        _write(root, name, record)
+            record = {"key": key, "stamp": stamp, "command": words, "seconds": 0.0, "done": False}
+        recipe.write(name, record)
         if compare and words[0] == "test":
             write_run(root, describe_run(compare, root))
         started = time.perf_counter()
@@ -75,14 +82,101 @@ def reproduce(stages: dict[str, Stage], run: str, source: str = "{run}/data", *,
             dispatch([*words, *_resume(root, name, words)])
         finally:
             record["seconds"] += time.perf_counter() - started
-            _write(root, name, record)
+            recipe.write(name, record)
         record["done"] = True
-        _write(root, name, record)
+        recipe.write(name, record)
         console.print(f"{title}: {record['seconds']:.0f} s")
     if (root / "report.json").is_file():
         render(root)  # again, now that the last stage's own time is known
-    total = sum(_records(root)[name]["seconds"] for name in stages)
-    console.rule(f"all {len(stages)} stages done, {total / 60:.1f} minutes: {root}", align="left")
+    if results:
+        report = render_study(Path(results))
+        log_study(report, root / "study")
+        print_study(Path(results), report)
+    total = sum(recipe.record(name).get("seconds", 0.0) for name in recipe.stages)
+    console.rule(f"all {len(recipe.stages)} stages done, {total / 60:.1f} minutes: {results or root}", align="left")
+
+
+class Recipe:
+    """Written-out stages and what is known of them on disk.
+
+    Args:
+        stages: without matrices.
+        root: the run's folder.
+        places: what stands for ``{run}`` and its like.
+        shards: state of the source.
+    """
+
+    def __init__(self, stages: dict[str, Stage], root: Path, places: dict[str, str], shards: list[str]) -> None:
+        self.stages = stages
+        self.root = root
+        self.places = places
+        self.shards = shards
+
+    def words(self, name: str) -> list[str]:
+        """The command, its places filled in."""
+        return [_fill(word, self.places) for word in shlex.split(self.stages[name].run)]
+
+    def kept(self, name: str) -> Path | None:
+        """The file under ``{results}`` that a stage writes, if it does: what follows an option called ``out``."""
+        words = shlex.split(self.stages[name].run)
+        files = [b for a, b in pairwise(words) if re.fullmatch(r"--(.*\.)?out", a) and b.startswith("{results}/")]
+        return Path(_fill(files[0], self.places)) if files else None
+
+    def key(self, name: str) -> str:
+        """Changes when what a stage gives may change."""
+        if self.kept(name):
+            return self.lasting(name)
+        stage = self.stages[name]
+        # A stage that was made again, though nothing of it changed, has another stamp: what it gave is not the same.
+        needs = [f"{self.key(need)} {self.record(need).get('stamp', '')}" for need in stage.needs]
+        needs += self.shards if "{source}" in stage.run else []
+        needs += self._base() if "{base}" in stage.run else []
+        return stage_key(self.words(name), needs)
+
+    def lasting(self, name: str) -> str:
+        """Changes with the recipe alone: not with where the run lies, nor with how often something was made again."""
+        stage = self.stages[name]
+        needs = [self.lasting(need) for need in stage.needs]
+        return _digest([shlex.split(stage.run), _configs(self.words(name)), needs])
+
+    def done(self, name: str) -> bool:
+        """Whether a stage's result is there, of this very key."""
+        try:
+            key = self.key(name)
+        except FileNotFoundError:  # a config that another stage is still to write
+            return False
+        record, kept = self.record(name), self.kept(name)
+        there = kept.is_file() if kept else bool(_made(self.root, name))
+        return record.get("key") == key and record.get("done", False) and there
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What was noted when the stage ran."""
+        return _records(self._notes(name)).get(name, {})
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Note it: beside the measurements for those, in the run for all else."""
+        _write(self._notes(name), name, record)
+
+    def _notes(self, name: str) -> Path:
+        return Path(self.places["{results}"]) if self.kept(name) else self.root
+
+    def _base(self) -> list[str]:
+        return [f"{name} {record.get('stamp', '')}" for name, record in _records(Path(self.places["{base}"])).items()]
+
+
+def _bring_about(base: str, recipe: str, words: list[str]) -> None:
+    """The run that this one builds on; a finished one is taken as it is.
+
+    Raises:
+        FileNotFoundError: there is none, and nothing that says how to make it.
+    """
+    if (Path(base) / "run.json").is_file():
+        return
+    if not recipe:
+        raise FileNotFoundError(
+            f"No run at {base}: expected one that this recipe builds on, or base_recipe to make it."
+        )
+    dispatch(["reproduce", "--config", recipe, "--run", base, *words])
 
 
 def stage_key(words: list[str], needs: list[str]) -> str:
@@ -90,8 +184,15 @@ def stage_key(words: list[str], needs: list[str]) -> str:
 
     Comments and layout of a config do not count.
     """
-    configs = [resolved(Path(words[i + 1])) for i, word in enumerate(words[:-1]) if word == "--config"]
-    return hashlib.sha256(json.dumps([words, configs, needs], sort_keys=True).encode()).hexdigest()[:16]
+    return _digest([words, _configs(words), needs])
+
+
+def _configs(words: list[str]) -> list[Any]:
+    return [resolved(Path(b)) for a, b in pairwise(words) if a == "--config"]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def resolved(path: Path) -> Any:
@@ -108,7 +209,13 @@ def resolved(path: Path) -> Any:
             return resolved(path.parent / node)
         return node
 
-    return inline(yaml.safe_load(path.read_text()))
+    return inline(_read_yaml(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _read_yaml(path: Path, changed: int) -> Any:
+    """A recipe of many stages asks for the same few files again and again."""
+    return yaml.safe_load(path.read_text())
 
 
 def describe_run(compare: str, root: Path) -> dict[str, Any]:
@@ -128,15 +235,6 @@ def _state(shard: Path) -> str:
     return f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _check_needs(stages: dict[str, Stage]) -> None:
-    before: set[str] = set()
-    for name, stage in stages.items():
-        unknown = set(stage.needs) - before
-        if unknown:
-            raise ValueError(f"Stage {name!r} needs {sorted(unknown)}. Expected stages that stand before it.")
-        before.add(name)
-
-
 def _records(root: Path) -> dict[str, dict[str, Any]]:
     path = root / STAGES
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -144,6 +242,7 @@ def _records(root: Path) -> dict[str, dict[str, Any]]:
 
 def _write(root: Path, name: str, record: dict[str, Any]) -> None:
     """Into ``stages.json``, whole or not at all."""
+    root.mkdir(parents=True, exist_ok=True)
     temporary = root / f"{STAGES}.tmp"
     temporary.write_text(json.dumps(_records(root) | {name: record}, indent=2) + "\n")
     os.replace(temporary, root / STAGES)
@@ -154,9 +253,9 @@ def _made(root: Path, name: str) -> list[Path]:
     return [path for path in (root / name, root / f"{name}.safetensors") if path.exists()]
 
 
-def _set_aside(root: Path, name: str) -> None:
+def _set_aside(root: Path, name: str, kept: Path | None) -> None:
     """What an earlier recipe made is not deleted: it moves to ``replaced/``."""
-    for path in _made(root, name):
+    for path in [kept] if kept and kept.exists() else _made(root, name):
         target = root / "replaced" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         target.parent.mkdir(exist_ok=True)
         shutil.move(path, target)

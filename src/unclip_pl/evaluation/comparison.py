@@ -1,38 +1,30 @@
 """The comparison that the paper reports: priors side by side on the same captions, with the same CLIP and decoder."""
 
 import time
-from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.nn import functional as F
 
-from unclip_pl.clip import ClipEncoder, ClipSpec
-from unclip_pl.evaluation.assemble import Cost, Heldout, Material, assemble, join_heldout, true_attributes
-from unclip_pl.evaluation.drawing import Painter, gather
-from unclip_pl.evaluation.flops import sampling_flops
+from unclip_pl.clip import ClipSpec
+from unclip_pl.evaluation.assemble import Heldout, Material, assemble
 from unclip_pl.evaluation.provenance import provenance, settings
 from unclip_pl.evaluation.report import Atlas, print_summary, scalars, write_report
+from unclip_pl.evaluation.sampled import SampledPriors, resize, shown_rows
 from unclip_pl.evaluation.scores import View, open_captions, select_text
-from unclip_pl.evaluation.task import check_store
 from unclip_pl.nn.text import repeat_text
-from unclip_pl.pipeline import Decoder, check_clip, check_norm
+from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
+from unclip_pl.types import TextFeatures
 
-#: Captions whose many images the report shows, and captions of a batch when many are embedded.
-SHOWN, EMBED_BATCH = 3, 256
+#: Captions whose many images the report shows.
+SHOWN = 3
 
 
-class Comparison(LightningModule):
+class Comparison(SampledPriors):
     """``unclip test --config configs/compare/…``: writes ``report.{json,md,html}`` and ``plots/`` into the run.
 
-    Nothing is trained and nothing is checkpointed: networks are loaded when the test starts, and never registered.
     It decodes captions · (priors + 1) + diversity_captions · diversity_samples · (priors without the ceiling) images.
 
     Args:
@@ -58,8 +50,6 @@ class Comparison(LightningModule):
         ValueError: fewer than 2 seeds, or the judge is the CLIP that it is to judge.
     """
 
-    batch_type = EvaluationBatch
-
     def __init__(
         self,
         run: str,
@@ -79,27 +69,14 @@ class Comparison(LightningModule):
         resamples: int = 200,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if seeds < 2:
-            raise ValueError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
-        if judge == clip:
-            raise ValueError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
-        self.run = Path(run)
-        self.clip = clip
-        self.judge = judge
-        self.decoder = decoder
-        self.priors = priors
-        self.oracle = oracle
-        self.captions = captions
-        self.seeds = seeds
+        super().__init__(run, run, clip, judge, decoder, priors, oracle, captions, seeds, batch_size, seed)
+        self.drawer = decoder
         self.diversity_captions = diversity_captions
         self.diversity_samples = diversity_samples
         self.rivals = rivals
         self.grid_rows = grid_rows
         self.grid_licenses = grid_licenses
-        self.batch_size = batch_size
         self.resamples = resamples
-        self.seed = seed
         self.settings = settings(
             {
                 "clip": clip,
@@ -115,63 +92,9 @@ class Comparison(LightningModule):
             }
         )
 
-    def on_test_start(self) -> None:
-        """Loads every network, and refuses to mix CLIPs."""
-        self._started = time.perf_counter()
-        device = str(self.device)
-        encoder = self.clip.within(self.run).load().to(self.device)
-        # A plain dict keeps them out of the module tree: nobody should find a CLIP in a state dict.
-        self._encoders: dict[str, ClipEncoder] = {
-            "clip": encoder,
-            "judge": self.judge.within(self.run).load().to(self.device),
-        }
-        fingerprint = encoder.fingerprint
-        check_store(self, fingerprint)
-        self.decoder.load(self.run, device)
-        check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
-        for name, prior in self.priors.items():
-            check_clip(fingerprint, prior.load(self.run, device).fingerprint, f"the prior {name!r}")
-            check_norm(prior, self.decoder)
-            if prior.keeps_norm:
-                raise ValueError(f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm.")
-        self._heldout: list[Heldout] = []
-        self._samples: dict[str, list[Tensor]] = {name: [] for name in self.priors}
-        self._costs = {name: Cost() for name in self.priors}
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Embeds the captions with every prior and every seed, and keeps what the judge says of the truth."""
-        if self.oracle is not None:
-            true_attributes(batch.metadata)  # now, not after all is drawn
-        judge = self._encoders["judge"]
-        room = max(0, self.captions - sum(len(part.captions) for part in self._heldout))
-        self._heldout.append(
-            Heldout(
-                image_embed=batch.image_embed.float().cpu(),
-                text=TextFeatures(*(part.cpu() for part in batch.text)),
-                captions=batch.captions,
-                metadata=batch.metadata,
-                judge_image=F.normalize(judge.encode_image(batch.image).float(), dim=-1).cpu(),
-                judge_text=F.normalize(judge.describe(batch.captions).embed.float(), dim=-1).cpu(),
-                images=batch.image[:room].float().cpu(),
-            )
-        )
-        pairs = PriorBatch(batch.image_embed, batch.text)
-        for name, prior in self.priors.items():
-            if not self._samples[name]:
-                self._costs[name] = self._costs[name]._replace(flops=sampling_flops(prior, pairs))
-            started = time.perf_counter()
-            draws = [prior.embed_batch(pairs, generator=self._generator(batch_idx, s)).cpu() for s in range(self.seeds)]
-            self._costs[name] = self._costs[name].plus(time.perf_counter() - started, self.seeds * len(batch.captions))
-            self._samples[name].append(torch.stack(draws).float())
-
     def on_test_epoch_end(self) -> None:
         """Decodes, scores and writes the report."""
-        world = self.trainer.world_size
-        heldout = join_heldout(chain.from_iterable(gather(self._heldout, world)))
-        samples = {
-            name: torch.cat([part for parts in gather(own, world) for part in parts], dim=1)
-            for name, own in self._samples.items()
-        }
+        heldout, samples = self.gathered()
         embedded = time.perf_counter()
         material = self._draw(heldout, samples)
         if not self.trainer.is_global_zero:
@@ -195,11 +118,6 @@ class Comparison(LightningModule):
         self._log(report, atlases)
         print_summary(self.run, report)
 
-    def _generator(self, *numbers: int) -> torch.Generator:
-        """One stream for each combination of numbers, other ones on other ranks, the same for every prior."""
-        words = (self.seed, self.global_rank, *numbers)
-        return torch.Generator().manual_seed(sum(word * 10_007**i for i, word in enumerate(words)) % 2**63)
-
     def _draw(self, heldout: Heldout, samples: dict[str, Tensor]) -> Material:
         """Every image of the comparison."""
         n = min(self.captions, len(heldout.captions))
@@ -207,19 +125,11 @@ class Comparison(LightningModule):
         chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
         many = repeat_text(select_text(heldout.text, torch.tensor(chosen, dtype=torch.long)), self.diversity_samples)
         drawers = {name: prior for name, prior in self.priors.items() if not isinstance(prior, TrueEmbedding)}
-        painter = Painter(
-            self.decoder,
-            self._encoders["judge"],
-            self.oracle,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
-        )
+        painter = self.painter(self.drawer)
         with painter:
             painter.expect(n * (len(self.priors) + 1) + len(many.embed) * len(drawers))
-            alone = TextFeatures(*(part.cpu() for part in self.decoder.null_text(n)))
-            keep = self._shown(heldout.metadata[:n])
+            alone = TextFeatures(*(part.cpu() for part in self.drawer.null_text(n)))
+            keep = shown_rows(heldout.metadata[:n], self.grid_rows, self.grid_licenses)
             return Material(
                 heldout=heldout,
                 samples=samples,
@@ -231,7 +141,7 @@ class Comparison(LightningModule):
                 views={name: painter.paint(drawn[0, :n], few, what=name, keep=keep) for name, drawn in samples.items()},
                 many={
                     name: painter.paint(
-                        self._embed_many(prior, many),
+                        self.embed_many(prior, many),
                         many,
                         what=f"{name}, {self.diversity_samples} of a caption",
                         keep=range(SHOWN * self.diversity_samples),
@@ -242,23 +152,6 @@ class Comparison(LightningModule):
                 many_captions=[heldout.captions[row] for row in chosen],
                 shown=keep,
             )
-
-    def _shown(self, metadata: list[dict[str, Any]]) -> list[int]:
-        """The first rows that the report may show."""
-        allowed = None if self.grid_licenses is None else tuple(self.grid_licenses)
-        licences = [sample.get("license") for sample in metadata]
-        rows = [i for i, name in enumerate(licences) if allowed is None or not name or str(name).startswith(allowed)]
-        return rows[: self.grid_rows]
-
-    def _embed_many(self, prior: Prior, text: TextFeatures) -> Tensor:
-        """(N, d) samples of N captions, on the CPU."""
-        parts = []
-        for start in range(0, len(text.embed), EMBED_BATCH):
-            words = select_text(text, slice(start, start + EMBED_BATCH))
-            words = TextFeatures(*(part.to(self.device) for part in words))
-            generator = torch.Generator().manual_seed(self.seed + 104_729 + start)
-            parts.append(prior.embed(words, generator=generator).float().cpu())
-        return torch.cat(parts)
 
     def _atlases(self, material: Material) -> dict[str, Atlas]:
         """The report's pictures: captions × priors, and many images of a few captions."""
@@ -286,10 +179,3 @@ class Comparison(LightningModule):
             if isinstance(logger, TensorBoardLogger):
                 for name, atlas in atlases.items():
                     logger.experiment.add_image(f"compare/{name}", atlas.sheet())
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """For the eye: (N, 3, H, H) at another side."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)

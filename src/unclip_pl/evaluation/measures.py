@@ -137,6 +137,19 @@ MEASURES: dict[str, Measure] = {
         "Fréchet distance between sampled and true unit-norm embeddings of all held-out rows: no decoder involved.",
         digits=4,
     ),
+    "probe_match": Measure(
+        "Embeddings",
+        "stated, by probes",
+        "higher",
+        "Share of the stated attributes that linear probes, fitted on real embeddings, read from a sampled one.",
+        percent=True,
+    ),
+    "text_cos": Measure(
+        "Embeddings",
+        "cos to caption",
+        "neither",
+        "Mean z_i·z_t of a sample and its caption, in the CLIP that conditions. Real pairs lie well below 1.",
+    ),
     "cos_true": Measure(
         "Embeddings",
         "cos to true",

@@ -45,8 +45,8 @@ td b { font-weight: 700; }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .45em; }
 .tag { display: inline-block; padding: .05rem .5rem; border-radius: 1rem; font-size: .78rem; white-space: nowrap;
   background: var(--wash); color: var(--soft); border: 1px solid var(--line); }
-.tag.agrees { background: #e6f4ec; color: #116329; border-color: #b7dfc6; }
-.tag.disagrees { background: #fdecea; color: #a40e26; border-color: #f3c4be; }
+.tag.agrees, .tag.holds { background: #e6f4ec; color: #116329; border-color: #b7dfc6; }
+.tag.disagrees, .tag.does-not-hold { background: #fdecea; color: #a40e26; border-color: #f3c4be; }
 .scroll { overflow-x: auto; }
 .grid td, .grid th { border: 0; padding: 2px; text-align: center; vertical-align: middle; }
 .grid th { padding-bottom: .35rem; } .grid td:first-child { text-align: left; padding-right: .9rem; font-size: .86rem;
@@ -60,6 +60,14 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; fon
   margin: .6rem 0; }
 dt { font-weight: 600; } dd { margin: 0; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--soft); } code { font-size: .85em; }
+@media (max-width: 40rem) { body { padding: 1.2rem .8rem 3rem; font-size: 14px; } h1 { font-size: 1.5rem; }
+  th, td { padding: .32rem .45rem; } .scroll { margin: 0 -.8rem; padding: 0 .8rem; } dl { display: block; }
+  dd { margin-bottom: .5rem; }
+  .words, .words tbody, .words tr, .words td { display: block; } .words thead { display: none; }
+  .words tr { border-bottom: 1.5px solid var(--line); padding: .6rem 0; }
+  .words td { border: 0; padding: .12rem .2rem; }
+  .words td:first-child { font-weight: 600; } .words td[data-head]::before { content: attr(data-head) ": ";
+  color: var(--soft); font-size: .82rem; } }
 @media print { body { padding: 0; max-width: none; font-size: 10.5pt; } h2 { break-after: avoid; }
   tr, figure { break-inside: avoid; } .tag, .dot, td { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
@@ -93,78 +101,94 @@ def page(report: dict[str, Any], figures: dict[str, bytes], atlases: dict[str, "
         f"<p class=soft>{escape(sample_sizes(report))} · {meta['wall_seconds'] / 60:.1f} minutes on "
         f"{escape(meta['hardware'])} · commit {escape(meta['commit'])}</p>",
         f"<ul class=findings>{''.join(f'<li>{escape(sentence)}</li>' for sentence in summary(report))}</ul>",
-        _pictures(atlases),
+        html_pictures(atlases),
         "<h2>What is claimed, what we find</h2>",
-        _figure("head_to_head", figures),
-        _table(claim_table(report), palette, "words"),
+        html_figure("head_to_head", figures),
+        html_table(claim_table(report), palette, "words"),
         "<h2>Every measure at a glance</h2>",
-        _figure("metrics", figures),
+        html_figure("metrics", figures),
         f"<p class=soft>{escape(interval_note)}</p>",
     ]
     for table in metric_tables(report):
-        body += [f"<h2>{escape(table.title)}</h2>", _table(table, palette), _notes(table)]
+        body += [f"<h2>{escape(table.title)}</h2>", html_table(table, palette), html_notes(table)]
         if table.title == "Diversity" and "many" in atlases:
             body.append(_many(atlases["many"]))
-    body.append(f"<div class=pair>{_figure('calibration', figures)}{_figure('cost', figures)}</div>")
+    body.append(f"<div class=pair>{html_figure('calibration', figures)}{html_figure('cost', figures)}</div>")
     costs, attributes = cost_table(report), attribute_table(report)
-    body += [f"<h2>{costs.title}</h2>", _table(costs, palette), _notes(costs), "<h2>What it stands on</h2>"]
-    body.append(_figure("attributes", figures))
-    body += [_table(table, palette) for table in (attributes, foundation_table(report)) if table is not None]
-    body += ["<h2>How it was made</h2>", _figure("stages", figures), _settings(meta)]
+    body += [f"<h2>{costs.title}</h2>", html_table(costs, palette), html_notes(costs), "<h2>What it stands on</h2>"]
+    body.append(html_figure("attributes", figures))
+    body += [html_table(table, palette) for table in (attributes, foundation_table(report)) if table is not None]
+    body += ["<h2>How it was made</h2>", html_figure("stages", figures), _settings(meta)]
+    return document("Priors, compared", body)
+
+
+def document(title: str, body: list[str]) -> str:
+    """A page of these parts that needs no other file."""
     head = (
-        "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Priors, compared</title><style>{STYLE}</style>"
+        "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style>"
     )
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{chr(10).join(body)}\n</body></html>\n"
 
 
-def _table(table: Table, palette: dict[str, str], kind: str = "") -> str:
+def html_table(table: Table, palette: dict[str, str], kind: str = "") -> str:
+    """A table that scrolls by itself on a narrow screen."""
     head = "".join(f"<th>{escape(word)}</th>" for word in table.head)
-    rows = "".join(f"<tr>{''.join(_cell(cell, palette) for cell in row)}</tr>" for row in table.rows)
+    # On a phone the words of a row stand below each other, and each says what column it is of.
+    names = ["", *table.head[1:]] if kind == "words" else [""] * len(table.head)
+    cells = [[_cell(cell, palette, name) for cell, name in zip(row, names, strict=True)] for row in table.rows]
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f"<div class=scroll><table class='{kind}'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def _cell(cell: Cell, palette: dict[str, str]) -> str:
-    text = escape(cell.text)
+def _cell(cell: Cell, palette: dict[str, str], head: str) -> str:
+    text, head = escape(cell.text), f" data-head='{escape(head)}'" if head else ""
     if cell.tone:
-        return f"<td><span class='tag {cell.tone}'>{text}</span></td>"
+        return f"<td{head}><span class='tag {cell.tone}'>{text}</span></td>"
     if cell.best:
         text = f"<b>{text}</b>"
     if cell.text in palette:
         text = f"<span class=dot style='background:{palette[cell.text]}'></span>{text}"
-    return f"<td>{text}{f'<small>{escape(cell.interval)}</small>' if cell.interval else ''}</td>"
+    return f"<td{head}>{text}{f'<small>{escape(cell.interval)}</small>' if cell.interval else ''}</td>"
 
 
-def _notes(table: Table) -> str:
+def html_notes(table: Table) -> str:
+    """What its columns mean."""
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(what)}</dd>' for name, what in table.notes)}</dl>"
 
 
-def _figure(name: str, figures: dict[str, bytes]) -> str:
+def html_figure(name: str, figures: dict[str, bytes], captions: dict[str, str] = CAPTIONS) -> str:
+    """A picture inside the page, with its caption; nothing where there is none."""
     if name not in figures:
         return ""
     width = round(Image.open(io.BytesIO(figures[name])).width * 96 / DPI)  # 96 CSS pixels are an inch
     source = base64.b64encode(figures[name]).decode()
     return (
         f"<figure><img width={width} alt='{name}' src='data:image/png;base64,{source}'>"
-        f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
+        f"<figcaption>{escape(captions[name])}</figcaption></figure>"
     )
 
 
-def _pictures(atlases: dict[str, "Atlas"]) -> str:
+GRID_NOTE = (
+    "Each row starts from the same noise. Left to right: the true image, one image for each prior, and what the "
+    "decoder "
+    "makes of the true embedding when it sees no caption."
+)
+
+
+def html_pictures(atlases: dict[str, "Atlas"], note: str = GRID_NOTE, side: int = 88) -> str:
     """One row per caption, one column per prior."""
     if "grid" not in atlases:
         return ""
     atlas = atlases["grid"]
     head = "".join(f"<th>{escape(column)}</th>" for column in atlas.columns)
     rows = "".join(
-        f"<tr><td>{escape(caption)}</td>{_images(row)}</tr>"
+        f"<tr><td>{escape(caption)}</td>{html_images(row)}</tr>"
         for caption, row in zip(atlas.rows, atlas.images, strict=True)
     )
     return (
-        f"<div class=scroll><table class=grid style='--cell:88px'><thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div><p class=soft>Each row starts from the same noise. Left to right: the "
-        "true image, one image for each prior, and what the decoder makes of the true embedding when it sees no "
-        "caption.</p>"
+        f"<div class=scroll><table class=grid style='--cell:{side}px'><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div><p class=soft>{escape(note)}</p>"
     )
 
 
@@ -176,11 +200,11 @@ def _many(atlas: "Atlas") -> str:
         if caption != last:
             rows.append(f"<tr class=first><td class=caption colspan={len(images) + 1}>{escape(caption)}</td></tr>")
             last = caption
-        rows.append(f"<tr><td>{escape(prior)}</td>{_images(images)}</tr>")
+        rows.append(f"<tr><td>{escape(prior)}</td>{html_images(images)}</tr>")
     return f"<div class=scroll><table class=grid style='--cell:46px'><tbody>{''.join(rows)}</tbody></table></div>"
 
 
-def _images(row: Any) -> str:
+def html_images(row: Any) -> str:
     """Cells of a row of pictures (C, 3, H, H)."""
     cells = []
     for image in row:

@@ -24,29 +24,32 @@ def colors(report: dict[str, Any]) -> dict[str, str]:
 
 def plots(report: dict[str, Any]) -> dict[str, bytes]:
     """Every figure that the report has numbers for, by file name without suffix."""
-    drawn = {"metrics": _metrics(report), "calibration": _calibration(report), "cost": _cost(report)}
+    drawn = {"metrics": draw_metrics(report), "calibration": draw_calibration(report), "cost": _cost(report)}
     if report["head_to_head"]:
         drawn["head_to_head"] = _head_to_head(report)
     if report["oracle"]:
         drawn["attributes"] = _attributes(report)
     if report["meta"]["stages"]:
         drawn["stages"] = _stages(report)
-    return {name: _png(figure) for name, figure in drawn.items()}
+    return {name: to_png(figure) for name, figure in drawn.items()}
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing global, no display
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """As a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
 
 
-def _clean(axes: Axes, *, grid: str = "x") -> None:
+def clean(axes: Axes, *, grid: str = "x") -> None:
+    """No more ink than the numbers need."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(length=0, colors=INK, labelsize=8)
@@ -54,13 +57,13 @@ def _clean(axes: Axes, *, grid: str = "x") -> None:
     axes.set_axisbelow(True)
 
 
-def _metrics(report: dict[str, Any]) -> Figure:
+def draw_metrics(report: dict[str, Any]) -> Figure:
     """A row of dots with intervals for each measure."""
     priors, palette = report["priors"], colors(report)
     wanted = ("stated_match", "clip_score", "residual", "fd_judge", "diversity_gap", "vendi", "recall", "embed_fd")
     names = [name for name in wanted if any(name in entry["metrics"] for entry in priors.values())]
     rows = -(-len(names) // 4)
-    figure = _figure(9.6, 0.6 + rows * (0.62 + 0.2 * len(priors)))
+    figure = new_figure(9.6, 0.6 + rows * (0.62 + 0.2 * len(priors)))
     for place, name in enumerate(names):
         axes, measure = figure.add_subplot(rows, 4, place + 1), MEASURES[name]
         scale = 100 if measure.percent else 1
@@ -76,7 +79,7 @@ def _metrics(report: dict[str, Any]) -> Figure:
         axes.set_ylim(len(priors) - 0.5, -0.5)
         axes.set_title(measure.heading, fontsize=9, color=INK, loc="left")
         axes.locator_params(axis="x", nbins=4)
-        _clean(axes)
+        clean(axes)
     return figure
 
 
@@ -85,7 +88,7 @@ def _head_to_head(report: dict[str, Any]) -> Figure:
     duel = report["head_to_head"]
     names = [name for name in MEASURES if name in duel["win_rates"]]
     color = colors(report)[duel["first"]]
-    figure = _figure(6.4, 0.9 + 0.34 * len(names))
+    figure = new_figure(6.4, 0.9 + 0.34 * len(names))
     axes = figure.add_subplot()
     axes.axvline(50, color=INK, linewidth=0.8)
     for y, name in enumerate(names):
@@ -102,14 +105,14 @@ def _head_to_head(report: dict[str, Any]) -> Figure:
     axes.set_xlabel(
         f"← {duel['second']} better     % of captions won by {duel['first']}     {duel['first']} better →", fontsize=8.5
     )
-    _clean(axes)
+    clean(axes)
     return figure
 
 
-def _calibration(report: dict[str, Any]) -> Figure:
+def draw_calibration(report: dict[str, Any]) -> Figure:
     """cos(sample, true) against cos(sample, sample'): calibrated priors lie on the diagonal."""
     palette = colors(report)
-    figure = _figure(4.6, 4.2)
+    figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
     points = {
         name: (entry["metrics"]["cos_samples"]["mean"], entry["metrics"]["cos_true"]["mean"])
@@ -131,14 +134,14 @@ def _calibration(report: dict[str, Any]) -> Figure:
     axes.set_ylabel("cos to the true embedding", fontsize=8.5)
     axes.text(1.0, low + 0.01, "too sure ↘", fontsize=8, color="#888888", ha="right")
     axes.text(low + 0.01, 1.0, "↖ too spread", fontsize=8, color="#888888", va="top")
-    _clean(axes, grid="both")
+    clean(axes, grid="both")
     return figure
 
 
 def _cost(report: dict[str, Any]) -> Figure:
     """Seconds for an embedding against its Fréchet distance; down and left is better."""
     palette = colors(report)
-    figure = _figure(4.6, 4.2)
+    figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
     for name, entry in report["priors"].items():
         if entry["reference"]:
@@ -151,7 +154,7 @@ def _cost(report: dict[str, Any]) -> Figure:
     axes.margins(x=0.25, y=0.15)
     axes.set_xlabel("milliseconds for one embedding", fontsize=8.5)
     axes.set_ylabel("Fréchet distance between embeddings", fontsize=8.5)
-    _clean(axes, grid="both")
+    clean(axes, grid="both")
     axes.tick_params(which="minor", length=0, labelsize=7)
     return figure
 
@@ -164,7 +167,7 @@ def _attributes(report: dict[str, Any]) -> Figure:
         "decoded from the true embedding": (report["decoder"]["reconstruction"], INK),
     }
     names = list(report["oracle"]["real"])
-    figure = _figure(6.4, 2.6)
+    figure = new_figure(6.4, 2.6)
     axes = figure.add_subplot()
     for place, (label, (values, color)) in enumerate(rows.items()):
         x = [i + 0.27 * (place - 1) for i in range(len(names))]
@@ -177,14 +180,14 @@ def _attributes(report: dict[str, Any]) -> Figure:
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_ylabel("% right", fontsize=8.5)
     axes.legend(fontsize=7.5, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _clean(axes, grid="y")
+    clean(axes, grid="y")
     return figure
 
 
 def _stages(report: dict[str, Any]) -> Figure:
     """Where the time went."""
     stages = report["meta"]["stages"]
-    figure = _figure(6.4, 0.7 + 0.26 * len(stages))
+    figure = new_figure(6.4, 0.7 + 0.26 * len(stages))
     axes = figure.add_subplot()
     minutes = [seconds / 60 for seconds in stages.values()]
     axes.barh(range(len(stages)), minutes, 0.62, color="#7f9fbf")
@@ -194,5 +197,5 @@ def _stages(report: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlabel("minutes", fontsize=8.5)
-    _clean(axes)
+    clean(axes)
     return figure

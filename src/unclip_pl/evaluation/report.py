@@ -77,7 +77,9 @@ def write_report(folder: Path, report: dict[str, Any], atlases: dict[str, Atlas]
     for name, atlas in atlases.items():
         atlas.save(pictures / f"{name}.png")
     shown = {name: {"rows": atlas.rows, "columns": atlas.columns} for name, atlas in atlases.items()}
-    _write(folder / "report.json", json.dumps(_finite({**report, "pictures": shown}), indent=1, ensure_ascii=False))
+    write_whole(
+        folder / "report.json", json.dumps(_finite({**report, "pictures": shown}), indent=1, ensure_ascii=False)
+    )
     return render(folder)
 
 
@@ -109,9 +111,9 @@ def render(folder: Path) -> dict[str, Any]:
     (folder / "plots").mkdir(exist_ok=True)
     for name, data in figures.items():
         (folder / "plots" / f"{name}.png").write_bytes(data)
-    _write(path, json.dumps(report, indent=1, ensure_ascii=False))
-    _write(folder / "report.md", markdown(report, figures))
-    _write(folder / "report.html", page(report, figures, atlases, interval_note(report)))
+    write_whole(path, json.dumps(report, indent=1, ensure_ascii=False))
+    write_whole(folder / "report.md", markdown(report, figures))
+    write_whole(folder / "report.html", page(report, figures, atlases, interval_note(report)))
     return report
 
 
@@ -133,23 +135,24 @@ def markdown(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         columns = ", ".join(report["pictures"]["grid"]["columns"])
         captions = "\n".join(f"{i}. {caption}" for i, caption in enumerate(report["pictures"]["grid"]["rows"], 1))
         parts += ["## Pictures", f"![grid](plots/grid.png)\n\nColumns: {columns}. Rows:\n\n{captions}"]
-    parts += ["## What is claimed, what we find", _markdown_table(claim_table(report))]
+    parts += ["## What is claimed, what we find", markdown_table(claim_table(report))]
     if "head_to_head" in figures:
         parts.append("![head to head](plots/head_to_head.png)")
     for table in metric_tables(report):
         notes = "\n".join(f"- *{name}*: {what}" for name, what in table.notes)
-        parts += [f"## {table.title}", _markdown_table(table), notes]
+        parts += [f"## {table.title}", markdown_table(table), notes]
     parts += [interval_note(report), "![metrics](plots/metrics.png)", "![calibration](plots/calibration.png)"]
     for extra in (cost_table(report), attribute_table(report), foundation_table(report)):
         if extra is not None:
-            parts += [f"## {extra.title}", _markdown_table(extra)]
+            parts += [f"## {extra.title}", markdown_table(extra)]
     settings = "\n".join(f"- `{key}`: {value}" for key, value in lines_of(meta["config"]))
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     parts += ["## Settings", settings, versions]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """In GitHub's flavour."""
     rows = [[f"**{c.text}** {c.interval}" if c.best else f"{c.text} {c.interval}" for c in row] for row in table.rows]
     lines = [table.head, ["---"] * len(table.head), *rows]
     return "\n".join(f"| {' | '.join(cell.strip().replace('|', '∣') for cell in line)} |" for line in lines)
@@ -188,8 +191,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

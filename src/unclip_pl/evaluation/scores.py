@@ -163,6 +163,15 @@ def embedding_scores(samples: Tensor, true: Tensor) -> dict[str, Interval]:
     }
 
 
+def resampled_means(values: Tensor, resamples: int, *, generator: torch.Generator) -> Tensor:
+    """(1 + R,): the mean of (N,) values of captions, then the means of R bootstrap resamples of these.
+
+    A fresh generator of the same seed draws what :func:`~unclip_pl.metrics.frechet.frechet_resamples` draws.
+    """
+    index = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    return torch.cat([values.double().mean()[None], values.double()[index].mean(1)])
+
+
 class Distances(NamedTuple):
     """Fréchet distances by name, and the paired differences of every two names."""
 

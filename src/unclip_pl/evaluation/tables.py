@@ -36,7 +36,10 @@ def metric_tables(report: dict[str, Any]) -> list[Table]:
         ]
         best = {name: _best(name, priors) for name in names}
         rows = [
-            [Cell(prior), *(_metric(MEASURES[name], entry["metrics"].get(name), prior in best[name]) for name in names)]
+            [
+                Cell(prior),
+                *(metric_cell(MEASURES[name], entry["metrics"].get(name), prior in best[name]) for name in names),
+            ]
             for prior, entry in priors.items()
         ]
         notes = [(MEASURES[name].label, MEASURES[name].what) for name in names]
@@ -59,7 +62,8 @@ def _best(name: str, priors: dict[str, Any]) -> set[str]:
     return {prior for prior, value in rivals.items() if sign * value["high" if sign > 0 else "low"] >= top}
 
 
-def _metric(measure: Measure, value: dict[str, Any] | None, best: bool) -> Cell:
+def metric_cell(measure: Measure, value: dict[str, Any] | None, best: bool) -> Cell:
+    """A mean with its interval."""
     if value is None or value["mean"] is None:
         return Cell("–")
     interval = f"[{measure.show(value['low'])}, {measure.show(value['high'])}]" if value["low"] is not None else ""
@@ -72,7 +76,7 @@ def cost_table(report: dict[str, Any]) -> Table:
         [
             Cell(name),
             Cell(sampled_by(report["meta"]["config"].get("priors", {}).get(name, {}))),
-            Cell(_count(entry["parameters"])),
+            Cell(short_count(entry["parameters"])),
             Cell(f"{entry['training_steps']:,}"),
             Cell(f"{entry['training_seconds']:.0f}"),
             Cell(f"{entry['evaluations']:,}"),
@@ -126,8 +130,11 @@ def foundation_table(report: dict[str, Any]) -> Table:
     decoder, clip, judge, codec = (report[name] for name in ("decoder", "clip", "judge", "codec"))
     r10 = MEASURES["retrieval_r10"]
     rows = [
-        [Cell("decoder, from the embedding alone: R@10 by the judge, %"), _metric(r10, decoder["judge_r10"], False)],
-        [Cell("decoder: Fréchet distance (judge)"), _metric(MEASURES["fd_judge"], decoder["fd_judge"], False)],
+        [
+            Cell("decoder, from the embedding alone: R@10 by the judge, %"),
+            metric_cell(r10, decoder["judge_r10"], False),
+        ],
+        [Cell("decoder: Fréchet distance (judge)"), metric_cell(MEASURES["fd_judge"], decoder["fd_judge"], False)],
         [Cell("CLIP finds the true image of a caption: R@1 / R@10, %"), _retrieval(clip)],
         [Cell("judge, the same: R@1 / R@10, %"), _retrieval(judge)],
     ]
@@ -241,8 +248,9 @@ def _with_interval(measure: Measure, value: dict[str, Any]) -> str:
     return f"{measure.show(value['mean'])}{unit} [{measure.show(value['low'])}, {measure.show(value['high'])}]"
 
 
-def _count(number: int) -> str:
+def short_count(number: float) -> str:
+    """1.9 M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.1f} {letter}"
-    return str(number)
+    return f"{number:.0f}"

@@ -14,10 +14,8 @@ with few training seeds and much difference between them, close to K − 1.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from unclip_pl.metrics.interval import NORMAL_975, Interval
@@ -45,14 +43,13 @@ def crossed_interval(values: Tensor) -> Interval:
     )
 
 
-def crossed_resamples(values: Tensor, captions: int) -> Interval:
+def crossed_resamples(values: Tensor) -> Interval:
     """As :func:`crossed_interval`, for what is no mean over captions, such as a Fréchet distance.
 
     The variance over captions comes from the bootstrap instead, which draws the same captions for all K seeds.
 
     Args:
         values: (K, 1 + R): the estimate on all captions, then R resamples of them, the same for every seed.
-        captions: C.
 
     Raises:
         ValueError: for another shape, or fewer than two resamples.
@@ -71,7 +68,7 @@ def crossed_resamples(values: Tensor, captions: int) -> Interval:
         seed=_variance_of_mean(estimates),
         caption=resamples.mean(0).var().item(),
         rest=rest if seeds > 1 else 0.0,
-        shape=(seeds, captions),
+        shape=(seeds, resamples.shape[1]),
     )
 
 
@@ -83,12 +80,6 @@ def seed_interval(values: Tensor) -> Interval:
         return Interval(mean, math.nan, math.nan)
     half = student_975(seeds - 1) * math.sqrt(_variance_of_mean(values))
     return Interval(mean, mean - half, mean + half)
-
-
-def over_seeds(parts: list[Tensor], interval: Callable[[Tensor], Interval]) -> Interval:
-    """An interval of one tensor a training seed, cut to their common length."""
-    shortest = min(len(part) for part in parts)
-    return interval(torch.stack([part[:shortest] for part in parts]))
 
 
 def student_975(freedom: float) -> float:
@@ -109,7 +100,7 @@ def _variance_of_mean(values: Tensor) -> float:
 
 
 def _interval(mean: float, *, seed: float, caption: float, rest: float, shape: tuple[int, int]) -> Interval:
-    """From the parts A, B and R of the variance, and (K, C)."""
+    """From the parts A, B and R of the variance, and how many seeds and captions (or resamples) they rest on."""
     variance = max(seed + caption - rest, seed, caption)  # the difference may be negative by chance: σ² may not
     seeds, captions = shape
     parts = ((seed, seeds - 1), (caption, captions - 1), (rest, (seeds - 1) * (captions - 1)))

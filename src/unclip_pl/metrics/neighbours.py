@@ -16,7 +16,7 @@ ROWS = 1024  # of a distance matrix at a time
 
 
 class PrecisionRecall(NamedTuple):
-    """Scalars: float32 tensors in [0, 1], only density may exceed 1."""
+    """Float32 tensors in [0, 1], only density may exceed 1: scalars, or one value for each sample."""
 
     precision: Tensor  # share of generated samples inside some real ball (Kynkäänniemi et al. 2019)
     recall: Tensor  # share of real samples inside some generated ball
@@ -25,7 +25,12 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Precision, recall, density and coverage.
+    """Precision, recall, density and coverage: means of :func:`neighbour_values`, whose arguments these are."""
+    return PrecisionRecall(*(values.mean() for values in neighbour_values(real, fake, k)))
+
+
+def neighbour_values(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+    """What each sample contributes: precision and density (M,) of the generated, recall and coverage (N,) of the real.
 
     Args:
         real: (N, F).
@@ -46,10 +51,10 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
         covered.append(inside.any(1))
         recalled.append((distance <= fake_radius).any(1))
     return PrecisionRecall(
-        precision=(balls > 0).float().mean(),
-        recall=torch.cat(recalled).float().mean(),
-        density=balls.float().mean() / k,
-        coverage=torch.cat(covered).float().mean(),
+        precision=(balls > 0).float(),
+        recall=torch.cat(recalled).float(),
+        density=balls.float() / k,
+        coverage=torch.cat(covered).float(),
     )
 
 

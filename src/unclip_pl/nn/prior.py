@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, sinusoidal
+from unclip_pl.nn.text import without_states
 from unclip_pl.types import TextFeatures
 
 
@@ -21,6 +22,7 @@ class PriorTransformer(PrefixTransformer):
         width: of the residual stream.
         layers: number of blocks.
         heads: attention heads.
+        text_states: whether it reads the caption's tokens; without them z_t alone speaks of it.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class PriorTransformer(PrefixTransformer):
         width: int = 2048,
         layers: int = 24,
         heads: int = 32,
+        text_states: bool = True,
     ) -> None:
         super().__init__(embed_dim, text_width, context_length, 3, width, layers, heads)
         self.width = width
+        self.text_states = text_states
         self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.clip_img_proj = nn.Linear(embed_dim, width)
         self.prd_emb = nn.Parameter(torch.empty(1, 1, width))
@@ -42,6 +46,8 @@ class PriorTransformer(PrefixTransformer):
 
     def encode_prefix(self, text: TextFeatures) -> Prefix:
         """Keys and values of B captions, z_t scaled like z_i. Serves any number of calls and draws."""
+        if not self.text_states:
+            text = without_states(text)
         tokens = self.prefix_tokens(text)
         keys = F.pad(text.mask, (0, 1), value=True)  # (B, L + 1)
         _, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1])

@@ -55,6 +55,11 @@ def repeat_text(text: TextFeatures, n: int) -> TextFeatures:
     return TextFeatures(*(x.repeat_interleave(n, dim=0) for x in text))
 
 
+def without_states(text: TextFeatures) -> TextFeatures:
+    """z_t alone: no tokens, no states, L = 0."""
+    return TextFeatures(text.tokens[:, :0], text.states[:, :0], text.mask[:, :0], text.embed)
+
+
 class TextTransformer(nn.Module):
     """GLIDE's text encoder, trained with the network that reads it: token ids to states (arXiv 2112.10741, §4.1).
 

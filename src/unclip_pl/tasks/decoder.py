@@ -68,20 +68,23 @@ class DecoderTask(EmbeddingTask):
         F, frac_raw = out.chunk(2, dim=1)
         return hybrid_loss(self.diffusion, F, frac_raw, x0, x_t, eps, t).mean()
 
-    def denoiser(self, image_embed: Tensor, text: TextFeatures, guidance: float) -> Denoise:
+    def denoiser(
+        self, image_embed: Tensor, text: TextFeatures, guidance: float, *, drop_embedding: bool = False
+    ) -> Denoise:
         """``denoise(x_t, t)`` for a sampler, x0 clipped to [-1, 1]; conditioning is encoded once.
 
         Args:
             image_embed: (B, d) raw z_i.
             text: raw features of B captions; the empty caption where there is none.
             guidance: scale; 1 is off. The unconditional half drops both z_i and caption (as in Karlo).
+            drop_embedding: z_i gives way to its null, and the caption speaks alone (§5.1).
         """
         n = len(image_embed)
         z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
-        keep = torch.ones(n, dtype=torch.bool, device=z_i.device)
+        keep = torch.full((n,), not drop_embedding, device=z_i.device)
         if guidance != 1:
             null = repeat_text(self.space.scale_text(self.space.null_text), n)
-            z_i, text, keep = torch.cat([z_i, z_i]), cat_text(text, null), torch.cat([keep, ~keep])
+            z_i, text, keep = torch.cat([z_i, z_i]), cat_text(text, null), torch.cat([keep, torch.zeros_like(keep)])
         condition = self.net.encode_condition(z_i, text, keep)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:

@@ -1,0 +1,147 @@
+"""Which learning rate and which guidance a study uses for a prior, from validation embeddings alone.
+
+The rule, for every prior alike. Learning rate: the lowest ``embed_fd`` at guidance 1, so that nothing but what was
+learned counts. Guidance: of the scales whose ``embed_fd`` is at most 10 % above the lowest, the one whose samples lie
+nearest to their captions (mean z_i·z_t): the distribution first, then the caption. No decoder, judge or oracle has a
+say, and test data are out of reach: this is a validation, which gets validation batches.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.clip import ClipSpec
+from unclip_pl.evaluation.cell import write_json
+from unclip_pl.evaluation.provenance import provenance
+from unclip_pl.evaluation.scores import join_text
+from unclip_pl.evaluation.task import check_store
+from unclip_pl.metrics.frechet import FrechetDistance
+from unclip_pl.pipeline import check_clip
+from unclip_pl.priors import Prior
+from unclip_pl.types import PriorBatch
+
+#: How far above the lowest distance a guidance scale may lie.
+TOLERANCE = 0.1
+
+
+class Trial(NamedTuple):
+    """One setting on the validation split."""
+
+    embed_fd: float
+    text_cos: float  # mean z_i·z_t
+
+
+class Choice(LightningModule):
+    """``unclip validate --config configs/compare/…``: writes ``NAME.json`` (every trial, and what was chosen) and two
+    configs
+    to lay over others: ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the guidance.
+
+    Args:
+        run: folder that CLIP and ``weights`` are named relative to.
+        clip: the CLIP whose embeddings these are.
+        priors: one, by its name in the study; it has an attribute ``guidance``. Its checkpoint is named relative to the
+            folder of each learning rate.
+        weights: folder of the network trained with each learning rate, by learning rate.
+        guidance: scales to try on the chosen one.
+        out: NAME.json.
+        seed: of all noise; every trial sees the same.
+
+    Raises:
+        ValueError: not one prior, or one without guidance.
+    """
+
+    batch_type = PriorBatch
+
+    def __init__(
+        self,
+        run: str,
+        clip: ClipSpec,
+        priors: dict[str, Prior],
+        weights: dict[str, str],
+        guidance: list[float],
+        out: str,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(priors) != 1 or not hasattr(next(iter(priors.values())), "guidance"):
+            raise ValueError(f"Expected one prior, with an attribute `guidance`. Got {', '.join(priors) or 'none'}.")
+        self.run = Path(run)
+        self.clip = clip
+        self.name, self.prior = next(iter(priors.items()))
+        self.weights = weights
+        self.guidance = guidance
+        self.out = Path(out)
+        self.seed = seed
+        self._batches: list[PriorBatch] = []
+
+    def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
+        """Keeps the batch: every setting embeds all of them."""
+        if not self.trainer.sanity_checking:
+            self._batches.append(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Tries, chooses and writes.
+
+        Raises:
+            ValueError: several processes, or embeddings of another CLIP.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
+        fingerprint = self.clip.within(self.run).load().fingerprint
+        check_store(self, fingerprint)
+        text = join_text([batch.text for batch in self._batches])
+        pairs = PriorBatch(torch.cat([batch.image_embed for batch in self._batches]), text)
+        rates = {rate: self._try(pairs, folder, 1.0, fingerprint) for rate, folder in self.weights.items()}
+        rate = min(rates, key=lambda name: rates[name].embed_fd)
+        scales = {scale: self._try(pairs, self.weights[rate], scale, fingerprint) for scale in self.guidance}
+        scale = choose_guidance(scales)
+        self._write(rates, rate, scales, scale)
+        print(f"{self.name}: learning rate {rate}, guidance {scale:g}: {self.out}")
+
+    def _try(self, pairs: PriorBatch, folder: str, guidance: float, fingerprint: str) -> Trial:
+        self.prior.guidance = guidance  # type: ignore[attr-defined]
+        self.prior.load(self.run / folder, str(self.device))
+        check_clip(fingerprint, self.prior.fingerprint, f"the prior in {folder}")
+        distance = FrechetDistance(self.clip.embed_dim).to(self.device)
+        cosines: list[Tensor] = []
+        generator = torch.Generator().manual_seed(self.seed)
+        for batch in self._batches:
+            z_i = self.prior.embed_batch(batch, generator=generator).float()
+            distance.update(F.normalize(batch.image_embed.float(), dim=-1), real=True)
+            distance.update(F.normalize(z_i, dim=-1), real=False)
+            cosines.append(F.cosine_similarity(z_i, batch.text.embed, dim=-1))
+        return Trial(distance.compute().item(), torch.cat(cosines).mean().item())
+
+    def _write(self, rates: dict[str, Trial], rate: str, scales: dict[float, Trial], scale: float) -> None:
+        content = {
+            "prior": self.name,
+            "captions": sum(len(batch.image_embed) for batch in self._batches),
+            "learning_rates": {name: trial._asdict() for name, trial in rates.items()},
+            "guidance": {f"{value:g}": trial._asdict() for value, trial in scales.items()},
+            "chosen": {"lr": float(rate), "guidance": scale},
+            "tolerance": TOLERANCE,
+            "meta": provenance(self.device),
+        }
+        # The file that `reproduce` looks for comes last.
+        sampling = {"priors": {self.name: {"init_args": {"guidance": scale}}}}
+        self._overlay("training", {"optimization": {"lr": float(rate)}})
+        self._overlay("sampling", sampling)
+        write_json(self.out, content)
+
+    def _overlay(self, kind: str, init_args: dict[str, Any]) -> None:
+        path = self.out.with_name(f"{self.out.stem}-{kind}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = f"# Chosen on validation data, see {self.out.name}.\n"
+        path.write_text(head + yaml.safe_dump({"model": {"init_args": init_args}}))
+
+
+def choose_guidance(trials: dict[float, Trial]) -> float:
+    """Of the scales within ``TOLERANCE`` of the lowest distance, the one with the highest mean z_i·z_t."""
+    limit = (1 + TOLERANCE) * min(trial.embed_fd for trial in trials.values())
+    near = {scale: trial.text_cos for scale, trial in trials.items() if trial.embed_fd <= limit}
+    return max(near, key=lambda scale: near[scale])

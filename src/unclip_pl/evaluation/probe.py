@@ -1,0 +1,47 @@
+"""Reads attributes out of embeddings, without a decoder: linear probes of real ones."""
+
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.data.sampler import RowBatch
+from unclip_pl.data.shards import Split
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.evaluation.assemble import true_attributes
+from unclip_pl.priors import fit_ridge
+from unclip_pl.shapes.render import ATTRIBUTES, VALUES
+
+#: Training images that a probe is fitted on.
+ROWS = 4096
+
+
+class AttributeProbe:
+    """One ridge regression for each attribute, from unit-norm z_i to its one-hot values; the largest answer is read.
+
+    Args:
+        heads: (weight (V, d), bias (V,)) of each attribute.
+    """
+
+    def __init__(self, heads: list[tuple[Tensor, Tensor]]) -> None:
+        self.heads = heads
+
+    @classmethod
+    def fit(cls, store: EmbeddingStore) -> Self:
+        """On images of the training split, whose json says what they show."""
+        rows = store.rows(Split.TRAIN)[:ROWS]
+        batch = RowBatch(rows, np.zeros(len(rows), np.uint64))
+        image_embed, truth = store.prior_batch(batch).image_embed, true_attributes(store.metadata(batch))
+        return cls(
+            [
+                fit_ridge(image_embed, F.one_hot(column, len(VALUES[name])).float(), ridge=1e-4)
+                for name, column in zip(ATTRIBUTES, truth.T, strict=True)
+            ]
+        )
+
+    def read(self, image_embed: Tensor) -> Tensor:
+        """(..., d) embeddings → (..., A) indices."""
+        unit = F.normalize(image_embed.double(), dim=-1)
+        return torch.stack([(unit @ weight.T + bias).argmax(-1) for weight, bias in self.heads], dim=-1)

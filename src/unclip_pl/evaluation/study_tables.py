@@ -1,0 +1,248 @@
+"""A study's tables and sentences, before anybody decides between Markdown and HTML."""
+
+from typing import Any
+
+from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.evaluation.tables import Cell, Table, metric_cell, sampled_by, short_count
+
+#: How to read the report's intervals; it stands in the report itself.
+STATISTICS = (
+    "Every interval is 95 % and covers both what another training seed and what other captions would change. "
+    "Captions are "
+    "crossed with training seeds (every trained prior answers the same ones), so the variance of a mean is that of "
+    "a two-way "
+    "random-effects analysis: A + B − R, with A the variance of the seeds' means over the number of seeds, B that "
+    "of the "
+    "captions' means over the number of captions, R the residual mean square over both; Student's t with "
+    "Satterthwaite's "
+    "degrees of freedom. For Fréchet distances and what is measured between embeddings, B and R come from bootstrap "
+    "resamples "
+    "of the captions, the same for every cell. Every training seed is sampled with noise of its own, so another "
+    "sampling "
+    "seed's part lies in A and R. Comparisons are paired: seed k of either prior saw the data in the same order, "
+    "and their "
+    "images of a caption start from the same decoder noise. Precision, recall, density and coverage: as means over "
+    "images, "
+    "the nearest-neighbour balls taken as given. Win rates: ties count half; in brackets the interval over seeds and "
+    "captions, beside it the paper's normal approximation over captions alone. The sign test is exact, over "
+    "captions, of the "
+    "mean over training seeds; ties are set aside. Nothing is corrected for how many comparisons there are."
+)
+RULE = (
+    "Matched: the same CLIP, data, decoder, samples seen, batch size and learning rate schedule, parameters within "
+    "10 %, "
+    "guidance 1. At its best: the learning rate with the lowest embed_fd at guidance 1, then, of the guidance "
+    "scales whose "
+    "embed_fd is within 10 % of the lowest, the one with the highest mean z_i·z_t; both on validation embeddings of "
+    "one "
+    "training seed, for either prior alike. No test data, judge or oracle has a say."
+)
+COSINE = (
+    "A cosine to the true embedding rewards collapse: for unit-norm z with m = E[z | caption], a sample of the "
+    "truth reaches "
+    "‖m‖² on average, the mean itself ‖m‖. So it is read beside the cosine between two samples of a caption, which "
+    "is ‖m‖² "
+    "for a calibrated prior: cos to true = cos between samples = (cos of the mean)²."
+)
+LIMITS = (
+    "Limits: small pictures and data, small networks trained on few samples, an oracle or a judge CLIP in place of "
+    "human "
+    "raters, one CLIP and one decoder for all priors. What scale would change is not in any interval here."
+)
+
+
+def duel_table(report: dict[str, Any]) -> Table | None:
+    """Win rates of the first rival, at its best and matched."""
+    best, matched = report["head_to_head"], report["head_to_head_matched"]
+    if not best:
+        return None
+    rows = []
+    for name in (name for name in MEASURES if name in best["win_rates"]):
+        rate = best["win_rates"][name]
+        other = matched["win_rates"].get(name) if matched else None
+        rows.append(
+            [
+                Cell(MEASURES[name].label, MEASURES[name].group.lower()),
+                _share(rate),
+                _share(rate["normal"]),
+                Cell(f"{rate['wins']} : {rate['losses']}", f"{rate['ties']} ties"),
+                Cell(f"{rate['p']:.2g}"),
+                _share(other) if other else Cell("–"),
+            ]
+        )
+    head = [
+        "measure", "diffusion wins, %", "paper's interval", "captions won : lost", "sign test p", "matched, %",
+    ]  # fmt: skip
+    return Table(f"Head to head: {best['first']} against {best['second']}", head, rows)
+
+
+def ablation_table(report: dict[str, Any]) -> Table | None:
+    """One line each."""
+    shown = ("embed_fd", "probe_match", "text_cos", "calibration_gap")
+    there = [name for name in shown if any(name in line["measures"] for line in report["ablations"])]
+    rows = [
+        [
+            Cell(line["title"], f"{line['paper']} against {line['other']}, {len(line['seeds'])} seeds"),
+            *(_change(line["measures"].get(name), name) for name in there),
+        ]
+        for line in report["ablations"]
+    ]
+    head = ["ablation", *(f"Δ {MEASURES[name].heading}" for name in there)]
+    notes = [("Δ", "the paper's choice less the other, paired by training seed and caption")]
+    return Table("Ablations", head, rows, notes) if rows else None
+
+
+def need_table(report: dict[str, Any]) -> Table | None:
+    """Is a prior needed at all? (§5.1), on decoders of one budget."""
+    shown = ("fd_judge", "stated_match", "clip_score", "recall", "diversity_gap", "vendi")
+    arms = report["need"]
+    there = [name for name in shown if any(name in arm["metrics"] for arm in arms.values())]
+    rows = [
+        [Cell(name), *(metric_cell(MEASURES[m], arm["metrics"].get(m), False) for m in there)]
+        for name, arm in arms.items()
+    ]
+    notes = [("arms", "decoders of one training budget, smaller than the main decoder's: compare these rows alone")]
+    return Table("Is a prior needed?", ["arm", *(MEASURES[m].heading for m in there)], rows, notes) if rows else None
+
+
+def study_costs(report: dict[str, Any]) -> Table:
+    """What training and sampling took; how each row was trained and sampled."""
+    rows = []
+    for name, row in report["priors"].items():
+        seconds = row["training_seconds_interval"]
+        apart = f"± {seconds['high'] - seconds['mean']:.0f}" if seconds["high"] is not None else ""
+        rows.append(
+            [
+                Cell(name, f"{len(row['seeds'])} training seeds" if row["training_steps"] else ""),
+                Cell(sampled_by(row["sampling"])),
+                Cell(f"{row['lr']:g}" if row["lr"] else "–"),
+                Cell(short_count(row["parameters"])),
+                Cell(f"{row['training_samples']:,.0f}"),
+                Cell(f"{row['training_seconds']:.0f}", apart),
+                Cell(f"{row['training_flops'] / 1e12:,.1f}"),
+                Cell(f"{row['evaluations']:,.0f}"),
+                Cell(f"{row['flops_per_embedding'] / 1e6:,.1f}"),
+                Cell(f"{1e3 * row['seconds_per_embedding']:.2f}"),
+            ]
+        )
+    head = [
+        "prior", "sampled with", "learning rate", "parameters", "samples seen", "training s", "training TFLOP",
+        "evaluations", "MFLOP", "ms",
+    ]  # fmt: skip
+    notes = [
+        ("training TFLOP", "matrix products, attention included, forward and backward; a multiply-add is two"),
+        ("evaluations, MFLOP, ms", "for one embedding, candidates and guidance included, on the hardware named above"),
+    ]
+    return Table("Cost", head, rows, notes)
+
+
+def choice_table(report: dict[str, Any]) -> Table | None:
+    """Every trial on validation data."""
+    rows = []
+    for choice in report["choices"]:
+        chosen = choice["chosen"]
+        for kind, trials, taken in (
+            ("learning rate", choice["learning_rates"], chosen["lr"]),
+            ("guidance", choice["guidance"], chosen["guidance"]),
+        ):
+            for value, trial in trials.items():
+                best = float(value) == taken
+                numbers = Cell(f"{trial['embed_fd']:.4f}", best=best), Cell(f"{trial['text_cos']:.3f}", best=best)
+                rows.append([Cell(choice["prior"]), Cell(kind), Cell(value, best=best), *numbers])
+    head = ["prior", "setting", "value", "embed_fd ↓", "mean z_i·z_t"]
+    return Table("Chosen on validation data", head, rows, [("bold", "what was chosen")]) if rows else None
+
+
+def study_claim_table(report: dict[str, Any]) -> Table:
+    """The paper's claims beside ours."""
+    rows = [
+        [
+            Cell(claim["claim"], f"({claim['source']})"),
+            Cell(claim["paper"]),
+            Cell(claim["ours"]),
+            Cell(claim["verdict"], tone=claim["verdict"].replace(" ", "-")),
+            Cell(claim["why"]),
+        ]
+        for claim in report["claims"]
+    ]
+    return Table("Claims", ["claim", "paper", "here", "verdict", "why"], rows)
+
+
+def study_summary(report: dict[str, Any]) -> list[str]:
+    """What a tired reader takes away in a minute."""
+    sentences = [_quality(report), _duel(report), _cost(report), _calibration(report), _verdicts(report)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _quality(report: dict[str, Any]) -> str:
+    rows = report["priors"]
+    name = next((m for m in ("stated_match", "clip_score") if any(m in row["metrics"] for row in rows.values())), None)
+    if name is None:
+        return ""
+    measure = MEASURES[name]
+    found = {prior: row["metrics"][name] for prior, row in rows.items() if name in row["metrics"]}
+    listed = ", ".join(
+        f"{prior} {measure.show(value['mean'])} [{measure.show(value['low'])}, {measure.show(value['high'])}]"
+        for prior, value in sorted(found.items(), key=lambda item: -item[1]["mean"])
+        if value["low"] is not None
+    )
+    return f"{measure.label.capitalize()}{', %' if measure.percent else ''}, best first: {listed}."
+
+
+def _duel(report: dict[str, Any]) -> str:
+    duel = report["head_to_head"]
+    if not duel:
+        return ""
+    listed = ", ".join(
+        f"{MEASURES[name].label} {100 * rate['mean']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+        for name, rate in duel["win_rates"].items()
+        if name in ("residual", "stated_match", "clip_score", "diversity_gap", "vendi") and rate["low"] is not None
+    )
+    return f"Head to head, each at its best, the diffusion prior wins: {listed} of the captions, ties counted half."
+
+
+def _cost(report: dict[str, Any]) -> str:
+    names = ("diffusion (matched)", "ar (matched)")
+    if any(name not in report["priors"] or not report["priors"][name]["training_flops"] for name in names):
+        return ""
+    ours, theirs = (report["priors"][name] for name in names)
+    training = ours["training_flops"] / theirs["training_flops"]
+    drawing = ours["flops_per_embedding"] / max(1, theirs["flops_per_embedding"])
+    return (
+        f"After equally many samples the diffusion prior has cost {training:.2f} times the AR prior's training "
+        f"FLOPs, and "
+        f"costs {drawing:.1f} times as many for an embedding."
+    )
+
+
+def _calibration(report: dict[str, Any]) -> str:
+    gaps = {
+        name: row["metrics"]["calibration_gap"]["mean"]
+        for name, row in report["priors"].items()
+        if not row["reference"] and row["metrics"]["cos_samples"]["mean"] < 0.9999
+    }
+    listed = ", ".join(f"{name} {gap:+.3f}" for name, gap in gaps.items())
+    return f"Calibration (cos to true less cos between samples, 0 is calibrated): {listed}." if gaps else ""
+
+
+def _verdicts(report: dict[str, Any]) -> str:
+    counts: dict[str, int] = {}
+    for claim in report["claims"]:
+        counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
+    listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items(), key=lambda x: -x[1]))
+    return f"Verdicts on {len(report['claims'])} claims: {listed}."
+
+
+def _share(rate: dict[str, Any]) -> Cell:
+    if rate["low"] is None:
+        return Cell("–")
+    return Cell(f"{100 * rate['mean']:.1f}", f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]")
+
+
+def _change(line: dict[str, Any] | None, name: str) -> Cell:
+    if line is None or line["difference"]["low"] is None:
+        return Cell("–")
+    scale, digits = (100, 1) if MEASURES[name].percent else (1, MEASURES[name].digits)
+    low, mean, high = (f"{scale * line['difference'][key]:+.{digits}f}" for key in ("low", "mean", "high"))
+    clear = line["difference"]["low"] > 0 or line["difference"]["high"] < 0
+    return Cell(mean, f"[{low}, {high}]", best=clear)
