@@ -1,7 +1,7 @@
 """One miniature run of the whole recipe, made once and shared by every test that needs trained parts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +51,33 @@ def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield run
     finally:
         os.chdir(here)
+
+
+#: The smallest of every part. What is tested with them does not depend on sizes.
+SMALL = {
+    "prior": "net.init_args.width 16 net.init_args.layers 1 net.init_args.heads 2",
+    "ar_prior": "net.init_args.width 16 net.init_args.layers 1 net.init_args.heads 2",
+    "decoder": "net.init_args.channels 8 net.init_args.head_channels 8",
+    "upsampler": "net.init_args.channels 8",
+    "clip": "",
+}
+
+
+@pytest.fixture
+def small(mini_run: Path) -> Callable[..., list[str]]:
+    """Makes the options of a fit: a part's tiny config, smaller, on the miniature run's data, 6 steps an epoch."""
+
+    def options(part: str, out: Path, *more: str) -> list[str]:
+        line = ["--config", f"configs/{part}/tiny.yaml", "--data.init_args.source", f"{mini_run}/data"]
+        line += ["--trainer.max_steps", "13", "--trainer.val_check_interval", "4", "--data.init_args.batch_size", "16"]
+        line += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        line += ["--trainer.logger.init_args.save_dir", str(out)]
+        if part != "clip":
+            line += ["--data.init_args.eval_batch_size", "8", "--data.init_args.store", f"{mini_run}/store"]
+            line += ["--data.init_args.clip.pretrained", f"{mini_run}/clip/checkpoints/last.ckpt"]
+        if part == "ar_prior":
+            line += ["--model.init_args.codec", f"{mini_run}/codec.safetensors"]
+        settings = iter(SMALL[part].split())
+        return [*line, *(word for key in settings for word in (f"--model.init_args.{key}", next(settings))), *more]
+
+    return options

@@ -23,14 +23,10 @@ from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.resume import CheckpointFiles, Signals, random_state, set_random_state
 from unclip_pl.trainer_cli import build
 
-#: The smallest of everything: what is tested does not depend on sizes. 96 images in batches of 16: 6 steps an epoch.
-SMALL = {
-    "prior": "net.init_args.width 16 net.init_args.layers 1 net.init_args.heads 2",
-    "ar_prior": "net.init_args.width 16 net.init_args.layers 1 net.init_args.heads 2",
-    "decoder": "net.init_args.channels 8 net.init_args.head_channels 8 net.init_args.dropout 0.1",
-    "upsampler": "net.init_args.channels 8 net.init_args.dropout 0.1",
-    "clip": "",
-}
+Small = Callable[..., list[str]]
+PARTS = ("prior", "ar_prior", "decoder", "upsampler", "clip")
+#: Draws from the global generator inside the network, too.
+DROPOUT = {part: ["--model.init_args.net.init_args.dropout", "0.1"] for part in ("decoder", "upsampler")}
 STEPS = 13
 #: What a checkpoint holds besides the run's state: times and paths.
 BESIDES = ("train_seconds", "callbacks", "config", "hyper_parameters")
@@ -64,23 +60,6 @@ class Keep(Callback):
         last = Path(trainer.checkpoint_callback.dirpath) / "last.ckpt"
         if trainer.global_step in self.at and last.is_file():
             self.at[trainer.global_step].write_bytes(last.read_bytes())
-
-
-def words(part: str, mini_run: Path, out: Path, *more: str) -> list[str]:
-    """A command line of ``build``: a part's tiny config, smaller, on the miniature run's data."""
-    line = ["--config", f"configs/{part}/tiny.yaml", "--data.init_args.source", f"{mini_run}/data"]
-    line += ["--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "4"]
-    line += ["--data.init_args.batch_size", "16", "--trainer.enable_progress_bar", "false"]
-    line += ["--trainer.enable_model_summary", "false", "--trainer.logger.init_args.save_dir", str(out)]
-    if part != "clip":
-        line += ["--data.init_args.eval_batch_size", "8", "--data.init_args.store", f"{mini_run}/store"]
-        line += ["--data.init_args.clip.pretrained", f"{mini_run}/clip/checkpoints/last.ckpt"]
-    if part == "ar_prior":
-        line += ["--model.init_args.codec", f"{mini_run}/codec.safetensors"]
-    settings = iter(SMALL[part].split())
-    for key in settings:
-        line += [f"--model.init_args.{key}", next(settings)]
-    return [*line, *more]
 
 
 def fit(line: list[str], *callbacks: Callback, resume: Path | None = None) -> Fit:
@@ -117,9 +96,9 @@ def assert_same(one: Fit, other: Fit, since: int, *, validated: bool = True) -> 
     assert not different
 
 
-@pytest.mark.parametrize("part", SMALL)
-def test_it_goes_on_inside_an_epoch(part: str, mini_run: Path, tmp_path: Path) -> None:
-    line = words(part, mini_run, tmp_path)
+@pytest.mark.parametrize("part", PARTS)
+def test_it_goes_on_inside_an_epoch(part: str, small: Small, tmp_path: Path) -> None:
+    line = small(part, tmp_path, *DROPOUT.get(part, []))
     keep = Keep(tmp_path, 7)
     whole = fit(line, keep)
     assert list(whole.train) == list(range(1, STEPS + 1))
@@ -127,26 +106,26 @@ def test_it_goes_on_inside_an_epoch(part: str, mini_run: Path, tmp_path: Path) -
     assert_same(whole, fit(line, resume=keep.at[7]), since=7)
 
 
-def test_cut_again_and_again_and_at_the_end_of_an_epoch(mini_run: Path, tmp_path: Path) -> None:
-    line = words("prior", mini_run, tmp_path, "--data.init_args.num_workers", "2")
+def test_cut_again_and_again_and_at_the_end_of_an_epoch(small: Small, tmp_path: Path) -> None:
+    line = small("prior", tmp_path, "--data.init_args.num_workers", "2")
     whole = fit(line, keep := Keep(tmp_path, 4, 6, 12))
     for step in (4, 6, 12):
         assert_same(whole, fit(line, keep, resume=keep.at[step]), since=step)  # the next was kept by this one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", SMALL)
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_it_goes_on_from_every_step(part: str, workers: int, mini_run: Path, tmp_path: Path) -> None:
-    line = words(part, mini_run, tmp_path, "--data.init_args.num_workers", str(workers))
+def test_it_goes_on_from_every_step(part: str, workers: int, small: Small, tmp_path: Path) -> None:
+    line = small(part, tmp_path, *DROPOUT.get(part, []), "--data.init_args.num_workers", str(workers))
     keep = Keep(tmp_path, *range(1, STEPS))
     whole = fit(line, keep)
     for step, checkpoint in keep.at.items():
         assert_same(whole, fit(line, resume=checkpoint), since=step)
 
 
-def test_a_longer_run_is_what_it_would_have_been(mini_run: Path, tmp_path: Path) -> None:
-    line = [*words("prior", mini_run, tmp_path), "--model.init_args.optimization.decay", "constant"]
+def test_a_longer_run_is_what_it_would_have_been(small: Small, tmp_path: Path) -> None:
+    line = [*small("prior", tmp_path), "--model.init_args.optimization.decay", "constant"]
     whole = fit(line)
     short = fit([*line, "--trainer.max_steps", "10"])
     assert short.last is not None
@@ -162,12 +141,12 @@ def test_a_signal_ends_the_step_saves_and_says_where(
     number: signal.Signals,
     status: int,
     step: int,
-    mini_run: Path,
+    small: Small,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = words("prior", mini_run, tmp_path)
+    line = small("prior", tmp_path)
     whole = fit(line)
 
     def strike(_: Any, trainer: Trainer, *args: Any) -> None:
@@ -195,7 +174,7 @@ def kill_when(step: int, line: list[str], last: Path, number: signal.Signals) ->
     return process.wait()
 
 
-def test_sigkill(mini_run: Path, tmp_path: Path) -> None:
+def test_sigkill(small: Small, tmp_path: Path) -> None:
     every = [
         "--trainer.callbacks",
         "unclip_pl.callbacks.WarmupEMA",
@@ -203,11 +182,11 @@ def test_sigkill(mini_run: Path, tmp_path: Path) -> None:
         "unclip_pl.resume.StepCheckpoint",
     ]
     every += ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.logger.init_args.version", ""]
-    line = words("prior", mini_run, tmp_path / "cut", *every)
+    line = small("prior", tmp_path / "cut", *every)
     last = tmp_path / "cut" / "prior-tiny" / "checkpoints" / "last.ckpt"
     assert kill_when(1, line, last, signal.SIGKILL) == -signal.SIGKILL
     step = read_checkpoint(last)["global_step"]
-    assert_same(fit(words("prior", mini_run, tmp_path, *every)), fit(line, resume=last), since=step)
+    assert_same(fit(small("prior", tmp_path, *every)), fit(line, resume=last), since=step)
     assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.previous.ckpt"]
 
 
@@ -264,8 +243,8 @@ def test_every_generator_comes_back() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loading_draws_nothing_from_the_global_generators(workers: int, mini_run: Path, tmp_path: Path) -> None:
-    cli = build(words("prior", mini_run, tmp_path, "--data.init_args.num_workers", str(workers)))
+def test_loading_draws_nothing_from_the_global_generators(workers: int, small: Small, tmp_path: Path) -> None:
+    cli = build(small("prior", tmp_path, "--data.init_args.num_workers", str(workers)))
     cli.datamodule.trainer = cli.trainer
     cli.trainer.strategy.connect(cli.model)
     before = random_state()
@@ -274,10 +253,8 @@ def test_loading_draws_nothing_from_the_global_generators(workers: int, mini_run
     assert all(torch.equal(a.image_embed, b.image_embed) for a, b in zip(*batches, strict=True))
 
 
-def test_the_config_wins_over_the_checkpoint(
-    mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = words("prior", mini_run, tmp_path)
+def test_the_config_wins_over_the_checkpoint(small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = small("prior", tmp_path)
     first = fit([*line, "--trainer.max_steps", "5"])
     spec = {"lr": 3e-4, "weight_decay": 0.5, "betas": [0.8, 0.9], "eps": 1e-7, "warmup_steps": 0}
     for name, value in spec.items():

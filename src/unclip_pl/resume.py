@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -209,6 +210,7 @@ class ExactResume(Callback):
         """Puts it back, and opens the epoch that follows one whose last batch the checkpoint is of.
 
         Lightning closes the finished one and leaves it at that: its count of epochs would be one behind from here on.
+        A new run begins with a state that depends on ``seed_everything`` alone, on any number of processes.
         """
         loop = trainer.fit_loop
         epochs = loop.epoch_progress
@@ -218,6 +220,9 @@ class ExactResume(Callback):
         if self._saved:
             set_random_state(self._saved[trainer.global_rank % len(self._saved)])
             self._saved = []
+        elif not trainer.global_step:
+            reset_seed()
+            torch.manual_seed(random.getrandbits(63))  # another stream than the one that made the weights
 
 
 def random_state() -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_draws_depend_on_seed_epoch_and_row_alone() -> None:
     assert counts == pytest.approx(np.full(5, 800), abs=120)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 12, 13, 31])
+@pytest.mark.parametrize("rows", [4, 5, 12, 13, 31])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_evaluation_sees_every_row_once_in_order(rows: int, world_size: int, batch_size: int) -> None:
@@ -89,8 +89,12 @@ def test_evaluation_sees_every_row_once_in_order(rows: int, world_size: int, bat
     ]
     drawn = [rows_of(sampler) for sampler in samplers]
     assert [row for batches in drawn for batch in batches for row in batch] == list(range(5, rows + 5))
-    assert all(1 <= len(batch) <= batch_size for batches in drawn for batch in batches)
+    assert all(1 <= len(batch) <= max(batch_size, 2) for batches in drawn for batch in batches)
     counts = [len(batches) for batches in drawn]
     assert [len(sampler) for sampler in samplers] == counts
-    if rows >= world_size and batch_size > 1:
-        assert len(set(counts)) == 1
+    assert len(set(counts)) == 1  # or one rank would wait for another
+
+
+def test_fewer_rows_than_ranks_is_an_error_and_not_a_hang() -> None:
+    with pytest.raises(ValueError, match=r"each of 3 processes\. Got 2"):
+        EvaluationSampler(np.arange(2), 8, world_size=3)

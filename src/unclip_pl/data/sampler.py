@@ -99,23 +99,28 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
 
 
 class EvaluationSampler(DistributedSampler[RowBatch]):
-    """Every row exactly once, in order, split over the ranks.
-
-    All ranks get the same number of batches, of near-equal sizes (unless a rank has fewer rows than batches are due).
+    """Every row exactly once, in order, split over the ranks: the same number of batches each, of near-equal sizes.
 
     Args:
         rows: (N,) row numbers.
-        batch_size: largest batch.
+        batch_size: largest batch, but for ranks with one row more than others where it is 1.
         rank: of this process, below ``world_size``.
         world_size: number of processes.
+
+    Raises:
+        ValueError: fewer rows than ranks, some of which would wait for ever.
     """
 
     def __init__(self, rows: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if len(rows) < world_size:
+            raise ValueError(
+                f"Expected at least one image for each of {world_size} processes. Got {len(rows)}: evaluate on fewer "
+                "processes, or more images."
+            )
         super().__init__(cast(Any, rows), num_replicas=world_size, rank=rank, shuffle=False)
-        part = np.array_split(rows, world_size)[rank]
-        largest = -(-len(rows) // world_size)
-        count = min(-(-largest // batch_size), len(part))
-        self.batches = np.array_split(part, count) if count else []
+        smallest, largest = len(rows) // world_size, -(-len(rows) // world_size)
+        count = min(-(-largest // batch_size), smallest)
+        self.batches = np.array_split(np.array_split(rows, world_size)[rank], count)
 
     def __len__(self) -> int:
         return len(self.batches)

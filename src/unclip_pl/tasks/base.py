@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from unclip_pl.checkpoint import read_checkpoint
+from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
 from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
@@ -113,6 +115,24 @@ class Task(LightningModule):
         """As validation, on the test split."""
         self._step(batch, "test", self._fixed_noise(batch_idx))
 
+    def share(self, draw: Callable[[int], Tensor], n: int) -> Tensor:
+        """This rank's n rows of what is drawn for the whole global batch.
+
+        All ranks draw the same, from the same seed, so that N processes train as one does with their batches together.
+
+        Args:
+            draw: of that many rows.
+            n: rows of the batch, the same on every rank.
+        """
+        if not self.training or self._trainer is None or self._trainer.world_size == 1:
+            return draw(n)
+        first = self._trainer.global_rank * n
+        return draw(n * self._trainer.world_size)[first : first + n]
+
+    def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Standard normal noise for (B, …), by rank as :meth:`share` has it."""
+        return self.share(lambda n: noise_like(x[:1].expand(n, *x.shape[1:]), generator=generator), len(x))
+
     @staticmethod
     def _fixed_noise(batch_idx: int) -> torch.Generator:
         return torch.Generator().manual_seed(batch_idx)
@@ -196,7 +216,8 @@ class EmbeddingTask(Task):
 
     def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
         """Scale z_t and replace a share of the captions, states and z_t together, by the empty caption."""
-        keep = bernoulli(len(text.embed), 1 - self.text_drop, text.embed.device, generator)
+        device, p = text.embed.device, 1 - self.text_drop
+        keep = self.share(lambda n: bernoulli(n, p, device, generator), len(text.embed))
         return mix_text(self.space.scale_text(text), self.space.scale_text(self.space.null_text), keep)
 
 

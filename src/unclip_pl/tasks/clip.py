@@ -31,12 +31,18 @@ class ClipTask(Task):
         self.save_hyperparameters()
         self.net = build_clip(name)
         self.preprocess = Preprocess(self.net, ClipSpec(name).image_size)
-        self.contrastive = ClipLoss()
+        self.contrastive = self.local_contrastive = ClipLoss()
+
+    def on_fit_start(self) -> None:
+        """In training, the batches of all ranks are each other's negatives; in validation their sizes may differ."""
+        rank, world_size = self.global_rank, self.trainer.world_size
+        self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def loss(self, batch: ClipBatch, generator: torch.Generator | None = None) -> Tensor:
         """Symmetric cross-entropy over the batch's pairs."""
         image_embed, text_embed, scale = self.net(self.preprocess(batch.image), batch.tokens)
-        return self.contrastive(image_embed, text_embed, scale)
+        contrastive = self.contrastive if self.training else self.local_contrastive
+        return contrastive(image_embed, text_embed, scale)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamps the temperature, as CLIP does; with the step, so that no checkpoint falls between the two."""

@@ -56,11 +56,11 @@ class DecoderTask(EmbeddingTask):
     def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple, or L_hybrid where the network learns its variance."""
         x0 = batch.image
-        keep_image = bernoulli(len(x0), 1 - self.image_drop, x0.device, generator)
+        keep_image = self.share(lambda n: bernoulli(n, 1 - self.image_drop, x0.device, generator), len(x0))
         text = self.drop_text(batch.text, generator)
         condition = self.net.encode_condition(self.space.scale(batch.image_embed), text, keep_image)
-        t = self.diffusion.draw_t(len(x0), x0.device, generator)
-        eps = noise_like(x0, generator=generator)
+        t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
+        eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
         out = self.net(x_t, self.diffusion.index(t), condition)
         if out.shape[1] == x0.shape[1]:

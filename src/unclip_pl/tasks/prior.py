@@ -7,7 +7,6 @@ from torch import Tensor
 
 from unclip_pl.diffusion import GaussianDiffusion, PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
-from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Scaling
 from unclip_pl.tasks.base import EmbeddingTask, Optimization
@@ -71,9 +70,9 @@ class DiffusionPriorTask(EmbeddingTask):
         draws = self.draws_per_caption
         z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
         prefix = self.net.encode_prefix(text)
-        t = self.diffusion.draw_t(len(z_i) * draws, z_i.device, generator)
+        t = self.share(lambda n: self.diffusion.draw_t(n, z_i.device, generator), len(z_i) * draws)
         x0 = z_i.flatten(0, 1)  # (B·K, d)
-        eps = noise_like(x0, generator=generator)
+        eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
         F = self.net(x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws), prefix).flatten(0, 1)
         return Draws(t, x0, x_t, F, self.diffusion.target(x0, eps, t))

@@ -82,8 +82,8 @@ class UpsamplerTask(Task):
         """L_simple given the corrupted low-resolution image."""
         x0 = batch.image
         low = self.corruption(self.shrink(x0))
-        t = self.diffusion.draw_t(len(x0), x0.device, generator)
-        eps = noise_like(x0, generator=generator)
+        t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
+        eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
         out = self.net(torch.cat([x_t, self.enlarge(low, x0.shape[-1])], dim=1), self.diffusion.index(t), None)
         return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()

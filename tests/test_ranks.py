@@ -1,0 +1,155 @@
+"""Two processes (gloo) do what one does: train to the same weights, resume bit for bit, pool every metric."""
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from unclip_pl import metrics
+from unclip_pl.checkpoint import read_checkpoint
+from unclip_pl.trainer_cli import build
+
+Small = Callable[..., list[str]]
+VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp_fork", "--data.init_args.batch_size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+
+
+def fit(line: list[str], out: Path, resume: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The network's first weights, and the last checkpoint."""
+    cli = build(["--trainer.accelerator", "cpu", *line, "--trainer.logger.init_args.save_dir", str(out)])
+    start = {name: value.clone() for name, value in cli.model.named_parameters()}
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
+    return start, read_checkpoint(last(out))
+
+
+def last(out: Path) -> Path:
+    """The checkpoint of the only run in a folder."""
+    (path,) = out.rglob("last.ckpt")
+    return path
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "prior",
+        pytest.param("ar_prior", marks=pytest.mark.slow),
+        pytest.param("decoder", marks=pytest.mark.slow),
+        pytest.param("upsampler", marks=pytest.mark.slow),
+        "clip",
+    ],
+)
+def test_two_processes_train_as_one(part: str, small: Small, tmp_path: Path) -> None:
+    line = small(part, tmp_path, "--trainer.max_steps", "3", "--trainer.limit_val_batches", "0")
+    if (
+        part == "clip"
+    ):  # one without batch norm, which sees its own rank's batch alone (trainer.sync_batchnorm needs GPUs)
+        (tmp_path / "tiny-vit.json").write_text(json.dumps(VIT))
+        open_clip.add_model_config(tmp_path / "tiny-vit.json")
+        line += ["--data.init_args.clip.name", "tiny-vit"]
+    # Adam divides by the root of tiny second moments, where rounding is all there is: a larger eps keeps it down.
+    line += ["--model.init_args.optimization.warmup_steps", "0", "--model.init_args.optimization.eps", "1e-4"]
+    start, one = fit(line, tmp_path / "one")
+    _, two = fit([*line, *TWO], tmp_path / "two")
+    one, two = (end.get("current_model_state", end["state_dict"]) for end in (one, two))
+    moved = sum((one[name] - value).square().sum() for name, value in start.items())
+    apart = sum((one[name] - two[name]).square().sum() for name in start)
+    assert moved > 0
+    assert apart <= 1e-8 * moved  # 1e-4 of the way
+
+
+def test_two_processes_resume_bit_for_bit(small: Small, tmp_path: Path) -> None:
+    line = [*small("prior", tmp_path, "--trainer.max_steps", "7"), *TWO]
+    line += ["--model.init_args.optimization.decay", "constant"]
+    _, whole = fit(line, tmp_path / "whole")
+    fit([*line, "--trainer.max_steps", "3"], tmp_path / "cut")
+    _, resumed = fit(line, tmp_path / "resumed", resume=last(tmp_path / "cut"))
+    for part in ("current_model_state", "state_dict"):
+        names = [name for name in whole[part] if name != "train_seconds"]
+        assert all(torch.equal(whole[part][name], resumed[part][name]) for name in names)
+    assert len(whole["random_state"]) == 2
+    assert str(whole["random_state"]) == str(resumed["random_state"])
+
+
+def unit(n: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def updates(metric: Metric, rows: slice) -> None:
+    """Give a metric some rows of the same data."""
+    a, b = unit(31, 0)[rows], unit(31, 1)[rows]
+    match metric:
+        case metrics.FrechetDistance() | metrics.NeighbourScores():
+            metric.update(a, real=True)
+            metric.update(b, real=False)
+        case metrics.VendiScore():
+            metric.update(a)
+        case metrics.AttributeMatch():
+            metric.update((a[:, :5] > 0).long(), (b[:, :5] > 0).long() - 1)
+        case metrics.EmbeddingCalibration():
+            metric.update(torch.stack([a, b], dim=1), a)
+        case _:
+            metric.update(a, b)
+
+
+def every_metric() -> list[Metric]:
+    return [
+        metrics.AttributeMatch(5),
+        metrics.CLIPScore(),
+        metrics.EmbeddingCalibration(),
+        metrics.FrechetDistance(8),
+        metrics.NeighbourScores(),
+        metrics.RetrievalRecall(2),
+        metrics.VendiScore(),
+    ]
+
+
+def scores(metric: Metric) -> list[float]:
+    value = metric.compute()
+    parts = value if isinstance(value, tuple) else (value,)
+    return torch.cat([torch.as_tensor(part, dtype=torch.float64).flatten() for part in parts]).tolist()
+
+
+def pool(rank: int, out: Path) -> None:
+    """One of two processes: 20 rows here, 11 there, in batches of 4."""
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    pooled = every_metric()
+    for metric in pooled:
+        for first in range(0, 20, 4) if rank == 0 else range(20, 31, 4):
+            updates(metric, slice(first, min(first + 4, 20 if rank == 0 else 31)))
+    torch.save([scores(metric) for metric in pooled], out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_metric_pools_to_one_value(tmp_path: Path) -> None:
+    assert {type(metric).__name__ for metric in every_metric()} == {
+        name
+        for name in metrics.__all__
+        if isinstance(kind := getattr(metrics, name), type) and issubclass(kind, Metric)
+    }
+    torch.multiprocessing.start_processes(pool, (tmp_path,), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for metric, first, second in zip(every_metric(), *ranks, strict=True):
+        updates(metric, slice(None))
+        assert first == second
+        assert first == pytest.approx(scores(metric), rel=1e-6), metric
