@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def previous_of(path: Path) -> Path:
+    """Where the file that a checkpoint has replaced is kept: ``last.previous.ckpt`` beside ``last.ckpt``."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def check_archive(path: str | Path) -> None:
     """Compare every member of a ``torch.save`` file with its checksum, which torch itself does not do.
 

@@ -20,13 +20,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from unclip_pl.checkpoint import read_checkpoint
+from unclip_pl.checkpoint import previous_of, read_checkpoint
 from unclip_pl.data.atomic import replacing
-
-
-def previous_of(path: Path) -> Path:
-    """Where the file that a checkpoint has replaced is kept: ``last.previous.ckpt`` beside ``last.ckpt``."""
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 class CheckpointFiles(TorchCheckpointIO):

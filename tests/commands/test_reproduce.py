@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def test_an_interrupted_stage_goes_on(journal: Journal) -> None:
     journal.fails = ""
     reproduce(chain(), str(journal.run))
     assert journal.asked == ["a", "b", "c", "c", "d"]
-    assert all(record["done"] for record in json.loads((journal.run / "stages.json").read_text()).values())
+    records = json.loads((journal.run / "stages.json").read_text()).values()
+    assert all(record["done"] for record in records)
+    assert all(re.match("[0-9a-f]{12}|unknown", commit) for record in records for commit in record["commits"])
+    assert all(len(record["commits"]) == 1 for record in records)
 
 
 def test_a_changed_stage_takes_what_depends_on_it_along_and_nothing_else(journal: Journal) -> None:

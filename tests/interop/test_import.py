@@ -219,7 +219,7 @@ def test_fit_goes_on_from_an_imported_part(
         assert after["global_step"] == 2
         trained = after["current_model_state"]
         moved = [(trained[key] - before[key]).abs().max().item() for key in before if key.startswith("net.")]
-        assert 0 < max(moved) <= 2.1e-6  # AdamW's first two steps: weights it started from are the imported ones
+        assert 0 < max(moved) <= 2.5e-6  # two steps of AdamW, rounded: it started from the imported weights
         if part != "upsampler":
             assert torch.equal(trained["space.raw_std"], karlo.prior.clip_std[0])
 

@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from unclip_pl.checkpoint import previous_of
 from unclip_pl.cli import dispatch
 from unclip_pl.commands.plan import Stage, work, write_out
 from unclip_pl.data.shards import list_shards
-from unclip_pl.evaluation.provenance import STAGES
+from unclip_pl.evaluation.provenance import STAGES, commit
 from unclip_pl.evaluation.report import render
 from unclip_pl.evaluation.study_page import log_study, print_study, render_study
 from unclip_pl.pipeline import write_run
@@ -73,7 +74,8 @@ def reproduce(
         if not resumed:
             _set_aside(root, name, recipe.kept(name))
             stamp = secrets.token_hex(8)
-            record = {"key": key, "stamp": stamp, "command": words, "seconds": 0.0, "done": False}
+            record = {"key": key, "stamp": stamp, "command": words, "seconds": 0.0, "done": False, "commits": []}
+        record["commits"] = list(dict.fromkeys([*record.get("commits", []), commit()]))  # several, if it was resumed
         recipe.write(name, record)
         if compare and words[0] == "test":
             write_run(root, describe_run(compare, root))
@@ -263,4 +265,5 @@ def _set_aside(root: Path, name: str, kept: Path | None) -> None:
 
 def _resume(root: Path, name: str, words: list[str]) -> list[str]:
     checkpoint = root / name / "checkpoints" / "last.ckpt"
-    return ["--ckpt_path", str(checkpoint)] if words[0] == "fit" and checkpoint.is_file() else []
+    found = checkpoint.is_file() or previous_of(checkpoint).is_file()
+    return ["--ckpt_path", str(checkpoint)] if words[0] == "fit" and found else []

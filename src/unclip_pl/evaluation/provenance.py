@@ -19,7 +19,7 @@ PACKAGES = ("unclip_pl", "torch", "lightning", "open_clip_torch", "torchmetrics"
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Commit, hardware and versions."""
-    return {"commit": _commit(), "hardware": _hardware(device), "versions": _versions()}
+    return {"commit": commit(), "hardware": _hardware(device), "versions": _versions()}
 
 
 def settings(thing: Any) -> Any:
@@ -53,7 +53,7 @@ def stage_seconds(run: Path, comparison: float) -> dict[str, float]:
     return {name: record["seconds"] + (0 if record["done"] else comparison) for name, record in records.items()}
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the working tree that this code lies in; marked where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

@@ -71,8 +71,10 @@ class TrainingRecord:
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "TrainingRecord":
         """Read it out of a Lightning checkpoint."""
-        seconds = checkpoint.get("current_model_state", checkpoint["state_dict"])["train_seconds"]
-        return cls(int(checkpoint["global_step"]), float(seconds))
+        state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # where the first release kept it
+        return cls(
+            int(checkpoint["global_step"]), float(checkpoint.get("train_seconds", state.get("train_seconds", 0)))
+        )
 
 
 class Task(LightningModule):
@@ -85,12 +87,11 @@ class Task(LightningModule):
     record: TrainingRecord | None = None
 
     net: nn.Module
-    train_seconds: Tensor
 
     def __init__(self, optimization: Optimization | None = None) -> None:
         super().__init__()
         self.optimization = optimization or Optimization()
-        self.register_buffer("train_seconds", torch.zeros((), dtype=torch.float64))
+        self.train_seconds = 0.0
         self._started = 0.0
         self._configured: list[dict[str, Any]] = []
 
@@ -163,6 +164,18 @@ class Task(LightningModule):
         self._configured = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in fresh]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What training took travels beside the weights."""
+        checkpoint["train_seconds"] = self.train_seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.train_seconds = checkpoint.get("train_seconds", 0.0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}train_seconds", None)  # a buffer once, in checkpoints of the first release
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As every module; weights of another network are an error that a user can mend.
 
@@ -204,6 +217,7 @@ class EmbeddingTask(Task):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with weights that were trained in another CLIP's space."""
+        super().on_load_checkpoint(checkpoint)
         saved = checkpoint["state_dict"].get("space.fingerprint_bytes")
         if saved is None:
             raise ValueError(f"The checkpoint holds no {type(self).__name__}: it knows no embedding space.")

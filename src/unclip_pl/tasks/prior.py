@@ -112,6 +112,7 @@ class DiffusionPriorTask(EmbeddingTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """``posterior_mse`` travels beside the weights."""
+        super().on_save_checkpoint(checkpoint)
         if self.posterior_mse is not None:
             checkpoint["posterior_mse"] = self.posterior_mse
 
