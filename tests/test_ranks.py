@@ -1,7 +1,13 @@
 """Two processes (gloo) do what one does: train to the same weights, resume bit for bit, pool every metric."""
 
 import json
+import os
+import random
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +92,25 @@ def test_two_processes_resume_bit_for_bit(small: Small, tmp_path: Path) -> None:
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
     assert len(whole["random_state"]) == 2
     assert str(whole["random_state"]) == str(resumed["random_state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_both_at_the_same_step(number: signal.Signals, small: Small, tmp_path: Path) -> None:
+    line = small("prior", tmp_path, *TWO, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
+    line += ["--trainer.max_steps", "1000000", "--trainer.logger.init_args.version", ""]
+    command = [sys.executable, "-m", "unclip_pl", "fit", *line]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not list(tmp_path.rglob("last.ckpt")):
+        time.sleep(0.05)
+    time.sleep(random.random())
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped at step {read_checkpoint(last(tmp_path))['global_step']}: " in said
 
 
 def unit(n: int, seed: int) -> Tensor:

@@ -165,28 +165,49 @@ def test_a_signal_ends_the_step_saves_and_says_where(
     assert_same(whole, fit(line, resume=last), since=step, validated=step != 8)
 
 
-def kill_when(step: int, line: list[str], last: Path, number: signal.Signals) -> int:
-    """Start a fit as a process and strike it once its checkpoint is past a step. Its exit status."""
-    process = subprocess.Popen([sys.executable, "-m", "unclip_pl", "fit", *line])
-    while process.poll() is None and (not last.is_file() or read_checkpoint(last)["global_step"] < step):
+def kill(line: list[str], last: Path, delay: float = 0.0) -> int:
+    """Start a fit as a process, and kill it some seconds after it has saved. The step that is on disk then."""
+    before = last.stat().st_mtime_ns if last.is_file() else 0
+    resume = ["--ckpt_path", str(last)] if before else []
+    process = subprocess.Popen([sys.executable, "-m", "unclip_pl", "fit", *line, *resume])
+    while process.poll() is None and (not last.is_file() or last.stat().st_mtime_ns == before):
         time.sleep(0.01)
-    process.send_signal(number)
-    return process.wait()
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    return read_checkpoint(last)["global_step"]
+
+
+def endless(part: str, small: Small, out: Path, workers: int) -> list[str]:
+    """Options of a fit that saves every other step, and knows nothing of its end."""
+    line = small(part, out, *DROPOUT.get(part, []), "--data.init_args.num_workers", str(workers))
+    line += ["--model.init_args.optimization.decay", "constant", "--trainer.max_steps", "1000000"]
+    line += ["--trainer.callbacks", "unclip_pl.callbacks.WarmupEMA"]
+    line += ["--trainer.callbacks+", "unclip_pl.resume.StepCheckpoint"]
+    return [*line, "--trainer.callbacks.every_n_train_steps", "2", "--trainer.logger.init_args.version", ""]
 
 
 def test_sigkill(small: Small, tmp_path: Path) -> None:
-    every = [
-        "--trainer.callbacks",
-        "unclip_pl.callbacks.WarmupEMA",
-        "--trainer.callbacks+",
-        "unclip_pl.resume.StepCheckpoint",
-    ]
-    every += ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.logger.init_args.version", ""]
-    line = small("prior", tmp_path / "cut", *every)
+    line = endless("prior", small, tmp_path / "cut", workers=2)
     last = tmp_path / "cut" / "prior-tiny" / "checkpoints" / "last.ckpt"
-    assert kill_when(1, line, last, signal.SIGKILL) == -signal.SIGKILL
-    step = read_checkpoint(last)["global_step"]
-    assert_same(fit(small("prior", tmp_path, *every)), fit(line, resume=last), since=step)
+    step = kill(line, last)
+    end = ["--trainer.max_steps", str(step + 5)]
+    whole = fit([*endless("prior", small, tmp_path, workers=2), *end])
+    assert_same(whole, fit([*line, *end], resume=last), since=step)
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.previous.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_at_random_moments(part: str, workers: int, small: Small, tmp_path: Path) -> None:
+    line = endless(part, small, tmp_path / "cut", workers)
+    last = tmp_path / "cut" / f"{part.replace('_', '-')}-tiny" / "checkpoints" / "last.ckpt"
+    steps = [kill(line, last, delay=random.random() / 4) for _ in range(4)]
+    assert steps == sorted(steps)
+    end = ["--trainer.max_steps", str(steps[-1] + 5)]
+    whole = fit([*endless(part, small, tmp_path, workers), *end])
+    assert_same(whole, fit([*line, *end], resume=last), since=steps[-1])
     assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.previous.ckpt"]
 
 

@@ -241,11 +241,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 class Signals(Callback):
     """SIGTERM during a fit is Lightning's: it ends the batch, and the checkpoint is saved. So is the first Ctrl-C.
 
-    The second Ctrl-C stops at once.
+    The second Ctrl-C stops at once. Several processes agree on the batch: Lightning has each of them broadcast from
+    inside its signal handler, in the midst of whatever they exchange there, and they hang.
     """
 
     def __init__(self) -> None:
         self.ctrl_c = False
+        self._asked = False
+        self._trainer: Trainer | None = None
         self._before: Any = None
 
     def on_fit_start(self, *_: Any) -> None:
@@ -253,10 +256,22 @@ class Signals(Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def on_train_start(self, *_: Any) -> None:
-        """Listens to Ctrl-C."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._finish_step)
+            if trainer.world_size > 1:
+                self._trainer = trainer
+                signal.signal(signal.SIGTERM, self._ask)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Asks the others."""
+        self._agree(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Likewise."""
+        if not trainer.sanity_checking:
+            self._agree(trainer)
 
     def on_train_end(self, *_: Any) -> None:
         """Listens no more."""
@@ -265,6 +280,16 @@ class Signals(Callback):
     def on_exception(self, *_: Any) -> None:
         """Likewise."""
         self._restore()
+
+    def _ask(self, number: int, _: Any) -> None:
+        launcher = self._trainer.strategy.launcher if self._trainer else None
+        if launcher is not None and not self._asked:
+            launcher.kill(signal.Signals(number))
+        self._asked = True
+
+    def _agree(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            trainer._signal_connector.received_sigterm = True
 
     def _finish_step(self, *_: Any) -> None:
         self.ctrl_c = True
