@@ -1,17 +1,22 @@
 """Every config parses with the real parser; every tiny one trains a few steps and reloads from its checkpoint alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 
 from unclip_pl.__main__ import main
 from unclip_pl.data.shards import index_shard
+from unclip_pl.resume import StepCheckpoint
 from unclip_pl.tasks import Task, load_task
-from unclip_pl.trainer_cli import LINKS
+from unclip_pl.trainer_cli import LINKS, build
 
+SLURM = "configs/trainer/slurm.yaml"
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = ("prior", "ar_prior", "decoder", "upsampler")
 TRAINING = [CONFIGS / part / "tiny.yaml" for part in PARTS] + sorted(CONFIGS.glob("clip/*.yaml"))
@@ -56,6 +61,26 @@ def test_every_config_says_what_it_is(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
+def test_several_processes_are_lightnings(
+    small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = small("prior", tmp_path, "--trainer.accelerator", "cpu")
+    trainer = build([*line, "--config", "configs/trainer/ddp.yaml"]).trainer
+    assert isinstance(trainer.strategy, DDPStrategy)
+    ids = {"LOCALID": "1", "PROCID": "3", "NODEID": "1", "NTASKS": "4", "NTASKS_PER_NODE": "2", "JOB_NAME": "fit"}
+    for name, value in (ids | {"JOB_ID": "7", "NODELIST": "here", "NNODES": "2"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    # As a job's process reads it: the part's config first.
+    cli = build(["--config", "configs/prior/tiny.yaml", *line[2:], "--trainer.devices", "2", "--config", SLURM])
+    trainer = cli.trainer
+    assert (trainer.num_nodes, trainer.world_size, trainer.global_rank, trainer.local_rank) == (2, 4, 3, 1)
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+    assert (trainer.logger.name, trainer.logger.version) == ("prior-tiny", "")
+    assert any(isinstance(callback, StepCheckpoint) for callback in trainer.callbacks)
+
+
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_evaluation_and_prediction_run(path: Path, mini_run: Path, tmp_path: Path) -> None:
     verb = "test" if path.parent.name == "evaluate" else "predict"
@@ -74,3 +99,17 @@ def test_evaluation_and_prediction_run(path: Path, mini_run: Path, tmp_path: Pat
     if path.stem == "images":
         (shard,) = (tmp_path / "out").iterdir()
         assert len(index_shard(shard).entries) == 24
+
+
+def test_a_prior_of_ones_own_enters_by_its_class_path(
+    mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_priors.py").write_text(
+        "from unclip_pl.priors import TextEmbedding\n\nclass Mine(TextEmbedding):\n    pass\n"
+    )
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {priors: {mine: {class_path: my_own_priors.Mine}}}}")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = ["--config", "configs/compare/tiny.yaml", "--config", str(tmp_path / "mine.yaml")]
+    line += ["--data.init_args.source", f"{mini_run}/data", "--data.init_args.store", f"{mini_run}/store"]
+    cli = build([*line, "--data.init_args.clip.pretrained", f"{mini_run}/clip/checkpoints/last.ckpt"])
+    assert type(cli.model.priors["mine"]).__name__ == "Mine"

@@ -62,7 +62,7 @@ class Keep(Callback):
             self.at[trainer.global_step].write_bytes(last.read_bytes())
 
 
-def fit(line: list[str], *callbacks: Callback, resume: Path | None = None) -> Fit:
+def fit(line: list[str], *callbacks: Callback, resume: Path | str | None = None) -> Fit:
     """Run it, and forget all that the process knew before."""
     cli = build(line)
     seen = Fit()
@@ -193,7 +193,7 @@ def test_sigkill(small: Small, tmp_path: Path) -> None:
     step = kill(line, last)
     end = ["--trainer.max_steps", str(step + 5)]
     whole = fit([*endless("prior", small, tmp_path, workers=2), *end])
-    assert_same(whole, fit([*line, *end], resume=last), since=step)
+    assert_same(whole, fit([*line, *end], resume="last"), since=step)  # Lightning finds it in the run's folder
     assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.previous.ckpt"]
 
 
