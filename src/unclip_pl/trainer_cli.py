@@ -13,11 +13,13 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.callbacks import StepProgressBar
+from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.cli import LINKS
 from unclip_pl.resume import CheckpointFiles, ExactResume, Signals
 
@@ -82,7 +84,9 @@ class UnclipCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, CheckpointFiles()]
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        only_plain(trainer.strategy)
+        return trainer
 
     def fit(self, **kwargs: Any) -> None:
         """Train; a run that is stopped says what goes on from where.
@@ -104,6 +108,29 @@ class UnclipCLI(LightningCLI):
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
+
+
+def only_plain(strategy: Strategy) -> None:
+    """Lightning's FSDP and DeepSpeed read checkpoints in ways of their own, by pickle: a file has to prove plain first.
+
+    Raises:
+        ValueError: by the strategy, on loading anything else.
+    """
+    kind = type(strategy)
+    if kind.load_checkpoint is Strategy.load_checkpoint or not kind.__module__.startswith("lightning."):
+        return
+    load = strategy.load_checkpoint
+
+    def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(checkpoint_path).is_dir():
+            raise ValueError(
+                f"{checkpoint_path} is a folder of shards, which torch unpickles. Expected one file: save with "
+                "trainer.strategy.init_args.state_dict_type full."
+            )
+        read_checkpoint(checkpoint_path, mmap=True)
+        return load(checkpoint_path, *args, **kwargs)
+
+    setattr(strategy, "load_checkpoint", checked)  # noqa: B010 (mypy: a method)
 
 
 class RunConfig(SaveConfigCallback):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,21 @@ def test_pairs_are_those_of_the_store(pairs: PairStore, data: UnclipDataModule) 
     assert torch.equal(ours.image, theirs.image)
     assert torch.equal(ours.tokens[:, : theirs.text.tokens.shape[1]], theirs.text.tokens)
     assert np.array_equal(pairs.rows(Split.HELDOUT), data.embeddings.rows(Split.HELDOUT))
+
+
+def test_a_batch_keeps_its_size_whatever_went_bad_since(tmp_path: Path, source: Path, encoder: ClipEncoder) -> None:
+    shutil.copytree(source, tmp_path / "shards")
+    pairs = PairStore(str(tmp_path / "shards"), encoder.tokenize, image_size=32, memory=0)
+    rows = pairs.rows(Split.TRAIN)[:5]
+    draws = np.zeros(5, np.uint64)
+    before = pairs.batch(RowBatch(rows, draws))
+    shard, entry = pairs.entries[rows[1]]
+    with shard.open("r+b") as file:
+        file.seek(entry.image[0])
+        file.write(b"junk")
+    after = pairs.batch(RowBatch(rows, draws))
+    for was, now in zip(before, after, strict=True):
+        assert torch.equal(now, was[[0, 2, 3, 4, 0]])
 
 
 def test_shifts_move_whole_images_and_repeat_the_edge(pairs: PairStore) -> None:

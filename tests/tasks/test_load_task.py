@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
@@ -14,6 +15,7 @@ from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import DiffusionPrior
 from unclip_pl.resume import CheckpointFiles
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
+from unclip_pl.trainer_cli import only_plain
 
 
 def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path, tmp_path: Path) -> None:
@@ -64,6 +66,12 @@ def test_a_pickle_does_not_run(mini_run: Path, tmp_path: Path) -> None:
             read()
     with pytest.raises(ValueError, match="no plain CLIP weights"):
         ClipSpec("tiny-rn", str(crafted)).load()
+    sharded = FSDPStrategy()
+    only_plain(sharded)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        sharded.load_checkpoint(crafted)
+    with pytest.raises(ValueError, match="folder of shards"):
+        sharded.load_checkpoint(tmp_path)
     assert not sprung.exists()
 
 

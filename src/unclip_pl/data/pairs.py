@@ -86,7 +86,7 @@ class PairStore:
         return torch.cat(images)
 
     def _load(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Images of those rows that have a readable one, and which they are."""
+        """As many images as rows, of those that have a readable one, and which they are."""
         if self.images is not None:
             return self.images[torch.from_numpy(rows)], np.arange(len(rows))
         images, good = [], []
@@ -101,7 +101,9 @@ class PairStore:
             good.append(place)
         if not images:
             raise ValueError(f"Expected readable images in {self.entries[rows[0]][0]}. Got a whole batch of bad ones.")
-        return torch.stack(images), np.array(good)
+        # Others in their places: ranks exchange their batches, which have to be of one size.
+        again = np.resize(np.arange(len(good)), len(rows))
+        return torch.stack(images)[torch.from_numpy(again)], np.array(good)[again]
 
 
 def _shifted(images: Tensor, draws: np.ndarray, shift: int) -> Tensor:
