@@ -1,12 +1,15 @@
 """``unclip pack shapes | folder | coco``: make source shards."""
 
-from collections import Counter
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
-from unclip_pl.data.pack import Encoding, Sample, coco_samples, shapes_samples, table_samples, write_shards
+from unclip_pl.data.pack import Form, pack_shards, require_good
+from unclip_pl.data.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
+from unclip_pl.data.transforms import Encoding
 from unclip_pl.shapes.render import Split
 
 
@@ -19,8 +22,9 @@ def pack_shapes(
     size: int = 32,
     seed: int = 0,
     shard_size: int = 2000,
+    num_workers: int = 0,
 ) -> None:
-    """Render and caption the built-in shapes.
+    """Render and caption the built-in shapes. Run again, it goes on where it stopped.
 
     Args:
         out: folder of the shards.
@@ -30,11 +34,12 @@ def pack_shapes(
         size: side in pixels.
         seed: of everything that is drawn.
         shard_size: images of a shard.
+        num_workers: processes that encode and write; 0 is this one.
     """
     for split, count in zip(get_args(Split), (train, val, heldout), strict=True):
         if count:
             samples = shapes_samples(count, split=split, size=size, seed=seed)
-            write_shards(tqdm(samples, split, count, unit=" images"), out, split, shard_size=shard_size)
+            _pack(samples, count, out, split, shard_size, Form(encode="png"), num_workers, 0.0)
 
 
 def pack_folder(
@@ -46,10 +51,14 @@ def pack_folder(
     caption_column: str = "caption",
     split: str = "data",
     size: int | None = None,
-    encode: Encoding = "jpg",
+    resize: Literal["square", "shorter"] = "square",
+    encode: Encoding | None = None,
+    quality: int = 95,
     shard_size: int = 1000,
+    num_workers: int = 0,
+    max_bad_fraction: float = 0.01,
 ) -> None:
-    """Pack a folder of images whose captions stand in a CSV or TSV file.
+    """Pack a folder of images whose captions stand in a CSV or TSV file. Run again, it goes on where it stopped.
 
     Args:
         images: folder of the images.
@@ -58,15 +67,18 @@ def pack_folder(
         image_column: column of the file names, relative to the folder.
         caption_column: column of the captions.
         split: train, val or heldout; any other name leaves the split to a hash of the key (96, 2 and 2 %).
-        size: side of the central square to cut; without it the files stay as they are.
-        encode: format of the squares.
-        shard_size: images of a shard.
+        size: pixels of the shorter side; without it every image keeps its size.
+        resize: square cuts the central square, as CLIP does; shorter keeps the whole picture.
+        encode: format of all images; without it each keeps its own. A file that is neither resized nor brought into
+            another format stays as it is.
+        quality: of JPEG and WebP images that are encoded, 1 to 100.
+        shard_size: rows of a shard, by images.
+        num_workers: processes that read, resize and write; 0 is this one.
+        max_bad_fraction: largest share of images that are missing, damaged or without a caption.
     """
-    skipped: Counter[str] = Counter()
-    samples = table_samples(
-        images, table, image_column=image_column, caption_column=caption_column, size=size, skipped=skipped
-    )
-    _write(samples, out, split, shard_size, encode, skipped)
+    samples = table_samples(images, table, image_column=image_column, caption_column=caption_column)
+    form = Form(size, resize, encode, quality)
+    _pack(samples, len(samples), out, split, shard_size, form, num_workers, max_bad_fraction)
 
 
 def pack_coco(
@@ -76,34 +88,56 @@ def pack_coco(
     *,
     split: str = "data",
     size: int | None = None,
-    encode: Encoding = "jpg",
+    resize: Literal["square", "shorter"] = "square",
+    encode: Encoding | None = None,
+    quality: int = 95,
     shard_size: int = 1000,
+    num_workers: int = 0,
+    max_bad_fraction: float = 0.01,
 ) -> None:
-    """Pack COCO images with all their captions.
+    """Pack COCO images with all their captions. Run again, it goes on where it stopped.
 
     Args:
         images: folder of the images.
         annotations: captions_train2014.json or the like.
         out: folder of the shards.
         split: train, val or heldout; any other name leaves the split to a hash of the key (96, 2 and 2 %).
-        size: side of the central square to cut; without it the files stay as they are.
-        encode: format of the squares.
+        size: pixels of the shorter side; without it every image keeps its size.
+        resize: square cuts the central square, as CLIP does; shorter keeps the whole picture.
+        encode: format of all images; without it each keeps its own. A file that is neither resized nor brought into
+            another format stays as it is.
+        quality: of JPEG and WebP images that are encoded, 1 to 100.
         shard_size: images of a shard.
+        num_workers: processes that read, resize and write; 0 is this one.
+        max_bad_fraction: largest share of images that are missing, damaged or without a caption.
     """
-    skipped: Counter[str] = Counter()
-    samples = coco_samples(images, annotations, size=size, skipped=skipped)
-    _write(samples, out, split, shard_size, encode, skipped)
+    samples: FileSamples = coco_samples(images, annotations)
+    form = Form(size, resize, encode, quality)
+    _pack(samples, len(samples), out, split, shard_size, form, num_workers, max_bad_fraction)
 
 
-def _write(
-    samples: Iterator[Sample], out: str, split: str, shard_size: int, encode: Encoding, skipped: Counter[str]
+def _pack(
+    samples: Iterable[Sample],
+    count: int,
+    out: str,
+    split: str,
+    shard_size: int,
+    form: Form,
+    num_workers: int,
+    max_bad_fraction: float,
 ) -> None:
-    """Write shards, then say what was left out."""
-    try:
-        write_shards(tqdm(samples, split, unit=" images"), out, split, shard_size=shard_size, encode=encode)
-    finally:
-        for reason, count in skipped.most_common():
-            print(f"skipped {count} image(s): {reason}")
+    """Write shards under a progress bar, then say what was left out."""
+    shards = pack_shards(samples, out, split, shard_size=shard_size, form=form, num_workers=num_workers)
+    done = []
+    with closing(shards), tqdm(desc=split, total=count, unit=" images") as bar:
+        for shard in shards:
+            done.append(shard)
+            bar.update(shard.samples + sum(map(len, shard.skipped.values())))
+    for reason in sorted({reason for shard in done for reason in shard.skipped}):
+        names = [name for shard in done for name in shard.skipped.get(reason, ())]
+        print(f"skipped {len(names)}, {reason}: {', '.join(map(ascii, names[:3]))}{', …' if len(names) > 3 else ''}")
+    require_good(out, done, max_bad_fraction)
+    print(f"{sum(shard.samples for shard in done)} image(s) in {len(done)} shard(s): {Path(out) / split}-*.tar")
 
 
 COMMANDS = {"shapes": pack_shapes, "folder": pack_folder, "coco": pack_coco}
