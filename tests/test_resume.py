@@ -42,7 +42,8 @@ class Fit(Callback):
     last: Path | None = None
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.train[trainer.global_step] = outputs["loss"].item()
+        if not trainer.fit_loop._should_accumulate():
+            self.train[trainer.global_step] = outputs["loss"].item()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -120,6 +121,23 @@ def test_it_goes_on_from_every_step(part: str, workers: int, small: Small, tmp_p
     line = small(part, tmp_path, *DROPOUT.get(part, []), "--data.init_args.num_workers", str(workers))
     keep = Keep(tmp_path, *range(1, STEPS))
     whole = fit(line, keep)
+    for step, checkpoint in keep.at.items():
+        assert_same(whole, fit(line, resume=checkpoint), since=step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "accumulate_grad_batches 2",
+        "limit_train_batches 4",
+        "max_epochs 2 max_steps -1 val_check_interval 1.0 check_val_every_n_epoch 1",
+    ],
+)
+def test_whatever_an_epoch_is(settings: str, small: Small, tmp_path: Path) -> None:
+    pairs = zip(settings.split()[::2], settings.split()[1::2], strict=True)
+    line = small("prior", tmp_path, *(word for key, value in pairs for word in (f"--trainer.{key}", value)))
+    whole = fit(line, keep := Keep(tmp_path, 2, 3, 4, 5, 6, 7))
     for step, checkpoint in keep.at.items():
         assert_same(whole, fit(line, resume=checkpoint), since=step)
 

@@ -27,9 +27,10 @@ from unclip_pl.data.atomic import replacing
 class CheckpointFiles(TorchCheckpointIO):
     """Checkpoints are whole or not there, and one that went bad on disk does not end the run.
 
-    Written under a temporary name in the same folder and renamed (Lightning's own way through ``/tmp`` copies where
-    that is another file system); what is replaced stays as ``*.previous.ckpt``, and is read with a warning in place of
-    a damaged one. Nothing but plain data is ever read, see :func:`~unclip_pl.checkpoint.read_checkpoint`.
+    Written under a temporary name in the same folder and renamed (Lightning goes through the system's temporary folder,
+    and copies where that is another file system); what is replaced stays as ``*.previous.ckpt``, and is read with a
+    warning in place of a damaged one. Nothing but plain data is ever read, see
+    :func:`~unclip_pl.checkpoint.read_checkpoint`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
