@@ -63,14 +63,14 @@ class Keep(Callback):
             self.at[trainer.global_step].write_bytes(last.read_bytes())
 
 
-def fit(line: list[str], *callbacks: Callback, resume: Path | str | None = None) -> Fit:
+def fit(line: list[str], *callbacks: Callback, resume: Path | str | None = None, every: int = 1) -> Fit:
     """Run it, and forget all that the process knew before."""
     cli = build(line)
     seen = Fit()
     cli.trainer.callbacks[:0] = [seen, *callbacks]
     for callback in cli.trainer.callbacks:
         if hasattr(callback, "_every_n_train_steps"):
-            callback._every_n_train_steps = 1
+            callback._every_n_train_steps = every
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
     seen.last = Path(cli.trainer.checkpoint_callback.last_model_path)
     seen.weights = state(read_checkpoint(seen.last))
@@ -101,10 +101,10 @@ def assert_same(one: Fit, other: Fit, since: int, *, validated: bool = True) -> 
 def test_it_goes_on_inside_an_epoch(part: str, small: Small, tmp_path: Path) -> None:
     line = small(part, tmp_path, *DROPOUT.get(part, []))
     keep = Keep(tmp_path, 7)
-    whole = fit(line, keep)
+    whole = fit(line, keep, every=7)
     assert list(whole.train) == list(range(1, STEPS + 1))
     assert list(whole.val) == [4, 8, 12]
-    assert_same(whole, fit(line, resume=keep.at[7]), since=7)
+    assert_same(whole, fit(line, resume=keep.at[7], every=7), since=7)
 
 
 def test_cut_again_and_again_and_at_the_end_of_an_epoch(small: Small, tmp_path: Path) -> None:
