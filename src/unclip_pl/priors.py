@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from unclip_pl.diffusion import Ancestral, Denoised, Sampler, clip_x0, guided
 from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.nn.codec import EmbeddingCodec
+from unclip_pl.nn.files import read_tensors
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
@@ -205,12 +205,9 @@ class LinearPrior(Prior):
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Read weight and bias."""
-        path = root / self.checkpoint
-        if not path.is_file():
-            raise FileNotFoundError(f"No linear prior at {path}: fit one with `unclip linear`.")
-        with safe_open(str(path), framework="pt", device=device) as file:
-            self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
-            metadata = file.metadata() or {}
+        path, names = root / self.checkpoint, ("weight", "bias")
+        tensors, metadata = read_tensors(path, names, what="linear prior", command="unclip linear", device=device)
+        self.weight, self.bias = (tensors[name] for name in names)
         self.num_parameters = self.weight.numel() + self.bias.numel()
         self.record = TrainingRecord(0, float(metadata.get("seconds", 0)))
         self.fingerprint = metadata.get("fingerprint", "")

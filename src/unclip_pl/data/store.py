@@ -222,6 +222,14 @@ def _open(path: Path, source: str, image_size: int) -> EmbeddingStore:
     return EmbeddingStore(path, source, image_size=image_size)
 
 
+def _ascends(offsets: np.ndarray) -> bool:
+    return bool(offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all())
+
+
+def _lies_in(rows: np.ndarray, count: int) -> bool:
+    return bool((rows >= 0).all() and (rows < count).all())
+
+
 def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
     """Counts of the manifest against those of the file, and those of the file against each other."""
     images, captions = len(features.image_embed), len(features.text_embed)
@@ -232,9 +240,11 @@ def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
         and captions + 1 == len(features.text_offsets) == len(features.captions_offsets)
         and features.caption_offsets[-1] == len(features.caption_rows)
         and features.text_offsets[-1] == len(features.text_states) == len(features.text_tokens)
+        and all(_ascends(getattr(features, name)) for name in features._fields if name.endswith("_offsets"))
+        and _lies_in(features.caption_rows, captions)
     )
     if not agree:
         raise ValueError(
             f"{path}: expected {record.images} images and {record.captions} captions as in the manifest. Got {images} "
-            f"and {captions}, or columns of different lengths: delete the file and run `unclip precompute`."
+            f"and {captions}, or columns that do not fit each other: delete the file and run `unclip precompute`."
         )

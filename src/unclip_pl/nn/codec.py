@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip_pl.nn.files import read_tensors
 from unclip_pl.nn.space import Moments
 
 #: Called once per pass over the training set; yields raw (image_embed (B, d), text_embed (B, d)).
@@ -72,10 +72,8 @@ class EmbeddingCodec(nn.Module):
         super().__init__()
         tensors: dict[str, Tensor] = {}
         if path:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"No codec at {path}: run `unclip codec` first.")
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = EmbeddingCodec.__annotations__
+            tensors = read_tensors(path, names, what="codec", command="unclip codec").tensors
         for name in EmbeddingCodec.__annotations__:
             self.register_buffer(name, tensors.get(name, torch.empty(0)))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip_pl.nn.files import read_tensors
 from unclip_pl.types import TextFeatures
 
 Scaling = Literal["unit", "standardize", "whiten", "raw"]
@@ -121,15 +121,12 @@ class EmbeddingSpace(nn.Module):
     def __init__(self, statistics: str = "", scaling: Scaling = "unit") -> None:
         super().__init__()
         self.scaling = scaling
+        names = [name for name in self.__annotations__ if name != "FLOOR"]
         tensors: dict[str, Tensor] = {}
         if statistics:
-            if not Path(statistics).is_file():
-                raise FileNotFoundError(f"No embedding statistics at {statistics}: run `unclip precompute` first.")
-            with safe_open(statistics, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name in self.__annotations__:
-            if name != "FLOOR":
-                self.register_buffer(name, tensors.get(name, torch.empty(0)))
+            tensors = read_tensors(statistics, names, what="embedding statistics", command="unclip precompute").tensors
+        for name in names:
+            self.register_buffer(name, tensors.get(name, torch.empty(0)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The widths are the checkpoint's to say: whoever loads one need not have the statistics file any more.
