@@ -226,8 +226,8 @@ def _ascends(offsets: np.ndarray) -> bool:
     return bool(offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all())
 
 
-def _lies_in(rows: np.ndarray, count: int) -> bool:
-    return bool((rows >= 0).all() and (rows < count).all())
+def _lies_in(values: np.ndarray, count: int) -> bool:
+    return bool((values >= 0).all() and (values < count).all())
 
 
 def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
@@ -242,6 +242,8 @@ def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
         and features.text_offsets[-1] == len(features.text_states) == len(features.text_tokens)
         and all(_ascends(getattr(features, name)) for name in features._fields if name.endswith("_offsets"))
         and _lies_in(features.caption_rows, captions)
+        and _lies_in(features.image_size, record.source_size)
+        and _lies_in(features.json_size, record.source_size)
     )
     if not agree:
         raise ValueError(
