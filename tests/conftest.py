@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from unclip_pl.commands.reproduce import Stage, reproduce
@@ -38,6 +39,24 @@ def mini_stages() -> dict[str, Stage]:
         extra = SHRINK.get(name) or SHRINK.get(stage["run"].split()[0], "")
         stages[name] = Stage(f"{stage['run']} {extra}", stage.get("needs", []))
     return stages
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights for FID's Inception: the real ones are 90 MB from the network."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inception, "load_state_dict", lambda *_: None)  # of the empty file
+        torch.manual_seed(0)
+        net = Inception("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    for name, tensor in net.state_dict().items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(tensor)
+    torch.save(net.state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

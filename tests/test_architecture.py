@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
-    {"priors", "pipeline", "resume"},
+    {"priors", "pipeline", "resume", "sharding"},
     {"evaluation", "interop"},
     {"commands"},
     {"cli", "trainer_cli", "__main__"},

@@ -8,7 +8,7 @@ import torch
 import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from unclip_pl.__main__ import main
 from unclip_pl.data.shards import index_shard
@@ -81,8 +81,17 @@ def test_several_processes_are_lightnings(
     assert any(isinstance(callback, StepCheckpoint) for callback in trainer.callbacks)
 
 
+def judge_weights(mini_run: Path, folder: Path) -> Path:
+    """The judge's weights as open_clip would save them."""
+    state = torch.load(mini_run / "judge" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    save_file(
+        {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}, folder / "judge.safetensors"
+    )
+    return folder / "judge.safetensors"
+
+
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_evaluation_and_prediction_run(path: Path, mini_run: Path, tmp_path: Path) -> None:
+def test_evaluation_and_prediction_run(path: Path, mini_run: Path, inception: Path, tmp_path: Path) -> None:
     verb = "test" if path.parent.name == "evaluate" else "predict"
     words = [verb, "--config", str(path), "--model.init_args.run", str(mini_run), "--data.init_args.batch_size", "12"]
     words += ["--data.init_args.source", f"{mini_run}/data", "--data.init_args.store", f"{mini_run}/store"]
@@ -90,6 +99,13 @@ def test_evaluation_and_prediction_run(path: Path, mini_run: Path, tmp_path: Pat
     words += ["--trainer.logger.init_args.save_dir", str(tmp_path)]
     if verb == "predict":
         words += ["--model.init_args.out", str(tmp_path / "out")]
+    if path.stem == "fid":  # any open_clip model may judge, by its file: here one of ours
+        words += [
+            "--model.init_args.judge",
+            f'{{"name": "tiny-judge", "pretrained": "{judge_weights(mini_run, tmp_path)}"}}',
+        ]
+        words += ["--model.init_args.inception_weights", str(inception), "--data.init_args.batch_size", "2"]
+        words += ["--trainer.limit_test_batches", "2"]
     assert main(words) == 0
     if path.stem == "prior" and verb == "predict":
         (file,) = (tmp_path / "out").iterdir()
@@ -97,7 +113,7 @@ def test_evaluation_and_prediction_run(path: Path, mini_run: Path, tmp_path: Pat
         assert embeds.shape == (24, 64)
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(24))
     if path.stem == "images":
-        (shard,) = (tmp_path / "out").iterdir()
+        (shard,) = (tmp_path / "out").glob("*.tar")
         assert len(index_shard(shard).entries) == 24
 
 

@@ -6,6 +6,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -13,8 +14,8 @@ from torchvision.utils import make_grid
 class WarmupEMA(WeightAveraging):
     """Exponential moving average with decay min(d, (1 + n) / (10 + n)) after n updates.
 
-    Early weights are forgotten fast, so that short runs profit too. Validation and checkpoints use the average. Does
-    not work under FSDP, where Lightning's WeightAveraging does not either.
+    Early weights are forgotten fast, so that short runs profit too. Validation and checkpoints use the average. A
+    sharded network takes :class:`~unclip_pl.sharding.ShardedEMA`.
 
     Args:
         decay: d, the decay it ends at.
@@ -28,9 +29,17 @@ class WarmupEMA(WeightAveraging):
 
     @torch.no_grad()
     def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
-        decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(averaged, current, 1 - warmup_decay(self.decay, int(num_averaged)))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes room for the average.
+
+        Raises:
+            ValueError: the network is sharded.
+        """
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError("WarmupEMA copies whole networks: a sharded one takes unclip_pl.sharding.ShardedEMA.")
+        super().setup(trainer, pl_module, stage)
 
     def _swap_models(self, pl_module: LightningModule) -> None:
         super()._swap_models(pl_module)
@@ -40,6 +49,11 @@ class WarmupEMA(WeightAveraging):
         """Puts the current weights back where a validation was cut: a checkpoint may be about to be written."""
         if self._swapped:
             self._swap_models(pl_module)
+
+
+def warmup_decay(decay: float, updates: int) -> float:
+    """Of an average after that many updates: min(d, (1 + n) / (10 + n))."""
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -89,6 +103,15 @@ class SampleGrid(Callback):
         self.every_n_steps = every_n_steps
         self.num = num
         self._next = every_n_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One rank draws.
+
+        Raises:
+            ValueError: the network is sharded, so that one rank cannot.
+        """
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError("SampleGrid draws on one rank, which has but a shard of the network: leave it out.")
 
     def state_dict(self) -> dict[str, Any]:
         """When the next grid is due."""

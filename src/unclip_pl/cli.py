@@ -33,6 +33,7 @@ LINKS = (
 POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read"}
 
 NOISE = (
+    ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is written in place in training
     ".*does not have many workers.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ".*is an instance of `nn.Module` and is already saved during checkpointing.*",  # wanted: rebuilt from the config

@@ -1,17 +1,21 @@
 """Scores of one model, against what they must be."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch_fidelity
 from lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
 from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import Prior, TrueEmbedding
-from unclip_pl.types import EvaluationBatch, PriorBatch
+from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 CLIP, JUDGE = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")
 Batches = list[EvaluationBatch]
@@ -25,6 +29,19 @@ def test(module: LightningModule, batches: list[object], folder: Path) -> dict[s
 
 
 test.__test__ = False  # type: ignore[attr-defined]
+
+
+class TensorDataset(Dataset[Tensor]):
+    """What torch-fidelity asks of a set of pictures."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
 
 
 def pairs(batches: Batches) -> list[object]:
@@ -58,6 +75,44 @@ def test_pipeline_is_scored_with_its_prior(batches: Batches, lookup: Decoder, ch
     scores = test(ImageEvaluation(str(tmp_path), CLIP, JUDGE, lookup, chance), list(batches), tmp_path)
     assert scores["fd_judge"] > 1e-6
     assert scores["retrieval_r10"] < 1
+
+
+@pytest.mark.slow
+def test_fid_is_torch_fidelitys(
+    batches: Batches, lookup: Decoder, chance: Prior, inception: Path, tmp_path: Path
+) -> None:
+    """Their extractor, dataset, statistics and distance on the same pictures and the same random Inception."""
+    few = [
+        EvaluationBatch(
+            b.image[:2], b.image_embed[:2], TextFeatures(*(x[:2] for x in b.text)), b.captions[:2], [{}, {}]
+        )
+        for b in batches[:2]
+    ]
+    shown: list[Tensor] = []
+
+    class Watched(type(lookup)):  # type: ignore[misc]
+        def decode(self, *args: Any, **kwargs: Any) -> Tensor:
+            shown.append(super().decode(*args, **kwargs))
+            return shown[-1]
+
+    watched = copy.copy(lookup)
+    watched.__class__ = Watched
+    module = ImageEvaluation(str(tmp_path), CLIP, JUDGE, watched, chance, inception_weights=str(inception))
+    scores = test(module, list(few), tmp_path)
+    real = to_bytes(torch.cat([batch.image for batch in few]))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=TensorDataset(to_bytes(torch.cat(shown))),
+        input2=TensorDataset(real),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        cache=False,
+        batch_size=4,
+        feature_extractor_weights_path=str(inception),
+    )
+    expected = theirs["frechet_inception_distance"]
+    assert expected > 1e-3
+    assert scores["fid"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_judge_must_be_another_clip(lookup: Decoder) -> None:
