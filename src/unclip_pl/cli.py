@@ -130,9 +130,16 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
     for name in positional:
         parser.add_argument(name, nargs="*", type=str, help=POSITIONAL[name])
     parser.add_function_arguments(entry, skip=set(positional), sub_configs=True)
-    options = parser.instantiate_classes(parser.parse_args(words))
+    options = parser.instantiate_classes(parser.parse_args(_spelt_out(words, entry)))
     options.pop("config", None)
     return entry(**vars(options))
+
+
+def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
+    """``--verify`` means ``--verify=true``."""
+    flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
+    alone = [word.startswith("--") for word in [*words[1:], "--"]]
+    return [f"{word}=true" if word in flags and last else word for word, last in zip(words, alone, strict=True)]
 
 
 def train(words: list[str]) -> Any:

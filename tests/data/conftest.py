@@ -1,7 +1,13 @@
 """Tiny shards and a tiny CLIP of fixed random weights."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -62,3 +68,38 @@ def store(tmp_path_factory: pytest.TempPathFactory, source: Path, clip: ClipSpec
     folder = tmp_path_factory.mktemp("store") / "embeddings"
     precompute(str(source), str(folder), clip, batch_size=8, device="cpu")
     return folder
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Path], str]]:
+    """Makes a folder's files readable over http, and says where."""
+    with ExitStack() as servers:
+
+        def serve(folder: Path) -> str:
+            handler = partial(_Quiet, directory=str(folder))
+            server = servers.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            servers.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield serve
+
+
+@pytest.fixture
+def shelved() -> Iterator[Callable[[Path], str]]:
+    """Copies a folder's files into fsspec's memory, and says where."""
+    system = fsspec.filesystem("memory")
+
+    def shelve(folder: Path) -> str:
+        for path in folder.iterdir():
+            system.pipe(f"/shelf/{path.name}", path.read_bytes())
+        return "memory://shelf"
+
+    yield shelve
+    for path in system.find("/shelf"):
+        system.rm_file(path)

@@ -1,20 +1,24 @@
-import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data import precompute as module
+from unclip_pl.data import embed as module
 from unclip_pl.data.atomic import replacing
-from unclip_pl.data.features import map_features, read_moments
+from unclip_pl.data.features import map_features, read_contents, read_moments
 from unclip_pl.data.manifest import read_manifest
 from unclip_pl.data.pack import Sample, write_shards
-from unclip_pl.data.precompute import pending, precompute
+from unclip_pl.data.precompute import deal, embed_share, finish, pending, precompute
+from unclip_pl.data.sampler import RowBatch
+from unclip_pl.data.sources import Shard
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.nn.space import EmbeddingSpace, Moments
 
 
@@ -22,6 +26,16 @@ from unclip_pl.nn.space import EmbeddingSpace, Moments
 def pair(source: Path, store: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Copies of source and store that a test may break."""
     return Path(shutil.copytree(source, tmp_path / "source")), Path(shutil.copytree(store, tmp_path / "store"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(source: Path | str, store: Path, encoder: ClipEncoder, *, verify: bool = False) -> None:
+    """What ``precompute`` does, without building CLIP each time."""
+    embed_share(str(source), str(store), encoder, batch_size=8, verify=verify)
+    finish(str(source), str(store), encoder)
 
 
 def samples(count: int, bad: int = 0) -> list[Sample]:
@@ -66,65 +80,195 @@ def test_moments_of_shards_add_up(store: Path) -> None:
     assert read_moments(store / "val-000000.safetensors").total == 0
 
 
-def test_what_is_done_is_not_done_again(
-    pair: tuple[Path, Path], clip: ClipSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, store = pair
-    before = {path.name: path.read_bytes() for path in store.iterdir()}
-    embedded: list[str] = []
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that were given to CLIP."""
+    names: list[str] = []
     embed_shard = module.embed_shard
 
-    def spy(shard: Path, *rest: object) -> object:
-        embedded.append(shard.name)
-        return embed_shard(shard, *rest)  # type: ignore[arg-type]
+    def spy(opened: Any, *rest: Any) -> object:
+        names.append(opened.shard.name)
+        return embed_shard(opened, *rest)
 
     monkeypatch.setattr(module, "embed_shard", spy)
+    return names
 
-    def again() -> list[str]:
+
+def test_what_is_done_is_not_done_again(pair: tuple[Path, Path], encoder: ClipEncoder, embedded: list[str]) -> None:
+    source, store = pair
+    before = contents(store)
+
+    def again(*, verify: bool = False) -> list[str]:
         embedded.clear()
-        precompute(str(source), str(store), clip, batch_size=8, device="cpu")
+        run(source, store, encoder, verify=verify)
+        assert contents(store) == before
         return list(embedded)
 
-    assert again() == []
+    assert again() == again(verify=True) == []
     os.utime(source / "val-000000.tar")  # touched, not changed
     assert again() == []
     (store / "heldout-000000.safetensors").unlink()
-    damaged = store / "train-000001.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    assert again() == ["heldout-000000.tar", "train-000001.tar"]
-    after = {path.name: path.read_bytes() for path in store.iterdir()}
-    assert after == before
-    assert again() == []
+    cut = store / "train-000002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-8])
+    assert again() == ["heldout-000000.tar", "train-000002.tar"]
+    for name in ("manifest.jsonl", "statistics.safetensors"):
+        (store / name).unlink()
+        assert again() == []
 
 
-def test_a_changed_shard_is_embedded_again(pair: tuple[Path, Path], clip: ClipSpec, encoder: ClipEncoder) -> None:
+@pytest.mark.parametrize("place", ["head", "arrays", "manifest"])
+def test_verify_finds_what_no_reader_would_notice(
+    pair: tuple[Path, Path], encoder: ClipEncoder, embedded: list[str], place: str, caplog: pytest.LogCaptureFixture
+) -> None:
     source, store = pair
+    before = contents(store)
+    record = read_manifest(store)["train-000001.tar"]
+    damaged = store / ("manifest.jsonl" if place == "manifest" else record.file)
+    data = bytearray(damaged.read_bytes())
+    at = len(data) - 1 if place == "arrays" else data.index(record.sha256.encode())
+    data[at] = ord("0") if data[at] != ord("0") else ord("1")
+    damaged.write_bytes(data)
+    run(source, store, encoder, verify=True)
+    assert embedded == ["train-000001.tar"]
+    assert "train-000001.safetensors is not as it was written" in caplog.text
+    assert contents(store) == before
+
+
+def test_a_changed_shard_is_embedded_again(pair: tuple[Path, Path], encoder: ClipEncoder, embedded: list[str]) -> None:
+    source, store = pair
+    tar = source / "val-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"number 1")] = ord("N")  # as long as before
+    tar.write_bytes(data)
+    with pytest.raises(ValueError, match=r"val-000000.tar is not the file .* `unclip precompute`"):
+        EmbeddingStore(store, str(source), image_size=32)
     write_shards(samples(3), source, "val")
-    assert [path.name for path in pending(str(source), str(store), encoder.fingerprint)] == ["val-000000.tar"]
-    precompute(str(source), str(store), clip, device="cpu")
+    assert [shard.name for shard in pending(str(source), str(store), encoder.fingerprint)] == ["val-000000.tar"]
+    run(source, store, encoder)
     assert read_manifest(store)["val-000000.tar"].images == 3
+    assert embedded == ["val-000000.tar"]
+    assert pending(str(source), str(store), encoder.fingerprint) == []
+
+
+def test_a_shard_that_changes_while_it_is_embedded_is_found(
+    pair: tuple[Path, Path], encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, store = pair
+    embed_shard, tar = module.embed_shard, source / "val-000000.tar"
+
+    def meanwhile(opened: Any, *rest: Any) -> object:
+        write_shards(samples(3), source, "val")
+        return embed_shard(opened, *rest)
+
+    os.truncate(tar, tar.stat().st_size - 512)  # to be embedded again
+    monkeypatch.setattr(module, "embed_shard", meanwhile)
+    run(source, store, encoder)
+    with pytest.raises(ValueError, match="is not the file"):
+        EmbeddingStore(store, str(source), image_size=32)
 
 
 def test_an_interrupted_run_keeps_what_it_had(
-    source: Path, store: Path, clip: ClipSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, store: Path, encoder: ClipEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed_shard, target = module.embed_shard, tmp_path / "store"
 
-    def breaks(shard: Path, *rest: object) -> object:
-        if shard.name == "train-000001.tar":
+    def breaks(opened: Any, *rest: Any) -> object:
+        if opened.shard.name == "train-000001.tar":
             raise KeyboardInterrupt
-        return embed_shard(shard, *rest)  # type: ignore[arg-type]
+        return embed_shard(opened, *rest)
 
     monkeypatch.setattr(module, "embed_shard", breaks)
     with pytest.raises(KeyboardInterrupt):
-        precompute(str(source), str(target), clip, device="cpu")
-    assert sorted(read_manifest(target)) == ["heldout-000000.tar", "train-000000.tar"]
+        run(source, target, encoder)
+    assert sorted(path.stem for path in target.iterdir()) == ["heldout-000000", "train-000000"]
+    with pytest.raises(FileNotFoundError, match="unclip precompute"):
+        EmbeddingStore(target, str(source), image_size=32)
     monkeypatch.setattr(module, "embed_shard", embed_shard)
-    precompute(str(source), str(target), clip, batch_size=8, device="cpu")
-    for name in ("train-000000", "train-000001"):
-        ours, theirs = map_features(target / f"{name}.safetensors"), map_features(store / f"{name}.safetensors")
-        assert ours.keys.tobytes() == theirs.keys.tobytes()
-        np.testing.assert_allclose(ours.image_embed, theirs.image_embed, rtol=2e-3, atol=2e-3)  # batches differ
+    run(source, target, encoder)
+    assert contents(target) == {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+@pytest.mark.parametrize("world_size", [2, 7])
+def test_any_number_of_ranks_writes_the_same_bytes(
+    source: Path, store: Path, encoder: ClipEncoder, tmp_path: Path, world_size: int
+) -> None:
+    """Also where some have nothing to do, and whichever is first."""
+    for rank in reversed(range(world_size)):
+        with pytest.raises(ValueError, match=r"have no embeddings .* `unclip precompute` again"):
+            finish(str(source), str(tmp_path), encoder)
+        embed_share(str(source), str(tmp_path), encoder, batch_size=8, rank=rank, world_size=world_size)
+    finish(str(source), str(tmp_path), encoder)
+    assert contents(tmp_path) == contents(store)
+
+
+def test_shards_are_dealt_evenly() -> None:
+    shards = [Shard(f"{i:05d}.tar") for i in range(65_000)]
+    shares = [deal(shards, rank, 512) for rank in range(512)]
+    assert {len(share) for share in shares} == {126, 127}
+    assert sorted(shard.address for share in shares for shard in share) == [shard.address for shard in shards]
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory", "http"])
+def test_shards_behind_urls(
+    scheme: str,
+    source: Path,
+    store: Path,
+    encoder: ClipEncoder,
+    tmp_path: Path,
+    embedded: list[str],
+    served: Callable[[Path], str],
+    shelved: Callable[[Path], str],
+) -> None:
+    url = {"file": lambda folder: f"file://{folder}", "memory": shelved, "http": served}[scheme](source)
+    tars = f"{url}/train-{{000000..000002}}.tar"
+    for _ in range(2):  # the second time it knows them
+        embed_share(tars, str(tmp_path), encoder, batch_size=8)
+        finish(tars, str(tmp_path), encoder)
+    assert embedded == [f"train-00000{i}.tar" for i in range(3)]
+    assert len(list(tmp_path.iterdir())) == 5  # no copies
+    ours, theirs = read_manifest(tmp_path), read_manifest(store)
+    for name in ours:
+        assert ours[name] == theirs[name]._replace(source_mark=ours[name].source_mark)
+        assert bool(ours[name].source_mark) == (scheme != "file")
+    batch = RowBatch(np.array([3, 45, 20]), np.zeros(3, np.uint64))
+    local = EmbeddingStore(store, f"{source}/train-*.tar", image_size=32)
+    remote = EmbeddingStore(tmp_path, tars, image_size=32)
+    for part, same in zip(remote.prior_batch(batch).text, local.prior_batch(batch).text, strict=True):
+        assert torch.equal(part, same)
+    if scheme == "http":
+        with pytest.raises(OSError, match="whole files only"):  # Python's own server knows no ranges
+            remote.upsampler_batch(batch)
+    else:
+        assert torch.equal(remote.upsampler_batch(batch).image, local.upsampler_batch(batch).image)
+        assert remote.metadata(batch) == local.metadata(batch)
+
+
+def test_a_changed_remote_shard_is_embedded_again(
+    source: Path, encoder: ClipEncoder, tmp_path: Path, embedded: list[str], shelved: Callable[[Path], str]
+) -> None:
+    url = f"{shelved(source)}/val-000000.tar"
+    run(url, tmp_path, encoder)
+    fsspec.filesystem("memory").pipe("/shelf/val-000000.tar", (source / "val-000000.tar").read_bytes())
+    run(url, tmp_path, encoder)
+    assert embedded == ["val-000000.tar"] * 2
+
+
+def test_a_remote_shard_that_is_gone(source: Path, encoder: ClipEncoder, tmp_path: Path, shelved: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"memory://shelf/val-000001.tar does not exist"):
+        run(f"{shelved(source)}/val-{{000000..000001}}.tar", tmp_path, encoder)
+    assert [path.name for path in tmp_path.iterdir()] == ["val-000000.safetensors"]
+
+
+def test_two_stores_that_were_begun_by_different_clips(
+    source: Path, encoder: ClipEncoder, other_clip: ClipSpec, tmp_path: Path
+) -> None:
+    """No manifest tells yet: the files do."""
+    embed_share(str(source), str(tmp_path), encoder, batch_size=8, world_size=2)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="unclip precompute") as error:
+        run(source, tmp_path, other_clip.load())
+    assert encoder.fingerprint in str(error.value)
+    assert contents(tmp_path) == before
 
 
 def test_another_clip_is_refused_by_name(source: Path, store: Path, encoder: ClipEncoder, other_clip: ClipSpec) -> None:
@@ -145,8 +289,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path: Path, clip: ClipSpe
     precompute(str(source), str(store), clip, max_bad_fraction=0.1, device="cpu")
     record = read_manifest(store)["train-000000.tar"]
     assert (record.images, record.captions, record.skipped) == (9, 9, {"undecodable image": 1})
-    with safe_open(store / record.file, framework="numpy") as file:
-        assert json.loads(file.metadata()["skipped"]) == {"undecodable image": ["k9"]}
+    assert read_contents(store / record.file).skipped == {"undecodable image": ["k9"]}
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, clip: ClipSpec) -> None:

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from unclip_pl.data.sampler import BlockShuffleSampler, EvaluationSampler, row_draws
+from unclip_pl.data.sampler import Blocks, BlockShuffleSampler, EvaluationSampler, row_draws
 
 
-def blocks(rows: int, size: int = 7) -> list[np.ndarray]:
-    return [np.arange(start, min(start + size, rows)) for start in range(0, rows, size)]
+def blocks(rows: int, size: int = 7) -> Blocks:
+    return Blocks.of(np.arange(rows), size)
 
 
 def rows_of(sampler: BlockShuffleSampler | EvaluationSampler) -> list[list[int]]:
@@ -24,6 +24,30 @@ def test_ranks_share_an_epoch_in_equal_batches(world_size: int, window: int) -> 
     assert [len(sampler) for sampler in samplers] == [len(batches) for batches in drawn] == [steps] * world_size
     rows = [row for batches in drawn for batch in batches for row in batch]
     assert len(set(rows)) == len(rows) == steps * 4 * world_size
+
+
+def test_blocks_are_runs_of_neighbours() -> None:
+    rows = np.array([0, 1, 2, 3, 4, 7, 8, 20])
+    found = Blocks.of(rows, 3)
+    assert list(zip(found.first.tolist(), found.stop.tolist(), strict=True)) == [(0, 3), (3, 5), (7, 9), (20, 21)]
+    assert found.rows(np.arange(4)).tolist() == rows.tolist()
+    assert found.rows(np.array([2, 0])).tolist() == [7, 8, 0, 1, 2]
+    empty = Blocks.of(np.empty(0, np.int64))
+    assert len(empty.first) == len(empty.rows(np.arange(0))) == 0
+    runs = Blocks.between(np.array([5, 9, 10]), np.array([9, 9, 11]), 3)  # the second is empty
+    assert list(zip(runs.first.tolist(), runs.stop.tolist(), strict=True)) == [(5, 8), (8, 9), (10, 11)]
+
+
+def test_the_order_is_what_it_always_was() -> None:
+    """Shuffled blocks, then each window of them shuffled, from one stream: written out once, in the plainest way."""
+    rng = np.random.default_rng([3, 2])
+    pieces = [np.arange(start, min(start + 7, 150)) for start in range(0, 150, 7)]
+    drawn = [pieces[b] for b in rng.permutation(len(pieces))]
+    plain = [rng.permutation(np.concatenate(drawn[first : first + 4])) for first in range(0, len(drawn), 4)]
+    sampler = BlockShuffleSampler(blocks(150), 5, seed=3, window=4)
+    sampler.set_epoch(2)
+    assert np.array_equal(sampler.order(), np.concatenate(plain))
+    assert np.array_equal(np.concatenate([batch.rows for batch in sampler]), np.concatenate(plain))
 
 
 def test_two_ranks_see_what_one_sees() -> None:

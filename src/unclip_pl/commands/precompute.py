@@ -1,5 +1,102 @@
-"""``unclip precompute``: frozen CLIP features of every shard of a source."""
+"""``unclip precompute``: frozen CLIP features of every shard of a source, over any number of processes."""
 
-from unclip_pl.data.precompute import precompute
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
-__all__ = ["precompute"]
+from unclip_pl.clip.encoder import ClipSpec
+from unclip_pl.data.precompute import embed_share, finish
+
+
+def precompute(
+    source: str,
+    store: str,
+    clip: ClipSpec,
+    *,
+    batch_size: int = 256,
+    max_bad_fraction: float = 0.01,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    verify: bool = False,
+) -> None:
+    """Embed every image and caption of a source once. Run again, it goes on where it stopped.
+
+    With several devices or nodes each process embeds its own shards; Lightning starts them, or finds those of torchrun
+    or SLURM. How many there are changes no byte of the store.
+
+    Args:
+        source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar; local, or a URL (s3://,
+            https://, …) of any file system that fsspec knows.
+        store: folder of the embeddings, which all processes see.
+        clip: the CLIP that embeds.
+        batch_size: images, and captions, that CLIP sees at once.
+        max_bad_fraction: largest share of samples without a readable image and caption.
+        accelerator: auto, cpu, gpu, … as Lightning has it.
+        devices: processes on a node, a device each.
+        num_nodes: nodes.
+        verify: read what is done against its checksums, and make again what differs.
+
+    Raises:
+        FileNotFoundError: no shards at ``source``.
+        ValueError: too many bad samples, none that is good, or the store belongs to another CLIP.
+    """
+    fabric = _fabric(accelerator, devices, num_nodes)
+    with _stopping_others(fabric):
+        fabric.launch()
+        encoder = clip.load().to(fabric.device)
+        embed_share(
+            source,
+            store,
+            encoder,
+            batch_size=batch_size,
+            verify=verify,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
+        _wait_for_all(fabric.world_size)
+        if fabric.is_global_zero:
+            finish(source, store, encoder, max_bad_fraction=max_bad_fraction)
+
+
+def _fabric(accelerator: str, devices: int, num_nodes: int) -> Any:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    world_size = devices * num_nodes
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if world_size == 1 and started > 1:
+        raise ValueError(
+            f"Expected --devices times --num_nodes to be the {started} processes that were started. Got 1."
+        )
+    # Nothing but the end is waited for, and that for as long as the largest share takes.
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=365)) if world_size > 1 else "auto"
+    return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+
+
+@contextmanager
+def _stopping_others(fabric: Any) -> Iterator[None]:
+    """Whatever ends this process ends those that it started."""
+    try:
+        yield
+    except BaseException:
+        for process in getattr(fabric.strategy.launcher, "procs", []):
+            process.terminate()
+        raise
+
+
+def _wait_for_all(world_size: int) -> None:
+    """A barrier that a signal can end."""
+    if world_size == 1:
+        return
+    import torch.distributed
+
+    arrival = torch.distributed.barrier(async_op=True)
+    while not arrival.is_completed():
+        time.sleep(0.1)
+    arrival.wait()

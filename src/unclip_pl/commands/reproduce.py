@@ -19,7 +19,7 @@ from rich.console import Console
 from unclip_pl.checkpoint import previous_of
 from unclip_pl.cli import dispatch
 from unclip_pl.commands.plan import Stage, work, write_out
-from unclip_pl.data.shards import list_shards
+from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.evaluation.provenance import STAGES, commit
 from unclip_pl.evaluation.report import render
 from unclip_pl.evaluation.study_page import log_study, print_study, render_study
@@ -232,8 +232,10 @@ def _fill(word: str, places: dict[str, str]) -> str:
     return word
 
 
-def _state(shard: Path) -> str:
-    stat = shard.stat()
+def _state(shard: Shard) -> str:
+    if shard.remote:
+        return f"{shard.name} {shard.stamp()}"
+    stat = shard.path.stat()
     return f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.data.pairs import PairStore
 from unclip_pl.data.precompute import pending, precompute
-from unclip_pl.data.sampler import BLOCK, BlockShuffleSampler, EvaluationSampler, RowBatch
+from unclip_pl.data.sampler import Blocks, BlockShuffleSampler, EvaluationSampler, RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import STATISTICS, EmbeddingStore
 from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, UpsamplerBatch
@@ -89,7 +89,7 @@ class ResumableDataModule(LightningDataModule):
         """Where ``train_dataloader`` will go on."""
         self._position = state
 
-    def _training(self, blocks: list[np.ndarray], assemble: Callable[[RowBatch], Any]) -> ResumableLoader:
+    def _training(self, blocks: Blocks, assemble: Callable[[RowBatch], Any]) -> ResumableLoader:
         rank, world_size = _place(self)
         self._sampler = BlockShuffleSampler(
             blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **self._position
@@ -209,7 +209,7 @@ class UnclipDataModule(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation rows in order with their first captions; no loader where the source has none."""
-        return self._evaluation(Split.VAL) if len(self.embeddings.rows(Split.VAL)) else []
+        return self._evaluation(Split.VAL) if self.embeddings.count(Split.VAL) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Held-out rows in order with their first captions."""
@@ -277,8 +277,7 @@ class PairDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training pairs, one caption of each image per epoch."""
         rows = self.pairs.rows(Split.TRAIN)
-        blocks = np.split(rows, range(BLOCK, len(rows), BLOCK))
-        return self._training(blocks, partial(self.pairs.batch, shift=self.shift))
+        return self._training(Blocks.of(rows), partial(self.pairs.batch, shift=self.shift))
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation pairs in order; no loader where the source has none."""

@@ -4,10 +4,12 @@ Legend: N images, M distinct captions, P (image, caption) pairs, T text tokens o
 dimension, W its text width. Ragged values lie end to end, with offsets: item i is ``values[offsets[i]:offsets[i+1]]``.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unclip_pl.data.atomic import replacing
+from unclip_pl.data.manifest import ShardRecord
 from unclip_pl.data.shards import encode_text
 from unclip_pl.nn.space import Moments
 
 _DTYPES = {"F16": "<f2", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1"}
 _MOMENTS = "moments."
+_HEAD = "shard"
 
 
 class ShardFeatures(NamedTuple):
@@ -60,19 +64,69 @@ def unpack_texts(packed: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> l
     return [packed[start:stop].tobytes().decode("utf-8", "surrogateescape") for start, stop in spans]
 
 
-def write_features(path: Path, features: ShardFeatures, moments: Moments, skipped: dict[str, list[str]]) -> None:
+class Contents(NamedTuple):
+    """All that a shard's file holds, but for the record in its head."""
+
+    features: ShardFeatures
+    moments: Moments  # of its training images
+    skipped: dict[str, list[str]]  # keys of the bad samples by reason
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Arrays by their name in the file."""
+        moments = {_MOMENTS + name: value.numpy() for name, value in self.moments._asdict().items()}
+        arrays = self.features._asdict() | moments
+        return {name: np.asarray(value, order="C") for name, value in arrays.items()}  # a scalar stays one
+
+    def checksum(self) -> str:
+        """SHA-256 over every array with its name, type and shape, and the bad samples' keys."""
+        digest = hashlib.sha256(json.dumps(self.skipped, sort_keys=True).encode())
+        for name, value in self.tensors().items():
+            digest.update(f"{name} {value.dtype.str} {value.shape}".encode())
+            digest.update(value.reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+
+def write_features(path: Path, contents: Contents, record: ShardRecord, opened_ns: int) -> None:
     """Write a shard's file and put it in place.
 
     Args:
         path: the file.
-        features: of the shard.
-        moments: of its training images.
-        skipped: keys of the bad samples by reason, kept as metadata.
+        contents: what it shall hold.
+        record: what the manifest shall say of it; it also goes into the file's head, where no kill can part the two.
+        opened_ns: when the source was opened. It becomes the file's time: a source that is newer may have changed.
+
+    Raises:
+        OSError: the disk is full, or must not be written to.
     """
-    tensors = features._asdict() | {_MOMENTS + name: value.numpy() for name, value in moments._asdict().items()}
-    tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}  # a scalar stays one
+    head = json.dumps({"record": record._asdict(), "skipped": contents.skipped})
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"skipped": json.dumps(skipped)})
+        try:
+            save_file(contents.tensors(), temporary, metadata={_HEAD: head})  # one entry: of several the order varies
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        os.utime(temporary, ns=(opened_ns, opened_ns))
+
+
+def read_record(path: Path) -> ShardRecord | None:
+    """The record in a file's head; None where there is no file, or none that is whole."""
+    try:
+        return ShardRecord(**_head(path)["record"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def read_contents(path: Path) -> Contents:
+    """All of a shard's file.
+
+    Raises:
+        ValueError: it is damaged or of another layout.
+    """
+    return Contents(map_features(path), read_moments(path), _head(path)["skipped"])
+
+
+def _head(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="numpy") as file:
+        return json.loads((file.metadata() or {})[_HEAD])
 
 
 def map_features(path: Path) -> ShardFeatures:
@@ -95,8 +149,7 @@ def map_features(path: Path) -> ShardFeatures:
         return ShardFeatures(**arrays)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is missing or damaged ({error!r}): delete it and its line in the manifest, "
-            "and run `unclip precompute`."
+            f"{path} is missing or damaged ({error!r}): run `unclip precompute`, which makes it again."
         ) from error
 
 

@@ -1,38 +1,72 @@
-"""The manifest of an embedding store: one JSON line per source shard, written after the shard's file is whole."""
+"""The manifest of an embedding store: one JSON line per source shard, as in the head of the shard's file."""
 
 import json
+import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unclip_pl.data.atomic import replacing, sha256
+from unclip_pl.data.shards import Split, split_of_file
+from unclip_pl.data.sources import UNKNOWN, Shard
 
 NAME = "manifest.jsonl"
 
 
 class ShardRecord(NamedTuple):
-    """What the store knows of one source shard. A shard is done when its record is in the manifest."""
+    """What the store knows of one source shard; nothing in it is of this machine or of the time of the run."""
 
     shard: str  # file name of the tar
     source_size: int  # bytes
-    source_mtime_ns: int
+    source_mark: str  # of a remote tar, see `Stamp`
     source_sha256: str
     file: str  # in the store's folder
-    sha256: str  # of that file
+    sha256: str  # of what that file holds, see `checksum`
     clip: str  # fingerprint
     images: int
+    splits: list[int]  # images of each `Split`, in that order, which is their order in the file
     captions: int  # distinct ones
     dtype: str
     skipped: dict[str, int]  # bad samples by reason; their keys are in the file's metadata
     version: str  # of unclip_pl
 
-    def describes(self, shard: Path) -> bool:
-        """Whether the tar is the one that was embedded: by size and time, or else by its hash."""
-        stat = shard.stat()
+    def describes(self, shard: Shard, file: Path) -> bool:
+        """Whether the tar is the one that was embedded.
+
+        A local tar that was touched after its features were written is read again; if it is the same after all, its
+        features are touched, so that this happens once.
+
+        Args:
+            shard: as it is now.
+            file: the features.
+        """
+        if shard.remote:
+            stamp = shard.stamp()
+            return stamp.mark == self.source_mark and stamp.size in (self.source_size, UNKNOWN)
+        stat = shard.path.stat()
         if stat.st_size != self.source_size:
             return False
-        return stat.st_mtime_ns == self.source_mtime_ns or sha256(shard) == self.source_sha256
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) < file.stat().st_mtime_ns:
+            return True
+        looked_ns = time.time_ns()
+        same = sha256(shard.path) == self.source_sha256
+        if same:
+            with suppress(OSError):  # a store that this user may only read
+                os.utime(file, ns=(looked_ns, looked_ns))
+        return same
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A line of before splits and remote shards, when a shard's name told its split."""
+    split = split_of_file(values.get("shard", ""))
+    if "splits" not in values and split is not None:
+        values["splits"] = [values.get("images", 0) if split == each else 0 for each in Split]
+        values["source_mark"] = ""
+        values.pop("source_mtime_ns", None)
+    return values
 
 
 def tool_version() -> str:
@@ -54,11 +88,11 @@ def read_manifest(store: Path) -> dict[str, ShardRecord]:
     lines = path.read_text().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
-            record = ShardRecord(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            record = ShardRecord(**_completed(json.loads(line)))
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}, line {number} is no shard record ({error}): delete the line and run `unclip precompute`, "
-                "which makes that shard again."
+                f"{path}, line {number} is no shard record ({error}): delete the manifest and run `unclip precompute`, "
+                "which makes it again from the files beside it."
             ) from error
         records[record.shard] = record
     return records

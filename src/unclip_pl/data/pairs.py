@@ -11,7 +11,8 @@ from torch import Tensor
 
 from unclip_pl.data.features import offsets_of
 from unclip_pl.data.sampler import RowBatch
-from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, list_shards, read_span
+from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, read_span
+from unclip_pl.data.sources import list_shards
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
 from unclip_pl.types import ClipBatch
 
@@ -24,7 +25,7 @@ class PairStore:
     Images are decoded once and kept if they fit into ``memory``, otherwise batch by batch.
 
     Args:
-        source: shards, see ``list_shards``.
+        source: local shards, see ``list_shards``.
         tokenize: captions → (n, context) int64.
         image_size: side of the images.
         memory: bytes that decoded images may take.
@@ -39,7 +40,7 @@ class PairStore:
         self.image_size = image_size
         self.entries: list[tuple[Path, Entry]] = []
         self.images: Tensor | None = None
-        indices = [(shard, index_shard(shard)) for shard in list_shards(source)]
+        indices = [(shard.path, index_shard(shard.path)) for shard in list_shards(source)]
         skipped = Counter({reason: len(keys) for _, index in indices for reason, keys in index.skipped.items()})
         if sum(len(index.entries) for _, index in indices) * 3 * image_size**2 <= memory:
             self.images = self._decode([(shard, index.entries) for shard, index in indices], skipped)

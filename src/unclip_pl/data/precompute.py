@@ -1,38 +1,30 @@
-"""Frozen CLIP features of a source, shard by shard: what is done stays done, whatever happens next."""
+"""Frozen CLIP features of a source, shard by shard: what is done stays done, whatever happens next.
+
+A shard is done when its file is in its place; the file's head says what it is of. When all are, the store's statistics
+and its manifest are written, and it can be opened.
+"""
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data.atomic import sha256
-from unclip_pl.data.features import (
-    ShardFeatures,
-    map_features,
-    moments_of,
-    offsets_of,
-    pack_texts,
-    read_moments,
-    write_features,
-)
-from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip, tool_version, write_manifest
-from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, list_shards
+from unclip_pl.data.atomic import replacing
+from unclip_pl.data.embed import embed_shards, features_file
+from unclip_pl.data.features import map_features, moments_of, read_contents, read_moments, read_record
+from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip, write_manifest
+from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.data.store import STATISTICS
-from unclip_pl.data.transforms import BadSample, to_pixels
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
-
-Advance = Callable[[int], None]
 
 
 def precompute(
@@ -43,39 +35,102 @@ def precompute(
     batch_size: int = 256,
     max_bad_fraction: float = 0.01,
     device: str = "auto",
+    verify: bool = False,
 ) -> None:
-    """Embed every image and caption of a source once. Run again, it goes on where it stopped.
+    """Embed every image and caption of a source once, in this process. Run again, it goes on where it stopped.
 
     Args:
-        source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar.
+        source: see ``list_shards``.
         store: folder of the embeddings.
         clip: the CLIP that embeds.
         batch_size: images, and captions, that CLIP sees at once.
         max_bad_fraction: largest share of samples without a readable image and caption.
         device: auto, cpu, cuda, cuda:1, …
+        verify: read what is done against its checksums, and make again what differs.
 
     Raises:
         FileNotFoundError: no shards at ``source``.
         ValueError: too many bad samples, none that is good, or the store belongs to another CLIP.
     """
-    shards, folder = list_shards(source), Path(store)
     encoder = clip.load().to(resolve_device(device))
-    fingerprint = encoder.fingerprint
-    records = read_manifest(folder)
-    require_one_clip(folder, records.values(), fingerprint)
-    todo = [shard for shard in shards if not _is_whole(shard, folder, records.get(shard.name))]
-    for record in _embed_all(todo, folder, encoder, fingerprint, batch_size):
-        records[record.shard] = record
-        write_manifest(folder, records.values())
-    done = [records[shard.name] for shard in shards]
-    _require_good(source, done, max_bad_fraction)
-    write_statistics(
-        folder / STATISTICS, moments=_moments(folder, done), null_text=_null_text(encoder), fingerprint=fingerprint
-    )
+    embed_share(source, store, encoder, batch_size=batch_size, verify=verify)
+    finish(source, store, encoder, max_bad_fraction=max_bad_fraction)
 
 
-def pending(source: str, store: str, fingerprint: str) -> list[Path]:
+def embed_share(
+    source: str,
+    store: str,
+    encoder: ClipEncoder,
+    *,
+    batch_size: int,
+    verify: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Embed one rank's shards. Ranks need not know of each other: no file has two writers.
+
+    Args:
+        source: see ``list_shards``.
+        store: folder of the embeddings.
+        encoder: CLIP, on the device that shall do the work.
+        batch_size: images, and captions, that CLIP sees at once.
+        verify: read what is done against its checksums, and make again what differs.
+        rank: of this process, below ``world_size``.
+        world_size: number of processes.
+
+    Raises:
+        FileNotFoundError: no shards at ``source``.
+        ValueError: the store belongs to another CLIP.
+    """
+    shards, folder = deal(list_shards(source), rank, world_size), Path(store)
+    manifest = read_manifest(folder)
+    records = {shard: read_record(features_file(folder, shard)) for shard in shards}
+    require_one_clip(folder, [*manifest.values(), *filter(None, records.values())], encoder.fingerprint)
+    todo = [shard for shard, record in records.items() if not _is_done(shard, folder, record)]
+    if verify:
+        done = [shard for shard in shards if shard not in set(todo)]
+        todo += [shard for shard in done if not _is_whole(features_file(folder, shard), manifest.get(shard.name))]
+        log.info("%s: %d of %d shards are as they were written.", folder, len(shards) - len(todo), len(shards))
+    _embed(todo, folder, encoder, batch_size, quiet=rank > 0)
+
+
+def deal(shards: list[Shard], rank: int, world_size: int) -> list[Shard]:
+    """A rank's shards: the counts of two ranks differ by one at most."""
+    return shards[rank::world_size]
+
+
+def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: float = 0.01) -> None:
+    """Make a store of the embedded shards: statistics first, then the manifest, by which it opens.
+
+    Args:
+        source: see ``list_shards``.
+        store: folder of the embeddings.
+        encoder: the CLIP that embedded them.
+        max_bad_fraction: largest share of samples without a readable image and caption.
+
+    Raises:
+        ValueError: a shard is missing, too many samples are bad, or none is good.
+    """
+    shards, folder = list_shards(source), Path(store)
+    found = {shard: read_record(features_file(folder, shard)) for shard in shards}
+    records = [record for record in found.values() if record]
+    if len(records) < len(shards):
+        missing = [str(shard) for shard, record in found.items() if not record]
+        raise ValueError(
+            f"{len(missing)} of {len(shards)} shards have no embeddings in {folder}, such as {missing[0]}: "
+            "run `unclip precompute` again."
+        )
+    _require_good(source, records, max_bad_fraction)
+    moments, null_text = _moments(folder, records), _null_text(encoder)
+    with replacing(folder / STATISTICS) as temporary:
+        write_statistics(temporary, moments=moments, null_text=null_text, fingerprint=encoder.fingerprint)
+    write_manifest(folder, (read_manifest(folder) | {record.shard: record for record in records}).values())
+
+
+def pending(source: str, store: str, fingerprint: str) -> list[Shard]:
     """Shards of a source whose embeddings by this CLIP are not in the store, or all if its statistics are missing.
+
+    Whether a remote shard has changed is for ``unclip precompute`` to ask: here it would take a request each.
 
     Raises:
         ValueError: the store belongs to another CLIP.
@@ -85,7 +140,8 @@ def pending(source: str, store: str, fingerprint: str) -> list[Path]:
     require_one_clip(folder, records.values(), fingerprint)
     if not (folder / STATISTICS).is_file():
         return shards
-    return [shard for shard in shards if not _is_done(shard, folder, records.get(shard.name))]
+    known = [(shard, records.get(shard.name)) for shard in shards]
+    return [shard for shard, record in known if not (record and shard.remote) and not _is_done(shard, folder, record)]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -95,134 +151,42 @@ def resolve_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _is_done(shard: Path, folder: Path, record: ShardRecord | None) -> bool:
-    return record is not None and (folder / record.file).is_file() and record.describes(shard)
-
-
-def _is_whole(shard: Path, folder: Path, record: ShardRecord | None) -> bool:
-    if record is None or not _is_done(shard, folder, record):
+def _is_done(shard: Shard, folder: Path, record: ShardRecord | None) -> bool:
+    if record is None:
         return False
-    return sha256(folder / record.file) == record.sha256
+    file = folder / record.file
+    return file.is_file() and record.describes(shard, file)
 
 
-def _embed_all(
-    shards: list[Path], folder: Path, encoder: ClipEncoder, fingerprint: str, batch_size: int
-) -> Iterator[ShardRecord]:
-    """Embed shards under a progress bar; each record comes once its file is whole."""
+def _is_whole(file: Path, line: ShardRecord | None) -> bool:
+    """Whether a file holds what its head, and the manifest's line, say."""
+    record = read_record(file)
+    try:
+        if record is not None and line in (None, record) and read_contents(file).checksum() == record.sha256:
+            return True
+    except ValueError:
+        pass
+    log.warning("%s is not as it was written: making it again.", file)
+    return False
+
+
+def _embed(todo: list[Shard], folder: Path, encoder: ClipEncoder, batch_size: int, *, quiet: bool) -> None:
+    """Embed shards under a progress bar."""
     seen, begin = 0, time.perf_counter()
     columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("shards, {task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not shards) as progress:
-        task = progress.add_task("", total=len(shards), rate="")
+    with Progress(*columns, TimeRemainingColumn(), disable=quiet or not todo) as progress:
+        task = progress.add_task("", total=len(todo), rate="")
 
         def advance(images: int) -> None:
             nonlocal seen
             seen += images
             progress.update(task, rate=f"{seen / (time.perf_counter() - begin):,.0f} images/s")
 
-        for shard in shards:
-            yield _embed_to_file(shard, folder, encoder, fingerprint, batch_size, advance)
+        for record, skipped in embed_shards(todo, folder, encoder, batch_size=batch_size, advance=advance):
+            for reason, keys in skipped.items():
+                few = ", ".join(keys[:3])
+                log.warning("%s: skipped %d sample(s), %s: %s", record.shard, len(keys), reason, few)
             progress.advance(task)
-
-
-def _embed_to_file(
-    shard: Path, folder: Path, encoder: ClipEncoder, fingerprint: str, batch_size: int, advance: Advance
-) -> ShardRecord:
-    stat, source_hash = shard.stat(), sha256(shard)
-    features, skipped = embed_shard(shard, encoder, batch_size, advance)
-    for reason, keys in skipped.items():
-        log.warning("%s: skipped %d sample(s), %s: %s", shard, len(keys), reason, ", ".join(keys[:3]))
-    file = folder / f"{shard.stem}.safetensors"
-    moments = moments_of(features.image_embed[features.split == Split.TRAIN])
-    write_features(file, features, moments, skipped)
-    return ShardRecord(
-        shard=shard.name,
-        source_size=stat.st_size,
-        source_mtime_ns=stat.st_mtime_ns,
-        source_sha256=source_hash,
-        file=file.name,
-        sha256=sha256(file),
-        clip=fingerprint,
-        images=len(features.image_embed),
-        captions=len(features.text_embed),
-        dtype=str(features.image_embed.dtype),
-        skipped={reason: len(keys) for reason, keys in skipped.items()},
-        version=tool_version(),
-    )
-
-
-def embed_shard(
-    shard: Path, encoder: ClipEncoder, batch_size: int, advance: Advance
-) -> tuple[ShardFeatures, dict[str, list[str]]]:
-    """Features of a shard's good samples, and the keys of its bad ones by reason.
-
-    Args:
-        shard: the tar.
-        encoder: CLIP, on the device that shall do the work.
-        batch_size: images, or captions, at a time.
-        advance: told the number of images of each batch, good or bad.
-    """
-    index, device = index_shard(shard), next(encoder.parameters()).device
-    skipped = {reason: list(keys) for reason, keys in index.skipped.items()}
-    entries: list[Entry] = []
-    embeds = [np.empty((0, encoder.embed_dim), np.float16)]
-    for batch in decode_entries(shard, index.entries, encoder.image_size, batch_size):
-        good = [(entry, image) for entry, image in batch if isinstance(image, Tensor)]
-        for entry, image in batch:
-            if isinstance(image, BadSample):
-                skipped.setdefault(str(image), []).append(entry.key)
-        if good:
-            images = torch.stack([image for _, image in good]).to(device)
-            embeds.append(_half(encoder.encode_image(to_pixels(images)), shard))
-            entries += [entry for entry, _ in good]
-        advance(len(batch))
-
-    captions = list(dict.fromkeys(caption for entry in entries for caption in entry.captions))
-    place = {caption: row for row, caption in enumerate(captions)}
-    text_embed, states, tokens, lengths = _embed_captions(captions, encoder, batch_size, shard)
-    packed_captions, captions_offsets = pack_texts(captions)
-    packed_keys, keys_offsets = pack_texts([entry.key for entry in entries])
-    features = ShardFeatures(
-        image_embed=np.concatenate(embeds),
-        text_embed=text_embed,
-        text_states=states,
-        text_tokens=tokens,
-        text_offsets=offsets_of(lengths),
-        caption_rows=np.array([place[caption] for entry in entries for caption in entry.captions], np.int32),
-        caption_offsets=offsets_of(len(entry.captions) for entry in entries),
-        captions=packed_captions,
-        captions_offsets=captions_offsets,
-        keys=packed_keys,
-        keys_offsets=keys_offsets,
-        image_offset=np.array([entry.image.offset for entry in entries], np.int64),
-        image_size=np.array([entry.image.size for entry in entries], np.int64),
-        json_offset=np.array([entry.json.offset for entry in entries], np.int64),
-        json_size=np.array([entry.json.size for entry in entries], np.int64),
-        split=np.array([entry.split for entry in entries], np.uint8),
-    )
-    return features, skipped
-
-
-def _embed_captions(
-    captions: list[str], encoder: ClipEncoder, batch_size: int, shard: Path
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """z_t (M, d), the real tokens' states (T, W) and ids (T,), and the number of tokens of each caption."""
-    embeds = [np.empty((0, encoder.embed_dim), np.float16)]
-    states, tokens = [np.empty((0, encoder.text_width), np.float16)], [np.empty(0, np.int32)]
-    lengths: list[int] = []
-    for start in range(0, len(captions), batch_size):
-        text = encoder.describe(captions[start : start + batch_size])
-        embeds.append(_half(text.embed, shard))
-        states.append(_half(text.states[text.mask], shard))
-        tokens.append(text.tokens[text.mask].to("cpu", torch.int32).numpy())
-        lengths += text.mask.sum(1).tolist()
-    return np.concatenate(embeds), np.concatenate(states), np.concatenate(tokens), lengths
-
-
-def _half(values: Tensor, shard: Path) -> np.ndarray:
-    half = values.to("cpu", torch.float16)
-    if not half.isfinite().all():
-        raise ValueError(f"CLIP gave values for {shard} that are not finite in float16: check its weights.")
-    return half.numpy()
 
 
 def _require_good(source: str, records: list[ShardRecord], max_bad_fraction: float) -> None:

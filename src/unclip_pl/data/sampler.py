@@ -1,7 +1,7 @@
 """Which rows make up which batch: a deterministic function of (seed, epoch, rank, step)."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from torch.utils.data import DistributedSampler
@@ -31,15 +31,55 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+class Blocks(NamedTuple):
+    """Runs of neighbouring rows, each short and inside one shard: what a disk reads at once."""
+
+    first: np.ndarray  # (K,) int64, the first row of each
+    stop: np.ndarray  # (K,) int64, one past its last
+
+    @classmethod
+    def of(cls, rows: np.ndarray, size: int = BLOCK) -> Self:
+        """Ascending rows in blocks of at most ``size``, cut also where a row is left out."""
+        ends = np.flatnonzero(np.diff(rows) != 1)
+        return cls.between(rows[np.r_[0, ends + 1]], rows[np.r_[ends, -1]] + 1, size) if len(rows) else cls(rows, rows)
+
+    @classmethod
+    def between(cls, first: np.ndarray, stop: np.ndarray, size: int = BLOCK) -> Self:
+        """Runs of rows, (n,) each, cut to blocks of at most ``size``."""
+        counts = -(-(stop - first) // size)
+        run = np.repeat(np.arange(len(counts)), counts)
+        start = first[run] + size * _ramps(counts)
+        return cls(start, np.minimum(start + size, stop[run]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(K,) rows of each."""
+        return self.stop - self.first
+
+    def rows(self, which: np.ndarray) -> np.ndarray:
+        """The rows of some blocks, block after block."""
+        lengths = self.lengths[which]
+        return np.repeat(self.first[which], lengths) + _ramps(lengths)
+
+
+def _ramps(lengths: np.ndarray) -> np.ndarray:
+    """0 … n - 1 for each n, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
 class BlockShuffleSampler(DistributedSampler[RowBatch]):
     """Training batches: blocks of neighbouring rows in random order, rows shuffled inside a window of blocks.
 
-    Every rank gets the same number of whole batches; the epoch's last few rows that make none are left to the next
-    epoch's order. A ``DistributedSampler`` by type, so that Lightning sets the epoch and puts no sampler of its own
-    in this one's place.
+    Every rank gets the same number of whole batches, however uneven the shards are. The last batch policy: the rows at
+    the end of an epoch's order that make no whole batch for every rank are left out, others in every epoch. Memory
+    holds the blocks' ends and one window, never a number per row.
+
+    A ``DistributedSampler`` by type, so that Lightning sets the epoch and puts no sampler of its own in this one's
+    place.
 
     Args:
-        blocks: row numbers, one array per block, such as ``EmbeddingStore.blocks`` gives.
+        blocks: of the rows to draw from, see ``EmbeddingStore.blocks``.
         batch_size: rows of one rank's batch.
         seed: of the order and of the draws.
         rank: of this process, below ``world_size``.
@@ -54,7 +94,7 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
 
     def __init__(
         self,
-        blocks: Sequence[np.ndarray],
+        blocks: Blocks,
         batch_size: int,
         *,
         seed: int = 0,
@@ -64,7 +104,7 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
         start: int = 0,
         window: int = 64,
     ) -> None:
-        rows = sum(map(len, blocks))
+        rows = int(blocks.lengths.sum())
         if rows < batch_size * world_size:
             raise ValueError(
                 f"Expected at least batch_size × ranks = {batch_size} × {world_size} training images. Got {rows}: "
@@ -83,23 +123,35 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
     def __iter__(self) -> Iterator[RowBatch]:
         # By epoch, not once: an iterator that nobody draws from must not use the start up.
         start = self._started[1] if self.epoch == self._started[0] else 0
-        order = self.order()
         stride = self.batch_size * self.num_replicas
+        windows = self.windows()
+        held, offset = np.empty(0, np.int64), 0  # rows of the order from place ``offset`` on
         for step in range(start, len(self)):
             first = step * stride + self.rank * self.batch_size
-            rows = order[first : first + self.batch_size]
+            while offset + len(held) < first + self.batch_size:
+                rest = held[max(0, first - offset) :]
+                offset += len(held) - len(rest)
+                held = np.concatenate([rest, next(windows)])
+            rows = held[first - offset : first - offset + self.batch_size]
             yield RowBatch(rows, row_draws(rows, seed=self.seed, epoch=self.epoch))
 
-    def order(self) -> np.ndarray:
-        """(N,) every row once, in this epoch's order over all ranks."""
+    def windows(self) -> Iterator[np.ndarray]:
+        """This epoch's order over all ranks, every row once, window by window."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        blocks = rng.permutation(len(self.blocks))
-        windows = [blocks[first : first + self.window] for first in range(0, len(blocks), self.window)]
-        return np.concatenate([rng.permutation(np.concatenate([self.blocks[b] for b in each])) for each in windows])
+        blocks = rng.permutation(len(self.blocks.first))
+        for first in range(0, len(blocks), self.window):
+            yield rng.permutation(self.blocks.rows(blocks[first : first + self.window]))
+
+    def order(self) -> np.ndarray:
+        """(N,) the whole of it."""
+        return np.concatenate(list(self.windows()))
 
 
 class EvaluationSampler(DistributedSampler[RowBatch]):
     """Every row exactly once, in order, split over the ranks: the same number of batches each, of near-equal sizes.
+
+    The last batch policy: nothing is left out, and nothing is drawn twice to fill a last batch, where it would count
+    twice in a mean.
 
     Args:
         rows: (N,) row numbers.

@@ -8,8 +8,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum
-from glob import glob, has_magic
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -31,7 +29,6 @@ _NAME_TYPES = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Split(IntEnum):
@@ -64,60 +61,16 @@ class Entry(NamedTuple):
 
 
 class ShardIndex(NamedTuple):
-    """A shard's samples in their order, and the keys of the bad ones by reason."""
+    """A shard's samples, split by split and in their order, and the keys of the bad ones by reason."""
 
     entries: list[Entry]
     skipped: dict[str, list[str]]
 
 
-def list_shards(source: str) -> list[Path]:
-    """The shards of a source, sorted by file name.
-
-    Args:
-        source: a folder of ``.tar`` files, one tar, a glob, or a range such as ``train-{000000..000012}.tar``.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: two have one name, or they are remote.
-    """
-    if "://" in source:
-        raise ValueError(f"Expected local shards. Got {source!r}: download them first.")
-    paths = [Path(found) for pattern in _expand(source) for found in _matches(pattern)]
-    if not paths:
-        raise FileNotFoundError(
-            f"No shards at {source!r}: expected a folder of .tar files, a glob, or a range such as "
-            "train-{000000..000012}.tar. `unclip pack` makes them."
-        )
-    paths.sort(key=lambda path: path.name)
-    for one, other in pairwise(paths):
-        if one.name == other.name:
-            raise ValueError(f"Expected shards of different names. Got {one} and {other}: rename one of them.")
-    return paths
-
-
-def _expand(pattern: str) -> list[str]:
-    """Numeric brace ranges, as the shell would: ``a-{08..10}`` → a-08 a-09 a-10."""
-    parts = _RANGE.split(pattern)
-    texts, ends = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
-    ranges = [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in ends]
-    return ["".join(a + b for a, b in zip(texts, (*numbers, ""), strict=True)) for numbers in product(*ranges)]
-
-
-def _matches(pattern: str) -> list[str]:
-    path = Path(pattern)
-    if path.is_dir():
-        return [str(found) for found in path.glob("*.tar")]
-    if has_magic(pattern):
-        return glob(pattern)
-    if not path.is_file():
-        raise FileNotFoundError(f"Shard {pattern} does not exist.")
-    return [pattern]
-
-
-def split_of_file(path: Path) -> Split | None:
+def split_of_file(name: str) -> Split | None:
     """The split that a shard's name announces, if any: ``train*``, ``val*``, ``heldout*`` or ``test*``."""
     names = {"train": Split.TRAIN, "val": Split.VAL, "heldout": Split.HELDOUT, "test": Split.HELDOUT}
-    return next((split for name, split in names.items() if path.name.startswith(name)), None)
+    return next((split for word, split in names.items() if name.startswith(word)), None)
 
 
 def split_of_key(key: str) -> Split:
@@ -155,7 +108,7 @@ def index_shard(path: Path) -> ShardIndex:
             continue
         groups[key][suffix] = span
 
-    entries, split = [], split_of_file(path)
+    entries, split = [], split_of_file(path.name)
     with path.open("rb") as file:
         for key, members in groups.items():
             try:
@@ -168,6 +121,7 @@ def index_shard(path: Path) -> ShardIndex:
                 continue
             json_span = members.get("json", NOWHERE)
             entries.append(Entry(key, image, json_span, captions, split_of_key(key) if split is None else split))
+    entries.sort(key=lambda entry: entry.split)  # each split is one run of rows, which two numbers describe
     return ShardIndex(entries, dict(skipped))
 
 

@@ -1,9 +1,12 @@
 """The embedding store: frozen CLIP features of a whole source, mapped from disk and gathered batch by batch.
 
-Rows count the images of all shards, sorted by shard name. A row's caption is chosen by its draw: ``draw % captions``.
+Rows count the images of all shards, sorted by shard name; within a shard train stands before val before held-out. A
+row's caption is chosen by its draw: ``draw % captions``.
 """
 
+import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +16,22 @@ from torch import Tensor
 
 from unclip_pl.data.features import ShardFeatures, map_features, unpack_texts
 from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip
-from unclip_pl.data.sampler import BLOCK, RowBatch
-from unclip_pl.data.shards import Split, list_shards, parse_json, read_span
+from unclip_pl.data.sampler import BLOCK, Blocks, RowBatch
+from unclip_pl.data.shards import Split, parse_json
+from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
 from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, TextFeatures, UpsamplerBatch
 
 STATISTICS = "statistics.safetensors"
 
+#: Shards that are mapped at a time; the system allows a process 65,530 maps.
+OPEN = 256
+
 
 class _Part(NamedTuple):
     """The rows of a batch that lie in one shard."""
 
-    shard: Path
+    shard: Shard
     features: ShardFeatures
     where: np.ndarray  # (n,) places in the batch
     rows: np.ndarray  # (n,) rows of the shard
@@ -52,17 +59,17 @@ class EmbeddingStore:
         self.image_size = image_size
         self.shards = list_shards(source)
         self.records = self._records()
-        self.features = [map_features(self.path / record.file) for record in self.records]
-        for record, features in zip(self.records, self.features, strict=True):
-            _check(self.path / record.file, record, features)
-        self.starts = np.cumsum([0, *(len(features.split) for features in self.features)])
-        self.splits = np.concatenate([features.split for features in self.features])
+        self.counts = np.array([record.splits for record in self.records], np.int64)  # (S, splits)
+        self.starts = np.cumsum([0, *(record.images for record in self.records)])  # (S + 1,), of each shard's rows
+        self.features = lru_cache(OPEN)(self._map)
+        for shard in range(min(OPEN, len(self.shards))):  # what is damaged shall show now where it costs little
+            self.features(shard)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _open, (self.path, self.source, self.image_size)
 
     def __len__(self) -> int:
-        return len(self.splits)
+        return int(self.starts[-1])
 
     @property
     def fingerprint(self) -> str:
@@ -72,26 +79,32 @@ class EmbeddingStore:
     @property
     def embed_dim(self) -> int:
         """d."""
-        return self.features[0].image_embed.shape[1]
+        return self.features(0).image_embed.shape[1]
 
     @property
     def statistics(self) -> Path:
         """The file that ``EmbeddingSpace`` reads."""
         return self.path / STATISTICS
 
+    def count(self, split: Split) -> int:
+        """Images of a split."""
+        return int(self.counts[:, split].sum())
+
     def rows(self, split: Split) -> np.ndarray:
         """(n,) rows of a split, ascending."""
-        return np.flatnonzero(self.splits == split)
+        runs = self.blocks(split, max(1, len(self)))
+        return runs.rows(np.arange(len(runs.first)))
 
-    def blocks(self, split: Split, size: int = BLOCK) -> list[np.ndarray]:
+    def blocks(self, split: Split, size: int = BLOCK) -> Blocks:
         """The rows of a split in blocks of at most ``size`` neighbours of one shard."""
-        rows = self.rows(split)
-        parts = np.split(rows, np.searchsorted(rows, self.starts[1:-1]))
-        return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+        first = self.starts[:-1] + self.counts[:, :split].sum(1)
+        return Blocks.between(first, first + self.counts[:, split], size)
 
     def embed_chunks(self, split: Split, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """Raw (image_embed, text_embed) of a split in order, each image with its first caption."""
-        for rows in self.blocks(split, size):
+        blocks = self.blocks(split, size)
+        for first, stop in zip(*blocks, strict=True):
+            rows = np.arange(first, stop)
             parts = self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64)))
             text = np.empty((len(rows), self.embed_dim), np.float16)
             for part in parts:
@@ -134,17 +147,16 @@ class EmbeddingStore:
         """The JSON object of each row, empty where it has none."""
         found: list[dict[str, Any]] = [{} for _ in batch.rows]
         for shard, features, where, rows, _ in self._parts(batch):
-            with shard.open("rb") as file:
-                for place, row in zip(where, rows, strict=True):
-                    data = read_span(file, int(features.json_offset[row]), int(features.json_size[row]))
-                    found[place] = parse_json(data)
+            spans = zip(features.json_offset[rows].tolist(), features.json_size[rows].tolist(), strict=True)
+            for place, data in zip(where, shard.read(list(spans)), strict=True):
+                found[place] = parse_json(data)
         return found
 
     def _parts(self, batch: RowBatch) -> list[_Part]:
         shard_of = np.searchsorted(self.starts, batch.rows, side="right") - 1
         parts = []
         for shard in np.unique(shard_of):
-            features, where = self.features[shard], np.flatnonzero(shard_of == shard)
+            features, where = self.features(int(shard)), np.flatnonzero(shard_of == shard)
             rows = batch.rows[where] - self.starts[shard]
             first = features.caption_offsets[rows]
             count = (features.caption_offsets[rows + 1] - first).astype(np.uint64)
@@ -166,7 +178,7 @@ class EmbeddingStore:
             length[part.where] = part.features.text_offsets[part.captions + 1] - first[part.where]
         position = np.arange(length.max(initial=0))
         mask = position < length[:, None]  # (B, L)
-        width = self.features[0].text_states.shape[1]
+        width = self.features(0).text_states.shape[1]
         tokens, states = np.zeros(mask.shape, np.int64), np.zeros((*mask.shape, width), np.float16)
         embed = np.empty((size, self.embed_dim), np.float16)
         for part in parts:
@@ -187,17 +199,23 @@ class EmbeddingStore:
         """(B, 3, H, H) in [-1, 1]: the crop that CLIP saw, from the source tars."""
         images = torch.empty(size, 3, self.image_size, self.image_size, dtype=torch.uint8)
         for shard, features, where, rows, _ in parts:
-            with shard.open("rb") as file:
-                for place, row in zip(where, rows, strict=True):
-                    offset, length = int(features.image_offset[row]), int(features.image_size[row])
-                    try:
-                        images[place] = load_square(read_span(file, offset, length), self.image_size)
-                    except BadSample as error:
-                        raise ValueError(
-                            f"{error} at byte {offset} of {shard}, which was whole when it was embedded: "
-                            "run `unclip precompute` again."
-                        ) from error
+            offsets, sizes = features.image_offset[rows].tolist(), features.image_size[rows].tolist()
+            files = shard.read(list(zip(offsets, sizes, strict=True)))
+            for place, offset, data in zip(where, offsets, files, strict=True):
+                try:
+                    images[place] = load_square(data, self.image_size)
+                except BadSample as error:
+                    raise ValueError(
+                        f"{error} at byte {offset} of {shard}, which was whole when it was embedded: "
+                        "run `unclip precompute` again."
+                    ) from error
         return to_pixels(images)
+
+    def _map(self, shard: int) -> ShardFeatures:
+        record = self.records[shard]
+        features = map_features(self.path / record.file)
+        _check(self.path / record.file, record, features)
+        return features
 
     def _records(self) -> list[ShardRecord]:
         records = read_manifest(self.path)
@@ -207,11 +225,15 @@ class EmbeddingStore:
                 f"Expected embeddings of all {len(self.shards)} shards of {self.source} in {self.path}. {len(missing)} "
                 f"are missing, such as {missing[0]}: run `unclip precompute` for it."
             )
+        files = {entry.name for entry in os.scandir(self.path)}
         for shard in self.shards:
-            if shard.stat().st_size != records[shard.name].source_size:
+            record = records[shard.name]
+            if record.file not in files:
+                raise FileNotFoundError(f"{self.path / record.file} is gone: run `unclip precompute`.")
+            if not shard.remote and not record.describes(shard, self.path / record.file):
                 raise ValueError(
-                    f"{shard} has {shard.stat().st_size} bytes, but {records[shard.name].source_size} when it was "
-                    "embedded: run `unclip precompute` again."
+                    f"{shard} is not the file that was embedded as {self.path / record.file}: run `unclip precompute` "
+                    "again, which embeds what has changed."
                 )
         found = [records[shard.name] for shard in self.shards]
         require_one_clip(self.path, found, found[0].clip)
@@ -248,5 +270,5 @@ def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
     if not agree:
         raise ValueError(
             f"{path}: expected {record.images} images and {record.captions} captions as in the manifest. Got {images} "
-            f"and {captions}, or columns that do not fit each other: delete the file and run `unclip precompute`."
+            f"and {captions}, or columns that do not fit each other: run `unclip precompute --verify true`."
         )

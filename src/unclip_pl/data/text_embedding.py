@@ -5,6 +5,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from unclip_pl.data.atomic import replacing
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
@@ -26,7 +27,8 @@ class TextEmbeddingDataModule(UnclipDataModule):
         path = Path(self.store) / STATISTICS
         if not path.is_file() or EmbeddingSpace(str(path)).fingerprint != images.fingerprint:
             moments = reduce(Moments.plus, (Moments.of(z_t) for _, z_t in self.embeddings.embed_chunks(Split.TRAIN)))
-            write_statistics(path, moments=moments, null_text=images.null_text, fingerprint=images.fingerprint)
+            with replacing(path) as temporary:
+                write_statistics(temporary, moments=moments, null_text=images.null_text, fingerprint=images.fingerprint)
         return str(path)
 
     def _assemble(self) -> Callable[[RowBatch], Any]:

@@ -87,9 +87,7 @@ def _write(path: str | Path, tensors: dict[str, Tensor], null_text: TextFeatures
     tensors = {name: value.float().contiguous() for name, value in tensors.items()}
     tensors["null_tokens"] = null_text.tokens.long().contiguous()
     tensors["fingerprint_bytes"] = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
-    temporary = Path(path).with_suffix(".tmp")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    save_file(tensors, path)
 
 
 class EmbeddingSpace(nn.Module):
