@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from unclip_pl.pipeline import Unclip
+from unclip_pl import pipeline
+from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule
+from unclip_pl.nn.unet import UpsamplerUNet
+from unclip_pl.pipeline import Unclip, Upsampler
+from unclip_pl.tasks import UpsamplerTask
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +37,21 @@ def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
         unclip.generate(["a red star"], prior="best")
     with pytest.raises(ValueError, match="TrueEmbedding needs the image"):
         unclip.generate(["a red star"], prior="ceiling")
+
+
+def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's: cosine to 256 px, linear to 1,024 px."""
+
+    def load(path: Path, *_: object) -> UpsamplerTask:
+        diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
+        return UpsamplerTask(UpsamplerUNet(8, [1], 1, dropout=0.0), diffusion=diffusion).eval()
+
+    monkeypatch.setattr(pipeline, "load_task", load)
+    with pytest.raises(ValueError, match=r"\('LinearSchedule', 1000\).*Got \('CosineSchedule', 1000\)"):
+        Upsampler("second.ckpt", DDIM(15)).load(Path())
+    stages = [Upsampler("first.ckpt"), Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))]
+    assert [stage.load(Path()).sampler.steps for stage in stages] == [27, 15]
+    image = torch.zeros(1, 3, 2, 2)
+    for stage, side in zip(stages, (8, 32), strict=True):
+        image = stage.upsample(image, generator=torch.Generator().manual_seed(0))
+        assert image.shape == (1, 3, side, side)

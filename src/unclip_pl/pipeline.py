@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
-from unclip_pl.diffusion import DDIM, Sampler
+from unclip_pl.diffusion import DDIM, Ancestral, Sampler
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.priors import Prior
 from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
@@ -22,18 +22,44 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, Tensor], None]
 
 
+class Upsampler:
+    """One stage of the way to larger pictures; each has a sampler of its own, since each has its own schedule.
+
+    Args:
+        checkpoint: of an ``UpsamplerTask``, relative to the run.
+        sampler: None is the paper's for 64 → 256 px, 27 DDIM steps; its next stage takes 15 on a linear schedule.
+        last_step: checkpoint of another ``UpsamplerTask`` that takes the last step (Karlo); None: the same takes all.
+    """
+
+    def __init__(self, checkpoint: str, sampler: Sampler | None = None, last_step: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.sampler = sampler or DDIM(27)
+        self.last_step = last_step
+
+    def load(self, root: Path, device: str = "cpu") -> Self:
+        """Read the checkpoints."""
+        self.task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
+        self.finisher = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else self.task
+        self.sampler.check(self.task.diffusion)
+        return self
+
+    def upsample(self, low: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
+        size = low.shape[-1] * self.task.factor
+        x_T = torch.randn(len(low), 3, size, size, generator=generator).to(low.device)
+        first, last = (task.denoiser(low, size) for task in (self.task, self.finisher))
+        return self.sampler.sample(first, x_T, last=last, generator=generator)
+
+
 class Decoder:
     """z_i (and caption) → pixels, through the upsamplers where there are any.
 
     Args:
         checkpoint: of a ``DecoderTask``, relative to the run.
         image_size: side that the decoder draws, in pixels (paper: 64).
-        sampler: None is the paper's 250 strided steps, by DDIM.
+        sampler: None is the paper's 250 strided steps, ancestral with the learned variance.
         guidance: scale; 1 is off.
-        upsamplers: checkpoints of ``UpsamplerTask``s, smallest first.
-        upsampler: sampler of those; None is the paper's 27 DDIM steps.
-        last_step: checkpoint of an ``UpsamplerTask`` that takes the last upsampler's last step (Karlo); None: the same
-            network takes all.
+        upsamplers: smallest first.
         drop_embedding: draws from the caption alone, z_i giving way to its null: what a prior is better than (§5.1).
     """
 
@@ -46,30 +72,22 @@ class Decoder:
         image_size: int = 64,
         sampler: Sampler | None = None,
         guidance: float = 2.0,
-        upsamplers: Sequence[str] = (),
-        upsampler: Sampler | None = None,
-        last_step: str | None = None,
+        upsamplers: Sequence[Upsampler] = (),
         drop_embedding: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.image_size = image_size
-        self.sampler = sampler or DDIM(250)
+        self.sampler = sampler or Ancestral(250, "learned")
         self.guidance = guidance
         self.upsamplers = list(upsamplers)
-        self.upsampler = upsampler or DDIM(27)
-        if last_step is not None and not self.upsamplers:
-            raise ValueError(f"Expected upsamplers, whose last step {last_step} could take. Got none.")
-        self.last_step = last_step
         self.drop_embedding = drop_embedding
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Read the checkpoints."""
         self.task = load_task(root / self.checkpoint, DecoderTask).to(device)
-        self.stages = [load_task(root / path, UpsamplerTask).to(device) for path in self.upsamplers]
         self.sampler.check(self.task.diffusion)
-        self.finisher = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else None
-        for stage in self.stages:
-            self.upsampler.check(stage.diffusion)
+        for upsampler in self.upsamplers:
+            upsampler.load(root, device)
         self.needs_norm = self.task.space.scaling == "raw"
         return self
 
@@ -106,12 +124,8 @@ class Decoder:
         denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
         x_T = torch.randn(n, 3, self.image_size, self.image_size, generator=generator).to(device)
         image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
-        for stage in self.stages:
-            size = image.shape[-1] * stage.factor
-            x_T = torch.randn(n, 3, size, size, generator=generator).to(device)
-            finisher = self.finisher if stage is self.stages[-1] else None
-            last = finisher.denoiser(image, size) if finisher is not None else None
-            image = self.upsampler.sample(stage.denoiser(image, size), x_T, last=last, generator=generator)
+        for upsampler in self.upsamplers:
+            image = upsampler.upsample(image, generator=generator)
         return image.clamp(-1, 1)
 
 

@@ -159,7 +159,7 @@ def test_the_run_draws_what_karlos_pipeline_draws(karlo: Karlo, runs: tuple[Path
     decoder |= {"image_size": 16}
     decoder["sampler"]["init_args"]["steps"] = steps[1]
     assert description["priors"]["diffusion"]["init_args"]["sampler"]["init_args"]["steps"] == steps[0]
-    assert decoder["upsampler"]["init_args"]["steps"] == steps[2]
+    assert decoder["upsamplers"][0]["init_args"]["sampler"]["init_args"]["steps"] == steps[2]
     for part in ("prior", "decoder", "upsampler", "upsampler_last"):
         (tmp_path / part).symlink_to(runs[1] / part)
     (tmp_path / "run.json").write_text(json.dumps(description))

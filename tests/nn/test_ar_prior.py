@@ -17,6 +17,7 @@ from unclip_pl.nn.ar_prior import (
     upper_quantile,
 )
 from unclip_pl.nn.layers import Prefix
+from unclip_pl.nn.text import TextTransformer
 from unclip_pl.types import TextFeatures
 
 D, W, CONTEXT, N, BUCKETS, DOTS = 6, 10, 7, 5, 8, 4
@@ -99,6 +100,26 @@ def test_gradient_reaches_every_parameter(embedding: type, head: type) -> None:
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_text_transformer_of_its_own_reads_tokens_and_not_clips_states() -> None:
+    torch.manual_seed(0)
+    encoder = TextTransformer(12, 1, 2, context_length=CONTEXT, vocab_size=20)
+    net = ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, text_encoder=encoder).double()
+    text = captions(4, 2, 6)
+    text = text._replace(tokens=torch.arange(18).view(3, 6) * text.mask)
+    dot, codes = tokens(3)
+    logits = run(net, text, dot, codes)
+    blind = run(net, text._replace(states=torch.zeros_like(text.states)), dot, codes)
+    torch.testing.assert_close(blind, logits)
+    other = run(net, text._replace(tokens=(text.tokens + 1) % 20 * text.mask), dot, codes)
+    assert (other.codes - logits.codes).abs().amax((1, 2)).min() > 1e-4
+    with torch.no_grad():
+        expected = reference(net, text, None, 1.0, seed=7, quantile=0.5)
+    got = net.generate(text, values_of=VALUES_OF, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(got[:, 0], expected)
+    (logits.dot.square().sum() + logits.codes.square().sum()).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
 
 
 def reference(

@@ -58,23 +58,26 @@ def test_cat_and_repeat_order() -> None:
 @pytest.fixture
 def transformer() -> TextTransformer:
     torch.manual_seed(0)
-    return TextTransformer(vocab_size=50, context_length=12, width=16, layers=2, heads=2)
+    return TextTransformer(16, 2, 2, context_length=12, vocab_size=50)
 
 
 def test_cut_and_padding_change_no_state(transformer: TextTransformer) -> None:
     text = make_text([3, 5])
-    states = transformer(text.tokens, text.mask)
+    states, last = transformer(text.tokens, text.mask)
     assert states.shape == (2, 5, 16)
     wide = pad_text(text, 10)
     junk = torch.where(wide.mask, wide.tokens, 7)  # what stands behind the mask is not read
-    torch.testing.assert_close(transformer(junk, wide.mask)[:, :5], states, rtol=1e-5, atol=1e-6)
+    junked = transformer(junk, wide.mask)
+    torch.testing.assert_close(junked.states[:, :5], states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(junked.last, last, rtol=1e-5, atol=1e-6)
     alone = transformer(text.tokens[:1, :3], text.mask[:1, :3])
-    torch.testing.assert_close(alone, states[:1, :3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone.states, states[:1, :3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone.last, last[:1], rtol=1e-5, atol=1e-6)
 
 
 def test_captions_of_full_length_need_no_padding(transformer: TextTransformer) -> None:
     text = make_text([12])
-    transformer(text.tokens, text.mask).square().sum().backward()
+    transformer(text.tokens, text.mask).states.square().sum().backward()
     assert transformer.padding_embedding.grad is not None
     assert transformer.padding_embedding.grad.eq(0).all()
 
@@ -82,7 +85,7 @@ def test_captions_of_full_length_need_no_padding(transformer: TextTransformer) -
 def test_every_parameter_learns(transformer: TextTransformer) -> None:
     text = make_text([3, 5])
     weight = torch.randn(2, 5, 16)
-    (transformer(text.tokens, text.mask) * weight).sum().backward()
+    (transformer(text.tokens, text.mask).states * weight).sum().backward()
     assert [name for name, p in transformer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.nn.text import mix_text, pad_text
+from unclip_pl.nn.text import TextTransformer, mix_text, pad_text
 from unclip_pl.nn.unet import UNet
 from unclip_pl.types import TextFeatures
 
@@ -19,7 +19,7 @@ def make_text(lengths: list[int], seed: int = 0) -> TextFeatures:
     g = torch.Generator().manual_seed(seed)
     shape = len(lengths), max(lengths)
     return TextFeatures(
-        tokens=torch.zeros(shape, dtype=torch.long),
+        tokens=torch.randint(50, shape, generator=g),
         states=torch.randn(*shape, WIDTH, generator=g, dtype=torch.float64),
         mask=torch.arange(shape[1]) < torch.tensor(lengths)[:, None],
         embed=torch.randn(len(lengths), EMBED, generator=g, dtype=torch.float64),
@@ -70,11 +70,12 @@ NOBODY = ~EVERYONE
     "changes",
     [
         {},
-        {"out_channels": 6, "time_mode": "additive"},
+        {"out_channels": 3, "time_mode": "additive"},
         {"patch": 2, "resample_with_blocks": False},
         {"channels": 12, "groups": 32, "channel_mult": [2, 3], "context_width": 20, "attention_levels": [0]},
         {"text_width": 0, "text_embed_in_time": False, "image_tokens": 2},
         {"image_map": 4},
+        {"text_encoder": TextTransformer(8, 1, 2, context_length=6, vocab_size=50)},
     ],
 )
 def test_shapes_zero_output_at_the_start_and_a_gradient_for_every_parameter(
@@ -83,8 +84,8 @@ def test_shapes_zero_output_at_the_start_and_a_gradient_for_every_parameter(
     net = tiny_decoder(**changes)
     x, index, z_i = inputs
     text = make_text([2, 5, 1])
-    start = net.double()(x, index, net.encode_condition(z_i, text, EVERYONE))
-    assert start.shape == (3, changes.get("out_channels", 3), 16, 16)
+    start = net.double().eval()(x, index, net.encode_condition(z_i, text, EVERYONE))
+    assert start.shape == (3, changes.get("out_channels", 6), 16, 16)
     assert start.eq(0).all()
     randomise(net)
     net(x, index, net.encode_condition(z_i, text, torch.tensor([True, False, True]))).square().sum().backward()
@@ -162,6 +163,22 @@ def test_upsampler_has_no_attention_and_takes_any_size() -> None:
     for height, width in ((16, 16), (40, 24)):
         x = torch.randn(2, 6, height, width, dtype=torch.float64)
         assert net(x, torch.tensor([10.0, 20.0])).shape == (2, 3, height, width)
+
+
+def test_a_text_transformer_of_its_own_reads_tokens_and_not_clips_states(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    net = randomise(tiny_decoder(text_encoder=TextTransformer(8, 1, 2, context_length=6, vocab_size=50)))
+    x, index, z_i = inputs
+    text = make_text([2, 5, 1])
+    out = net(x, index, net.encode_condition(z_i, text, EVERYONE))
+    blind = text._replace(states=torch.zeros_like(text.states))
+    torch.testing.assert_close(net(x, index, net.encode_condition(z_i, blind, EVERYONE)), out)
+    wide = pad_text(text, 6)
+    torch.testing.assert_close(net(x, index, net.encode_condition(z_i, wide, EVERYONE)), out)
+    other = text._replace(tokens=(text.tokens + 1) % 50)
+    condition = net.encode_condition(z_i, other, EVERYONE)
+    assert (net(x, index, condition) - out).abs().amax((1, 2, 3)).min() > 1e-3
+    # GLIDE's two ways in: every state is context, the last slot's joins the time.
+    assert not torch.allclose(condition.time_bias, net.encode_condition(z_i, text, EVERYONE).time_bias)
 
 
 def test_errors_name_the_fault(decoder: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -144,9 +144,10 @@ def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
         "guidance": 8.0,
     }
     if "upsampler" in parts:
-        decoder |= {"upsamplers": [checkpoint("upsampler")], "upsampler": ancestral(7, "small")}
-    if "upsampler_last" in parts:
-        decoder["last_step"] = checkpoint("upsampler_last")
+        upsampler = {"checkpoint": checkpoint("upsampler"), "sampler": ancestral(7, "small")}
+        if "upsampler_last" in parts:
+            upsampler["last_step"] = checkpoint("upsampler_last")
+        decoder["upsamplers"] = [{"class_path": "unclip_pl.pipeline.Upsampler", "init_args": upsampler}]
     priors: dict[str, Any] = {}
     if "prior" in parts:
         priors["diffusion"] = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask
+from unclip_pl.nn.text import TextTransformer
 from unclip_pl.types import TextFeatures
 
 
@@ -158,6 +159,8 @@ class ARPriorTransformer(PrefixTransformer):
         heads: attention heads.
         code_embedding: class of the way in; gets width, code_length and buckets from here.
         head: class of the way out; likewise.
+        text_encoder: reads the caption's token ids and is trained along (the paper's, 2048 × 24); None takes the
+            states of frozen CLIP.
     """
 
     def __init__(
@@ -173,8 +176,12 @@ class ARPriorTransformer(PrefixTransformer):
         heads: int = 26,
         code_embedding: Callable[[int, int, int], CodeEmbedding] = FourierCodeEmbedding,
         head: Callable[[int, int, int], CodeHead] = SharedHead,
+        text_encoder: TextTransformer | None = None,
     ) -> None:
+        if text_encoder is not None:
+            text_width = text_encoder.width
         super().__init__(embed_dim, text_width, context_length, code_length, width, layers, heads)
+        self.text_encoder = text_encoder
         self.code_length = code_length
         self.buckets = buckets
         self.dot_buckets = dot_buckets
@@ -183,6 +190,10 @@ class ARPriorTransformer(PrefixTransformer):
         self.code_embedding = code_embedding(width, code_length, buckets)
         self.head = head(width, code_length, buckets)
         nn.init.normal_(self.dot_embedding.weight, std=width**-0.5)
+
+    def token_states(self, text: TextFeatures) -> Tensor:
+        """(B, L, W) of the text transformer of its own, or CLIP's."""
+        return text.states if self.text_encoder is None else self.text_encoder(text.tokens, text.mask).states
 
     def forward(self, text: TextFeatures, dot: Tensor, codes: Tensor, values: Tensor) -> ARLogits:
         """Logits of every token given the true ones before it.

@@ -214,6 +214,10 @@ class PrefixTransformer(nn.Module):
         """(1, suffix_length, width), what is added to the tokens after z_t."""
         return self.positional_embedding[:, self.context_length + 1 :]
 
+    def token_states(self, text: TextFeatures) -> Tensor:
+        """(B, L, text_width), what is known of every token: what frozen CLIP says."""
+        return text.states
+
     def prefix_tokens(self, text: TextFeatures) -> Tensor:
         """(B, L + 1, width): [text states …, z_t] with their positions.
 
@@ -224,7 +228,7 @@ class PrefixTransformer(nn.Module):
         if length > self.context_length:
             raise ValueError(f"Expected at most context_length = {self.context_length} text tokens. Got {length}.")
         positions = self.positional_embedding
-        states = self.text_enc_proj(text.states) + positions[:, :length]
+        states = self.text_enc_proj(self.token_states(text)) + positions[:, :length]
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
         return torch.cat([states, z_t], dim=1)
 

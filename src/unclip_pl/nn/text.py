@@ -1,7 +1,9 @@
-"""Captions as features: padding, joining and dropping them, and GLIDE's text transformer for the paper tier.
+"""Captions as features: padding, joining and dropping them, and GLIDE's text transformer, trained with its reader.
 
 Legend: B captions, L tokens (cut to the longest), W width of the states, d CLIP embedding dimension.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,22 +62,37 @@ def without_states(text: TextFeatures) -> TextFeatures:
     return TextFeatures(text.tokens[:, :0], text.states[:, :0], text.mask[:, :0], text.embed)
 
 
+class EncodedText(NamedTuple):
+    """What a text transformer says of B captions."""
+
+    states: Tensor  # (B, L, W) after the final LayerNorm; readers mask the padding, as they do with CLIP's
+    last: Tensor  # (B, W) at the last slot, which has seen the whole caption
+
+
 class TextTransformer(nn.Module):
     """GLIDE's text encoder, trained with the network that reads it: token ids to states (arXiv 2112.10741, §4.1).
 
     Padding is a learned embedding per position, and every token attends to every slot. So it always runs over all
-    ``context_length`` slots: the cut of a batch must not change its outputs.
+    ``context_length`` slots: the cut of a batch must not change its outputs. The defaults are the paper's (Table 3).
 
     Args:
-        vocab_size: token ids, CLIP's BPE: 49,408.
-        context_length: the longest caption.
-        width: W of the states (paper: 2048).
-        layers: blocks (paper: 24).
+        width: W of the states.
+        layers: number of blocks.
         heads: must divide ``width``.
+        context_length: slots, at least as many as CLIP's: the token ids are those of its tokenizer.
+        vocab_size: token ids, those of CLIP's BPE.
     """
 
-    def __init__(self, vocab_size: int, context_length: int, width: int, layers: int, heads: int) -> None:
+    def __init__(
+        self,
+        width: int = 2048,
+        layers: int = 24,
+        heads: int = 32,
+        context_length: int = 256,
+        vocab_size: int = 49_408,
+    ) -> None:
         super().__init__()
+        self.width = width
         self.context_length = context_length
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
@@ -86,15 +103,12 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.padding_embedding, std=0.01)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor) -> EncodedText:
         """The states of B captions.
 
         Args:
             tokens: (B, L) int64, L at most ``context_length``.
             mask: (B, L) bool, False on padding.
-
-        Returns:
-            (B, L, W) after the final LayerNorm; readers must mask the padding, as they do with CLIP's states.
 
         Raises:
             ValueError: if L exceeds ``context_length``.
@@ -107,4 +121,5 @@ class TextTransformer(nn.Module):
         x = torch.where(F.pad(mask, (0, room))[..., None], F.pad(x, (0, 0, 0, room)), self.padding_embedding)
         everywhere = torch.ones(1, 1, 1, self.context_length, dtype=torch.bool, device=x.device)
         x, _ = self.transformer(x, everywhere)
-        return self.final_ln(x[:, :length])
+        x = self.final_ln(x)
+        return EncodedText(x[:, :length], x[:, -1])

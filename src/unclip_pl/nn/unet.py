@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.nn.layers import sinusoidal
+from unclip_pl.nn.text import TextTransformer
 from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm, zeroed
 from unclip_pl.types import TextFeatures
 
@@ -20,12 +21,15 @@ __all__ = ["Condition", "ConditionEncoder", "UNet", "UpsamplerUNet"]
 class ConditionEncoder(nn.Module):
     """Projects z_i into the time embedding and into context tokens, and text states into further context tokens.
 
+    A text transformer of its own also adds its last state to the time embedding, as in GLIDE.
+
     Args:
         embed_dim: d, of z_i and z_t.
         time_width: E.
         context_width: M.
         image_tokens: how many tokens z_i becomes (paper: 4).
-        text_width: width of the text states; 0: the caption is not used.
+        text_width: width of CLIP's text states; 0: the caption is not used.
+        text_encoder: makes text states of its own from the token ids; None: CLIP's.
         text_embed_in_time: adds a projection of z_t to the time embedding too (Karlo).
         map_channels: C of the map that z_i becomes.
         map_side: S of that map; 0: none (paper).
@@ -38,11 +42,13 @@ class ConditionEncoder(nn.Module):
         context_width: int,
         image_tokens: int,
         text_width: int,
+        text_encoder: TextTransformer | None,
         text_embed_in_time: bool,
         map_channels: int,
         map_side: int,
     ) -> None:
         super().__init__()
+        text_width = text_width if text_encoder is None else text_encoder.width
         self.image_tokens = image_tokens
         self.map_shape = (map_channels, map_side, map_side)
         self.image_to_map = nn.Linear(embed_dim, map_channels * map_side**2) if map_side else None
@@ -50,6 +56,8 @@ class ConditionEncoder(nn.Module):
         self.image_to_time = nn.Linear(embed_dim, time_width)
         self.image_to_context = nn.Linear(embed_dim, image_tokens * context_width)
         self.text_embed_to_time = nn.Linear(embed_dim, time_width) if text_embed_in_time else None
+        self.text_encoder = text_encoder
+        self.text_to_time = None if text_encoder is None else nn.Linear(text_width, time_width)
         self.text_to_context = (
             nn.Sequential(nn.Linear(text_width, context_width), nn.LayerNorm(context_width)) if text_width else None
         )
@@ -60,11 +68,15 @@ class ConditionEncoder(nn.Module):
         time_bias = self.image_to_time(z_i)
         if self.text_embed_to_time is not None:
             time_bias = time_bias + self.text_embed_to_time(text.embed)
+        states = text.states
+        if self.text_encoder is not None and self.text_to_time is not None:
+            states, last = self.text_encoder(text.tokens, text.mask)
+            time_bias = time_bias + self.text_to_time(last)
         # The token is the fastest axis of the projection, as in Karlo.
         context = self.image_to_context(z_i).unflatten(-1, (-1, self.image_tokens)).mT  # (B, image_tokens, M)
         mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         if self.text_to_context is not None:
-            context = torch.cat([context, self.text_to_context(text.states)], dim=1)
+            context = torch.cat([context, self.text_to_context(states)], dim=1)
             mask = torch.cat([mask, text.mask], dim=1)
         if self.image_to_map is None:
             image_map = z_i.new_empty(len(z_i), self.map_shape[0], 0, 0)
@@ -108,7 +120,7 @@ class UNet(nn.Module):
 
     Args:
         in_channels: 3, or 6 with the low-resolution image beside x_t (upsamplers).
-        out_channels: 3, or 6 with a learned variance.
+        out_channels: 6: the variance is learned beside the mean; 3: it is not.
         channels: unit of width; the time embedding is four times as wide.
         channel_mult: width of every level as a multiple of ``channels``.
         res_blocks: residual blocks a level (one more on the way up).
@@ -117,7 +129,9 @@ class UNet(nn.Module):
         dropout: in every residual block.
         groups: GroupNorm groups; where they do not divide the channels, their greatest common divisor is taken.
         embed_dim: d of z_i; 0: unconditional.
-        text_width: width of the text states; 0: no caption in the context.
+        text_width: width of CLIP's text states; 0: no caption in the context.
+        text_encoder: reads the caption's token ids and is trained along (the paper's, GLIDE's 2048 × 24); None takes
+            the states of frozen CLIP, as Karlo does.
         context_width: M; 0 takes the time width (Karlo: 1536).
         image_tokens: context tokens made of z_i.
         text_embed_in_time: adds z_t to the time embedding too (Karlo).
@@ -135,16 +149,17 @@ class UNet(nn.Module):
     def __init__(
         self,
         in_channels: int = 3,
-        out_channels: int = 3,
+        out_channels: int = 6,
         channels: int = 512,
         channel_mult: Sequence[int] = (1, 2, 3, 4),
         res_blocks: int = 3,
         attention_levels: Sequence[int] = (1, 2, 3),
         head_channels: int = 64,
-        dropout: float = 0.0,
+        dropout: float = 0.1,
         groups: int = 32,
         embed_dim: int = 0,
         text_width: int = 0,
+        text_encoder: TextTransformer | None = None,
         context_width: int = 0,
         image_tokens: int = 4,
         text_embed_in_time: bool = False,
@@ -154,9 +169,9 @@ class UNet(nn.Module):
         patch: int = 1,
     ) -> None:
         super().__init__()
-        if embed_dim == 0 and (text_width or text_embed_in_time or image_map):
+        if embed_dim == 0 and (text_width or text_encoder or text_embed_in_time or image_map):
             raise ValueError(
-                "Expected embed_dim > 0 with text_width, text_embed_in_time or image_map. Got embed_dim=0."
+                "Expected embed_dim > 0 with text_width, text_encoder, text_embed_in_time or image_map. Got 0."
             )
         time_width = 4 * channels
         context_width = context_width or time_width
@@ -182,6 +197,7 @@ class UNet(nn.Module):
                 context_width,
                 image_tokens,
                 text_width,
+                text_encoder,
                 text_embed_in_time,
                 map_channels=widths[-1],
                 map_side=image_map,
@@ -278,6 +294,7 @@ class UpsamplerUNet(UNet):
     ) -> None:
         super().__init__(
             in_channels=6,
+            out_channels=3,
             channels=channels,
             channel_mult=channel_mult,
             res_blocks=res_blocks,

@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF
 
 from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0
 from unclip_pl.diffusion.loss import simple_loss
@@ -13,39 +12,30 @@ from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks.base import Optimization, Task
+from unclip_pl.tasks.corruption import Corruption, GaussianBlur, shrink
 from unclip_pl.types import UpsamplerBatch
 
 Interpolation = Literal["bilinear", "bicubic"]
 
 
-class GaussianBlur:
-    """The 64 → 256 upsampler's corruption: kernel 3, σ 0.6, as in SR3 (§2.1).
-
-    Args:
-        kernel_size: odd, in pixels of the low-resolution image.
-        sigma: in the same pixels.
-    """
-
-    def __init__(self, kernel_size: int = 3, sigma: float = 0.6) -> None:
-        self.kernel_size = kernel_size
-        self.sigma = sigma
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """(B, 3, h, h) → the same, blurred."""
-        return TF.gaussian_blur(image, [self.kernel_size] * 2, [self.sigma] * 2)
-
-
 class UpsamplerTask(Task):
     """Trains a U-Net without attention on [x_t, upsampled low-resolution image] (6 channels in, 3 out).
+
+    On random crops: convolutions learn the same from them, and draw whole images afterwards.
 
     Args:
         net: convolutions only, the low-resolution image beside x_t.
         factor: side of the image over side of the low-resolution image (paper: 4).
-        corruption: of the low-resolution image, in training only.
-        diffusion: None is the paper's: cosine, 1,000 steps, eps.
+        crop: side of a training crop over that of the image (paper: a quarter). Validation sees whole images.
+        corruption: of the low-resolution image, in training only; None is the first upsampler's Gaussian blur, the
+            second one's is :class:`~unclip_pl.tasks.corruption.BSRDegradation`.
+        diffusion: None is the first upsampler's: cosine, 1,000 steps, eps; the second one's schedule is linear.
         interpolation: of the low-resolution image to the side of x_t: ``bilinear`` as in guided-diffusion, or
             ``bicubic``, antialiased (Karlo).
         optimization: of the network's weights.
+
+    Raises:
+        ValueError: ``crop`` is not in (0, 1].
     """
 
     batch_type = UpsamplerBatch
@@ -55,23 +45,41 @@ class UpsamplerTask(Task):
         self,
         net: UpsamplerUNet,
         factor: int = 4,
-        corruption: GaussianBlur | None = None,
+        crop: float = 0.25,
+        corruption: Corruption | None = None,
         diffusion: GaussianDiffusion | None = None,
         interpolation: Interpolation = "bilinear",
         optimization: Optimization | None = None,
     ) -> None:
+        if not 0 < crop <= 1:
+            raise ValueError(f"Expected 0 < crop <= 1, a share of the image's side. Got {crop}.")
         super().__init__(optimization)
         self.save_hyperparameters()
         self.net = net
         self.factor = factor
+        self.crop = crop
         self.corruption = corruption or GaussianBlur()
         self.diffusion = diffusion or GaussianDiffusion()
         self.interpolation: Interpolation = interpolation
 
-    def shrink(self, image: Tensor) -> Tensor:
-        """(B, 3, H, H) → (B, 3, H / factor, H / factor): antialiased bicubic, clamped."""
-        size = (image.shape[-2] // self.factor, image.shape[-1] // self.factor)
-        return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    def training_step(self, batch: UpsamplerBatch, batch_idx: int) -> Tensor:
+        """One loss, on a crop of every image."""
+        return super().training_step(UpsamplerBatch(self.random_crop(batch.image)), batch_idx)
+
+    def random_crop(self, image: Tensor) -> Tensor:
+        """(B, 3, H, H) → (B, 3, crop · H, crop · H), each from a place of its own.
+
+        Raises:
+            ValueError: the network or the factor does not divide the side of the crops.
+        """
+        side, room = int(self.crop * image.shape[-1]), image.shape[-1] - int(self.crop * image.shape[-1])
+        if side % self.factor or side % self.net.stride:
+            raise ValueError(
+                f"Expected crops whose side is a multiple of factor = {self.factor} and of the network's stride = "
+                f"{self.net.stride}. Got {side} px, {self.crop} of {image.shape[-1]}: change model.crop."
+            )
+        places = self.share(lambda n: torch.randint(room + 1, (n, 2)), len(image)).tolist()  # on the CPU: no device is asked
+        return torch.stack([x[:, i : i + side, j : j + side] for x, (i, j) in zip(image, places, strict=True)])
 
     def enlarge(self, low: Tensor, size: int) -> Tensor:
         """(B, 3, h, h) → (B, 3, size, size), what the network sees beside x_t."""
@@ -81,7 +89,7 @@ class UpsamplerTask(Task):
     def loss(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple given the corrupted low-resolution image."""
         x0 = batch.image
-        low = self.corruption(self.shrink(x0))
+        low = self.corruption.degrade(x0, self.factor, generator)
         t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
@@ -103,4 +111,4 @@ class UpsamplerTask(Task):
         """Images drawn again from their own small versions, for the sample grid: 27 DDIM steps."""
         x_T = noise_like(batch.image, generator=generator)
         sampler = DDIM(27, schedule=self.diffusion.schedule, train_steps=self.diffusion.steps)
-        return sampler.sample(self.denoiser(self.shrink(batch.image), batch.image.shape[-1]), x_T)
+        return sampler.sample(self.denoiser(shrink(batch.image, self.factor), batch.image.shape[-1]), x_T)

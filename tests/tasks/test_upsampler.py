@@ -1,0 +1,98 @@
+"""The upsamplers' Task: crops in training, whole images afterwards, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule
+from unclip_pl.nn.unet import UpsamplerUNet
+from unclip_pl.tasks import UpsamplerTask
+from unclip_pl.tasks.corruption import BSRDegradation, shrink
+from unclip_pl.types import UpsamplerBatch
+
+
+def task(**arguments: object) -> UpsamplerTask:
+    torch.manual_seed(0)
+    net = UpsamplerUNet(8, [1, 2], 1, dropout=0.0)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return UpsamplerTask(net, **arguments)  # type: ignore[arg-type]
+
+
+def coordinates(n: int, side: int) -> Tensor:
+    """Pixels that say where they are: row, column and image."""
+    axis = torch.arange(side, dtype=torch.float32)
+    place = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
+    return torch.cat(
+        [place.expand(n, -1, -1, -1), torch.arange(float(n)).view(n, 1, 1, 1).expand(-1, 1, side, side)], 1
+    )
+
+
+def test_crops_are_a_quarter_of_the_side_and_anywhere() -> None:
+    torch.manual_seed(0)
+    image = coordinates(500, 32)
+    crop = task().random_crop(image)
+    assert crop.shape == (500, 3, 8, 8)
+    corner = crop[:, :2, 0, 0]
+    assert torch.equal(crop[:, :2], corner[..., None, None] + coordinates(1, 8)[:, :2])  # one piece of the image
+    assert torch.equal(crop[:, 2, 0, 0], torch.arange(500.0))  # of its own image
+    assert corner.min() == 0
+    assert corner.max() == 24
+    assert corner[:, 0].unique().numel() == 25
+
+
+def test_training_sees_crops_and_validation_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    model = task()
+    monkeypatch.setattr(model, "loss", lambda batch, generator=None: seen.append(tuple(batch.image.shape)))
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    batch = UpsamplerBatch(torch.zeros(2, 3, 32, 32))
+    model.training_step(batch, 0)
+    model.validation_step(batch, 0)
+    assert seen == [(2, 3, 8, 8), (2, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("corruption", [None, BSRDegradation()])
+def test_loss_and_gradients_of_both_corruptions(corruption: BSRDegradation | None) -> None:
+    model = task(corruption=corruption, diffusion=GaussianDiffusion(LinearSchedule()))
+    batch = UpsamplerBatch(torch.rand(3, 3, 16, 16) * 2 - 1)
+    loss, again = (model.loss(batch, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(loss, again)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.net.parameters())
+
+
+def test_applied_at_full_size_it_does_what_it_does_on_crops() -> None:
+    """Convolutions do not know where they are: far from the border a crop of the output is the output of the crop."""
+    model = task().double().eval()
+    g = torch.Generator().manual_seed(0)
+    # GroupNorm pools over the whole image: with the same statistics everywhere (a periodic image) both see the same.
+    tile = torch.randn(1, 3, 8, 8, generator=g, dtype=torch.float64)
+    low = torch.rand(1, 3, 2, 2, generator=g, dtype=torch.float64)
+    t = torch.full((1,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        small, large = (model.denoiser(low.repeat(1, 1, n, n), 8 * n)(tile.repeat(1, 1, n, n), t).x0 for n in (16, 24))
+    torch.testing.assert_close(small[..., 56:64, 56:64], large[..., 80:88, 80:88], rtol=0, atol=2e-2)
+
+
+def test_it_draws_at_four_times_the_side() -> None:
+    model, low = task().eval(), torch.rand(2, 3, 4, 4)
+    x_T = torch.randn(2, 3, 16, 16)
+    image = DDIM(3).sample(model.denoiser(low, 16), x_T)
+    assert image.shape == (2, 3, 16, 16)
+    assert image.abs().max() <= 1
+
+
+def test_shrink_of_a_constant_and_of_a_ramp() -> None:
+    assert torch.allclose(shrink(torch.full((1, 3, 8, 8), 0.3), 4), torch.tensor(0.3))
+    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    torch.testing.assert_close(
+        shrink(ramp, 4)[0, 0, 4, 2:-2], ramp[0, 0, 0].view(8, 4).mean(1)[2:-2], rtol=0, atol=1e-5
+    )
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"0 < crop <= 1.*Got 1.5"):
+        task(crop=1.5)
+    with pytest.raises(ValueError, match=r"multiple of factor = 4 and of the network's stride = 2\. Got 9 px"):
+        task(crop=0.3).random_crop(torch.zeros(1, 3, 32, 32))
