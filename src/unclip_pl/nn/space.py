@@ -79,7 +79,8 @@ def write_raw_statistics(
         null_text: CLIP's features of ``""``, batch size 1.
         fingerprint: of the CLIP.
     """
-    _write(path, {"raw_mean": mean, "raw_std": std}, null_text, fingerprint)
+    unknown = {name: torch.empty(0) for name in ("mean", "components", "eigenvalues")}
+    _write(path, {"raw_mean": mean, "raw_std": std} | unknown, null_text, fingerprint)
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], null_text: TextFeatures, fingerprint: str) -> None:

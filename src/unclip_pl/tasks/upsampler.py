@@ -78,7 +78,8 @@ class UpsamplerTask(Task):
                 f"Expected crops whose side is a multiple of factor = {self.factor} and of the network's stride = "
                 f"{self.net.stride}. Got {side} px, {self.crop} of {image.shape[-1]}: change model.crop."
             )
-        places = self.share(lambda n: torch.randint(room + 1, (n, 2)), len(image)).tolist()  # on the CPU: no device is asked
+        # Drawn on the CPU: no device is waited for.
+        places = self.share(lambda n: torch.randint(room + 1, (n, 2)), len(image)).tolist()
         return torch.stack([x[:, i : i + side, j : j + side] for x, (i, j) in zip(image, places, strict=True)])
 
     def enlarge(self, low: Tensor, size: int) -> Tensor:
