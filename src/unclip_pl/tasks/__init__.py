@@ -1,9 +1,10 @@
 """LightningModules, one per part of unCLIP: network + loss + batch contract."""
 
 from unclip_pl.tasks.ar_prior import ARPriorTask
-from unclip_pl.tasks.base import EmbeddingTask, Optimization, Task, load_task
+from unclip_pl.tasks.base import EmbeddingTask, Optimization, Task
 from unclip_pl.tasks.clip import ClipTask
 from unclip_pl.tasks.decoder import DecoderTask
+from unclip_pl.tasks.loading import load_task
 from unclip_pl.tasks.prior import DiffusionPriorTask
 from unclip_pl.tasks.upsampler import UpsamplerTask
 

@@ -1,31 +1,23 @@
-"""What every part shares: one step, one logger name, one optimizer, and a checkpoint that rebuilds itself."""
+"""What every part shares: one step, one logger name, one optimizer."""
 
 import math
-import re
-import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import yaml
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
 from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
-
-T = TypeVar("T", bound="Task")
 
 
 @dataclass
@@ -255,108 +247,6 @@ def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator
     """(n,) bool, True with probability p, drawn on the generator's device."""
     source = device if generator is None else generator.device
     return (torch.rand(n, generator=generator, device=source) < p).to(device)
-
-
-def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") -> T:
-    """Rebuild a Task from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
-
-    Args:
-        path: checkpoint written by ``unclip fit``.
-        expected: the Task it must hold.
-        map_location: device of the weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: the checkpoint holds another Task.
-        ValueError: it is no checkpoint of ours, or broken.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
-    checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
-    hyper_parameters = checkpoint.get("hyper_parameters")
-    if not isinstance(hyper_parameters, dict) or "_class_path" not in hyper_parameters:
-        raise ValueError(f"{path} was not written by `unclip fit`: it names no Task.")
-    try:
-        cls = trusted_class(hyper_parameters["_class_path"])
-        _check_classes(config := _without_files(hyper_parameters))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not issubclass(cls, expected):
-        raise TypeError(f"{path} holds a {cls.__name__}. Expected a {expected.__name__}.")
-    try:
-        rebuilt: T = _rebuild(cls, config)
-        rebuilt.load_state_dict(checkpoint["state_dict"])
-        rebuilt.on_load_checkpoint(checkpoint)
-        rebuilt.record = TrainingRecord.of(checkpoint)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit its {cls.__name__} ({type(error).__name__}: {reason:.300}).") from error
-    return rebuilt.eval()
-
-
-#: Constructor arguments that name files: a checkpoint carries what they held.
-_FILES = ("statistics", "codec")
-#: What jsonargparse would take for the import path of a class.
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-
-
-def trusted_class(path: Any) -> type:
-    """The class that a checkpoint names, if it is one of ours, or derives from one of ours and is already imported.
-
-    A config names what its user wants to run. A checkpoint is data, perhaps somebody else's: it may neither import a
-    module nor pick what is called.
-
-    Raises:
-        ValueError: anything else.
-    """
-    module, _, name = str(path).rpartition(".")
-    if module.split(".")[0] == "unclip_pl":
-        try:
-            owner: Any = import_module(module)
-        except ImportError:
-            owner = None
-    else:
-        owner = sys.modules.get(module)
-    cls = getattr(owner, name, None)
-    if not isinstance(cls, type) or not any(base.__module__.split(".")[0] == "unclip_pl" for base in cls.__mro__):
-        raise ValueError(
-            f"the checkpoint names {path!r:.200}. Expected a class of unclip_pl, or one that derives from such a class "
-            "and is imported: import your own module before you load it."
-        )
-    return cls
-
-
-def _check_classes(node: Any) -> None:
-    """Every text in there that could be taken for an import path has to be one of a trusted class.
-
-    jsonargparse reads texts as YAML: one that would become a structure could hide a path, and is refused.
-    """
-    if isinstance(node, dict):
-        node = [*node, *node.values()]
-    if isinstance(node, list | tuple):
-        for value in node:
-            _check_classes(value)
-    if not isinstance(node, str):
-        return
-    try:
-        read = yaml.safe_load(node)
-    except yaml.YAMLError:
-        read = node
-    if isinstance(read, dict | list):
-        raise ValueError(f"the checkpoint holds {node!r:.200} among its settings. Expected plain values.")
-    if isinstance(read, str) and _IMPORT_PATH.fullmatch(read):
-        trusted_class(read)
-
-
-def _without_files(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    config = {key: value for key, value in hyper_parameters.items() if not str(key).startswith("_")}
-    return config | {key: "" for key in _FILES if key in config}
-
-
-def _rebuild(cls: type[Task], config: dict[str, Any]) -> Any:
-    from lightning.pytorch.cli import instantiate_module  # jsonargparse: only who loads checkpoints waits for it
-
-    return instantiate_module(cls, config)
 
 
 def count_parameters(module: nn.Module) -> int:
