@@ -1,5 +1,6 @@
 """Two processes (gloo) do what one does: train to the same weights, resume bit for bit, pool every metric."""
 
+import copy
 import json
 import os
 import random
@@ -16,13 +17,18 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from lightning import Trainer
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from unclip_pl import metrics
 from unclip_pl.checkpoint import read_checkpoint
+from unclip_pl.tasks import ClipTask
+from unclip_pl.tasks.base import Task
 from unclip_pl.trainer_cli import build
+from unclip_pl.types import ClipBatch
 
 Small = Callable[..., list[str]]
 VIT = {
@@ -80,6 +86,83 @@ def test_two_processes_train_as_one(part: str, small: Small, tmp_path: Path) -> 
     apart = sum((one[name] - two[name]).square().sum() for name in start)
     assert moved > 0
     assert apart <= 1e-8 * moved  # 1e-4 of the way
+
+
+class Towers(nn.Module):
+    """CLIP's interface on vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = (nn.Linear(6, 4, dtype=torch.float64) for _ in range(2))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embeds = (F.normalize(net(x), dim=-1) for net, x in ((self.image, image), (self.text, tokens)))
+        return *embeds, self.logit_scale.exp()
+
+
+class TowersTask(ClipTask):
+    """Trains them by gradient descent, each rank on a batch of its own."""
+
+    def __init__(self, out: Path) -> None:
+        Task.__init__(self)
+        self.net, self.preprocess, self.sam_rho, self.out = Towers(), nn.Identity(), 0.1, out
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([pairs(self.global_rank)], batch_size=None)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_end(self) -> None:
+        torch.save(self.net.state_dict(), self.out / f"{self.global_rank}.pt")
+
+
+def pairs(rank: int) -> ClipBatch:
+    return ClipBatch(*torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).unbind())
+
+
+def test_every_rank_looks_for_the_worst_point_by_itself(tmp_path: Path) -> None:
+    """A copy of the weights per rank, moved by its own gradient; the step is the mean of the gradients over there."""
+    torch.manual_seed(0)
+    task = TowersTask(tmp_path)
+    copies = [copy.deepcopy(task.net) for _ in range(2)]
+
+    def gradients() -> list[tuple[Tensor, ...]]:
+        """Of the loss over both batches, in each copy: rows of rank r through copy r."""
+        image, text, scale = zip(*(net(*pairs(rank)) for rank, net in enumerate(copies)), strict=True)
+        logits, n = torch.cat(image) @ torch.cat(text).T, torch.arange(16)
+        loss = torch.zeros((), dtype=torch.float64)
+        for rank, rows in enumerate(n.split(8)):
+            loss += sum(F.cross_entropy(scale[rank] * part[rows], rows) for part in (logits, logits.T)) / 2
+        return [torch.autograd.grad(loss, list(net.parameters()), retain_graph=True) for net in copies]
+
+    first_gradients = gradients()
+    with torch.no_grad():
+        for net, first in zip(copies, first_gradients, strict=True):
+            length = torch.cat([g.flatten() for g in first]).norm()
+            for p, g in zip(net.parameters(), first, strict=True):
+                p += 0.1 * g / length
+    mean = [(a + b) / 2 for a, b in zip(*gradients(), strict=True)]
+    expected = [p.detach() - 0.1 * g for p, g in zip(task.net.parameters(), mean, strict=True)]
+
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task)
+    names = dict(task.net.named_parameters())
+    for rank in range(2):
+        weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in zip(names, expected, strict=True):
+            torch.testing.assert_close(weights[name], value)
 
 
 def test_two_processes_resume_bit_for_bit(small: Small, tmp_path: Path) -> None:
