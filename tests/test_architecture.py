@@ -13,15 +13,16 @@ LAYERS = [
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
-    {"priors", "pipeline", "resume", "sharding"},
+    {"priors", "decoding", "pipeline", "resume", "sharding"},
     {"evaluation", "interop"},
     {"commands"},
     {"cli", "trainer_cli", "__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-#: The pipeline is made of priors; a command line knows its own parser; `reproduce` types other commands.
+#: The pipeline is made of priors and a decoder; a command line knows its own parser; `reproduce` types other commands.
 SIDEWAYS = {
     ("pipeline", "priors"),
+    ("pipeline", "decoding"),
     ("trainer_cli", "cli"),
     ("trainer_cli", "callbacks"),
     ("cli", "trainer_cli"),

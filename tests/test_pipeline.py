@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unclip_pl import pipeline
+from unclip_pl import decoding
 from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.pipeline import Unclip, Upsampler
@@ -46,7 +46,7 @@ def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pyt
         diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
         return UpsamplerTask(UpsamplerUNet(8, [1], 1, dropout=0.0), diffusion=diffusion).eval()
 
-    monkeypatch.setattr(pipeline, "load_task", load)
+    monkeypatch.setattr(decoding, "load_task", load)
     with pytest.raises(ValueError, match=r"\('LinearSchedule', 1000\).*Got \('CosineSchedule', 1000\)"):
         Upsampler("second.ckpt", DDIM(15)).load(Path())
     stages = [Upsampler("first.ckpt"), Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))]
