@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from unclip_pl import decoding
-from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule
+from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
 from unclip_pl.nn.unet import UpsamplerUNet
-from unclip_pl.pipeline import Unclip, Upsampler
+from unclip_pl.pipeline import Decoder, Unclip, Upsampler
 from unclip_pl.tasks import UpsamplerTask
 
 
@@ -37,6 +37,19 @@ def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
         unclip.generate(["a red star"], prior="best")
     with pytest.raises(ValueError, match="TrueEmbedding needs the image"):
         unclip.generate(["a red star"], prior="ceiling")
+    with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
+        unclip.generate(["a red star"], guidance=-2.0)
+    with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
+        Decoder("", guidance=-2.0)
+
+
+def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_run: Path) -> None:
+    checkpoint = "decoder/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="learned its variance"):
+        Decoder(checkpoint, 32).load(mini_run)  # the paper's sampler, for a tiny decoder
+    with pytest.raises(ValueError, match="posterior_mse"):
+        Decoder(checkpoint, 32, Ancestral(4, "analytic")).load(mini_run)
+    Decoder(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
 
 
 def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

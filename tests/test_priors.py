@@ -11,6 +11,7 @@ from unclip_pl.diffusion import Ancestral
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.priors import (
+    ARPrior,
     DiffusionPrior,
     LinearPrior,
     TextEmbedding,
@@ -139,3 +140,15 @@ def test_floor_and_ceiling() -> None:
     torch.testing.assert_close(TrueEmbedding().embed_batch(batch), F.normalize(batch.image_embed, dim=-1))
     with pytest.raises(ValueError, match="needs the image"):
         TrueEmbedding().embed(batch.text)
+
+
+def test_settings_out_of_range_are_refused_before_anything_is_read() -> None:
+    for kind in (ARPrior, DiffusionPrior):
+        with pytest.raises(ValueError, match=r"guidance >= 0.* Got -1"):
+            kind("", guidance=-1.0)
+        with pytest.raises(ValueError, match="candidates >= 1"):
+            kind("", candidates=0)
+    with pytest.raises(ValueError, match=r"temperature > 0.* Got 0.0"):
+        ARPrior("", temperature=0.0)
+    with pytest.raises(ValueError, match=r"dot_quantile < 1.* Got 1.0, 1.0"):
+        ARPrior("", dot_quantile=1.0)

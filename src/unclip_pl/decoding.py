@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Ancestral, Sampler
+from unclip_pl.diffusion import DDIM, Ancestral, Sampler, check_guidance
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
@@ -33,7 +33,8 @@ class Upsampler:
         """Read the checkpoints."""
         self.task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
         self.finisher = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else self.task
-        self.sampler.check(self.task.diffusion)
+        for task in (self.task, self.finisher):
+            self.sampler.check(task.diffusion)
         return self
 
     def upsample(self, low: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -71,14 +72,14 @@ class Decoder:
         self.checkpoint = checkpoint
         self.image_size = image_size
         self.sampler = sampler or Ancestral(250, "learned")
-        self.guidance = guidance
+        self.guidance = check_guidance(guidance)
         self.upsamplers = list(upsamplers)
         self.drop_embedding = drop_embedding
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Read the checkpoints."""
         self.task = load_task(root / self.checkpoint, DecoderTask).to(device)
-        self.sampler.check(self.task.diffusion)
+        self.sampler.check(self.task.diffusion, learns_variance=self.task.learns_variance)
         for upsampler in self.upsamplers:
             upsampler.load(root, device)
         self.needs_norm = self.task.space.scaling == "raw"
@@ -113,7 +114,7 @@ class Decoder:
             progress: called after every step of the first stage.
         """
         device, n = image_embed.device, len(image_embed)
-        scale = self.guidance if guidance is None else guidance
+        scale = self.guidance if guidance is None else check_guidance(guidance)
         denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
         x_T = torch.randn(n, 3, self.image_size, self.image_size, generator=generator).to(device)
         image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)

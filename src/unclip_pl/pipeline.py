@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.decoding import Decoder, Progress, Upsampler
+from unclip_pl.diffusion import check_guidance
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.priors import Prior
 
@@ -119,6 +120,7 @@ class Unclip:
         """
         if not captions or num < 1:
             raise ValueError(f"Expected at least one caption and num >= 1. Got {len(captions)} and {num}.")
+        check_guidance(self.decoder.guidance if guidance is None else guidance)
         generator = torch.Generator().manual_seed(seed)
         text = repeat_text(self.clip.describe(list(captions)), num)
         z_i = self.prior(prior).embed(text, generator=generator)

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral, Denoised, Sampler, clip_x0, guided
+from unclip_pl.diffusion import Ancestral, Denoised, Sampler, check_guidance, clip_x0, guided
 from unclip_pl.diffusion.sampling import Denoise
+from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.files import read_tensors
 from unclip_pl.nn.text import repeat_text
@@ -83,7 +84,7 @@ class DiffusionPrior(Prior):
             raise ValueError(f"Expected candidates >= 1. Got {candidates}.")
         self.checkpoint = checkpoint
         self.sampler = sampler or Ancestral(64)
-        self.guidance = guidance
+        self.guidance = check_guidance(guidance)
         self.candidates = candidates
         self.x0_bound = x0_bound
         self.keeps_norm = keep_norm
@@ -93,7 +94,6 @@ class DiffusionPrior(Prior):
         """Read the checkpoint."""
         self.task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
         _describe(self, self.task)
-        self.sampler.check(self.task.diffusion)
         if self.keeps_norm and self.task.space.scaling not in ("standardize", "raw"):
             raise ValueError(
                 f"{root / self.checkpoint} was trained on embeddings scaled {self.task.space.scaling!r}, without their "
@@ -106,6 +106,7 @@ class DiffusionPrior(Prior):
                     "needs: fit on data with a validation split, or sample with another variance."
                 )
             self.sampler = self.sampler.with_posterior_mse(self.task.posterior_mse)
+        self.sampler.check(self.task.diffusion)
         return self
 
     @torch.no_grad()
@@ -152,8 +153,9 @@ class ARPrior(Prior):
         dot_quantile: float = 0.5,
         candidates: int = 1,
     ) -> None:
+        check_draws(temperature, dot_quantile, candidates)
         self.checkpoint = checkpoint
-        self.guidance = guidance
+        self.guidance = check_guidance(guidance)
         self.temperature = temperature
         self.dot_quantile = dot_quantile
         self.candidates = candidates

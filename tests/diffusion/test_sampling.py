@@ -15,6 +15,7 @@ from unclip_pl.diffusion.sampling import (
     Grid,
     Sampler,
     Variance,
+    check_guidance,
     clip_x0,
     ddim_invert,
     dynamic_threshold,
@@ -338,10 +339,10 @@ class TestInversion:
 
 class TestErrors:
     def test_grids(self) -> None:
-        with pytest.raises(ValueError, match="steps >= 1"):
-            DDIM(0)
-        with pytest.raises(ValueError, match="1000"):
-            DDIM(1001)
+        for grid in ("strided", "uniform"):
+            for steps in (0, 1001):
+                with pytest.raises(ValueError, match=f"from 1 to 1000 steps.* Got {steps}"):
+                    DDIM(steps, grid=grid)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="leading"):
             DDIM(5, grid="leading")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="eta"):
@@ -358,6 +359,29 @@ class TestErrors:
             Ancestral(5, "analytic").with_posterior_mse(torch.zeros(10))
         with pytest.raises(ValueError, match="finite"):
             Ancestral(5, "analytic", posterior_mse=torch.full((1000,), math.nan))
+
+    def test_guidance(self) -> None:
+        assert [check_guidance(scale) for scale in (0.0, 1.0, 4.0)] == [0.0, 1.0, 4.0]
+        for scale in (-0.1, math.nan):
+            with pytest.raises(ValueError, match=f"guidance >= 0.* Got {scale}"):
+                check_guidance(scale)
+
+    def test_what_the_network_was_not_trained_for(self) -> None:
+        diffusion = GaussianDiffusion()
+        Ancestral(5, "learned").check(diffusion, learns_variance=True)
+        for sampler in (
+            DDIM(5),
+            Ancestral(5, "large"),
+            Ancestral(5, "analytic", posterior_mse=gaussian_posterior_mse()),
+        ):
+            sampler.check(diffusion)
+            sampler.check(diffusion, learns_variance=True)
+        with pytest.raises(ValueError, match="learned its variance"):
+            Ancestral(5, "learned").check(diffusion)
+        with pytest.raises(ValueError, match="posterior_mse"):
+            Ancestral(5, "analytic").check(diffusion, learns_variance=True)
+        with pytest.raises(ValueError, match=r"\('CosineSchedule', 100\).* Got \('CosineSchedule', 1000\)"):
+            DDIM(5).check(GaussianDiffusion(steps=100))
 
     def test_posterior_mse_may_come_later(self) -> None:
         c_t, x_T = gaussian_posterior_mse(), torch.randn(3, 2, generator=generator())

@@ -62,3 +62,5 @@ def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="before any validation"):
         DiffusionPrior("early.ckpt", Ancestral(4, "analytic")).load(tmp_path)
     DiffusionPrior("early.ckpt").load(tmp_path)
+    with pytest.raises(ValueError, match="learned its variance"):
+        DiffusionPrior("early.ckpt", Ancestral(4, "learned")).load(tmp_path)

@@ -20,6 +20,17 @@ Variance: TypeAlias = Literal["small", "large", "learned", "analytic"]
 Progress: TypeAlias = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
 
 
+def check_guidance(scale: float) -> float:
+    """The scale itself.
+
+    Raises:
+        ValueError: it is negative: away from the caption.
+    """
+    if not scale >= 0:
+        raise ValueError(f"Expected guidance >= 0 (1 is off, 0 ignores the condition). Got {scale}.")
+    return scale
+
+
 def guided(denoise_both: Denoise, scale: float) -> Denoise:
     """Classifier-free guidance, Ho & Salimans (2022): away from the unconditional estimate of x0.
 
@@ -68,16 +79,14 @@ def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
         train_steps: T; index k is the time (k + 1) / T.
 
     Raises:
-        ValueError: steps < 1, more strided steps than training steps, or an unknown grid.
+        ValueError: steps < 1, more steps than training steps, or an unknown grid.
     """
-    if steps < 1:
-        raise ValueError(f"Expected steps >= 1. Got {steps}.")
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"Expected from 1 to {train_steps} steps, the training steps. Got {steps}.")
     if grid == "uniform":
         return [i / steps for i in range(steps, -1, -1)]
     if grid != "strided":
         raise ValueError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}.")
-    if steps > train_steps:
-        raise ValueError(f"Expected at most {train_steps} strided steps, the training steps. Got {steps}.")
     # Stride first, as Karlo and diffusers do: the order decides which way a tie such as 499.5 goes.
     stride = (train_steps - 1) / (steps - 1) if steps > 1 else 0.0
     indices = [round(i * stride) for i in range(steps - 1)] + [train_steps - 1]
@@ -109,11 +118,15 @@ class Sampler(ABC):
         self.train_steps = train_steps
         self.times = time_grid(steps, grid, train_steps)
 
-    def check(self, diffusion: GaussianDiffusion) -> None:
-        """Whether it walks the noise levels that a network was trained on.
+    def check(self, diffusion: GaussianDiffusion, *, learns_variance: bool = False) -> None:
+        """Whether it walks the noise levels that a network was trained on, and asks for nothing that it did not learn.
+
+        Args:
+            diffusion: of the network's training.
+            learns_variance: whether the network predicts its variance.
 
         Raises:
-            ValueError: another schedule or another T.
+            ValueError: another schedule, another T, or a variance that the network does not know.
         """
         have = (type(self.schedule).__name__, self.train_steps)
         want = (type(diffusion.schedule).__name__, diffusion.steps)
@@ -194,6 +207,20 @@ class Ancestral(Sampler):
         sampler.posterior_mse = self._check(c_t)
         sampler._path, _ = sampler._plan()
         return sampler
+
+    def check(self, diffusion: GaussianDiffusion, *, learns_variance: bool = False) -> None:
+        """As `Sampler.check`."""
+        super().check(diffusion, learns_variance=learns_variance)
+        if self.variance == "learned" and not learns_variance:
+            raise ValueError(
+                "Expected a network that learned its variance, for variance='learned'. Got one that did not: sample "
+                "with 'small' or 'large', or by DDIM."
+            )
+        if self.variance == "analytic" and self.posterior_mse is None:
+            raise ValueError(
+                "Expected posterior_mse for variance='analytic'. Got none: diffusion priors keep it in the checkpoint, "
+                "other networks sample with 'small' or 'large', or by DDIM."
+            )
 
     def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
         """As `Sampler.step`."""

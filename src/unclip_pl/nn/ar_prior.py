@@ -141,6 +141,17 @@ def draw(probability: Tensor, *, generator: torch.Generator | None = None) -> Te
     return (probability / clocks.to(probability.device)).argmax(-1)
 
 
+def check_draws(temperature: float, dot_quantile: float, candidates: int) -> None:
+    """The settings of :meth:`ARPriorTransformer.generate`.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+    if not (temperature > 0 and 0 <= dot_quantile < 1 and candidates > 0):
+        got = f"{temperature}, {dot_quantile}, {candidates}"
+        raise ValueError(f"Expected temperature > 0, 0 <= dot_quantile < 1, candidates >= 1. Got {got}.")
+
+
 class ARPriorTransformer(PrefixTransformer):
     """Causal transformer over [text states …, z_t, dot, code 0 … code n−2]; each output predicts the next token.
 
@@ -250,9 +261,7 @@ class ARPriorTransformer(PrefixTransformer):
         Raises:
             ValueError: guidance without an unconditional caption, or a number outside its range.
         """
-        if not (temperature > 0 and 0 <= dot_quantile < 1 and candidates > 0):
-            got = f"{temperature}, {dot_quantile}, {candidates}"
-            raise ValueError(f"Expected temperature > 0, 0 <= dot_quantile < 1, candidates >= 1. Got {got}.")
+        check_draws(temperature, dot_quantile, candidates)
         if guidance != 1 and unconditional is None:
             raise ValueError(f"Guidance {guidance} needs the features of the empty caption (unconditional).")
         hidden, prefix = self.encode_prefix(text)  # (B, width)

@@ -177,6 +177,7 @@ class UNet(nn.Module):
         context_width = context_width or time_width
         widths = [channels * m for m in channel_mult]
         self.channels = channels
+        self.out_channels = out_channels
         self.patch = patch
         self.stride = patch * 2 ** (len(widths) - 1)
         self.skips_per_level = res_blocks + 1

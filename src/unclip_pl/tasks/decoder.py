@@ -53,6 +53,11 @@ class DecoderTask(EmbeddingTask):
         self.diffusion = diffusion or GaussianDiffusion()
         self.image_drop = image_drop
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network predicts its variance beside the mean."""
+        return self.net.out_channels == 6
+
     def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple, or L_hybrid where the network learns its variance."""
         x0 = batch.image
