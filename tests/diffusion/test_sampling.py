@@ -1,13 +1,15 @@
 import math
 import pickle
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from unclip_pl.diffusion import sampling
-from unclip_pl.diffusion.process import Denoised, GaussianDiffusion
+from unclip_pl.diffusion.process import Denoised, GaussianDiffusion, Prediction
 from unclip_pl.diffusion.sampling import (
     DDIM,
     Ancestral,
@@ -123,38 +125,81 @@ def test_learned_variance_spans_small_to_large() -> None:
     torch.testing.assert_close(run("learned", 1.0), run("large", 1.0))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
-@pytest.mark.parametrize("variance", ["small", "learned"])
-@pytest.mark.parametrize("steps", [2, 25, 64])
-def test_equals_unclip_scheduler(prediction: str, variance: Variance, steps: int) -> None:
-    unclip = pytest.importorskip("diffusers.schedulers.scheduling_unclip")
-    scheduler = unclip.UnCLIPScheduler(
-        variance_type={"small": "fixed_small_log", "learned": "learned_range"}[variance], prediction_type=prediction
-    )
-    # Its tables are float32: give it float64 ones.
-    scheduler.betas = cosine_betas()
-    scheduler.alphas = 1 - scheduler.betas
-    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
-    scheduler.one = torch.ones((), dtype=torch.float64)
-    scheduler.set_timesteps(steps)
-    diffusion = GaussianDiffusion(prediction="eps" if prediction == "epsilon" else "x0")
-    x_T = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator())
+Network = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
-    def network(x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        return torch.sin(x_t + index / 100), torch.cos(3 * x_t - index)
+
+def scheduler_sample(scheduler: Any, network: Network, x: Tensor, steps: int) -> Tensor:
+    """As diffusers' pipelines walk down, from x_T, with the noise of seed 1."""
+    scheduler.set_timesteps(steps)
+    g, learned = generator(1), scheduler.variance_type == "learned_range"
+    for i, index in enumerate(scheduler.timesteps):
+        previous = scheduler.timesteps[i + 1] if i + 1 < steps else None
+        F, raw = network(x, int(index))
+        output = torch.cat([F, raw], dim=1) if learned else F
+        x = scheduler.step(output, int(index), x, previous, generator=g).prev_sample
+    return x
+
+
+def denoiser(network: Network, prediction: Prediction) -> Denoise:
+    """The same network as ours see it, x0 clipped to [-1, 1]."""
+    diffusion = GaussianDiffusion(prediction=prediction)
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         F, raw = network(x_t, round(diffusion.index(t)[0].item()))
         return Denoised(diffusion.to_x0(F, x_t, t), (raw + 1) / 2)
 
-    ours = Ancestral(steps, variance).sample(clip_x0(denoise), x_T, generator=generator(1))
+    return clip_x0(denoise)
 
-    theirs, g = x_T, generator(1)
-    for i, index in enumerate(scheduler.timesteps):
-        previous = scheduler.timesteps[i + 1] if i + 1 < steps else None
-        output = torch.cat(network(theirs, int(index)), dim=1) if variance == "learned" else network(theirs, index)[0]
-        theirs = scheduler.step(output, int(index), theirs, previous, generator=g).prev_sample
+
+def unclip_scheduler(prediction: str, variance: Variance, *, exact: bool = True) -> Any:
+    """diffusers'; its tables are products of 1,000 float32 numbers unless they are made exact."""
+    unclip = pytest.importorskip("diffusers.schedulers.scheduling_unclip")
+    kind = {"small": "fixed_small_log", "learned": "learned_range"}[variance]
+    scheduler = unclip.UnCLIPScheduler(variance_type=kind, prediction_type=prediction)
+    if exact:
+        scheduler.betas = cosine_betas()
+        scheduler.alphas = 1 - scheduler.betas
+        scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+        scheduler.one = torch.ones((), dtype=torch.float64)
+    return scheduler
+
+
+PARAMETERISATIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0"}
+
+
+@pytest.mark.parametrize("prediction", PARAMETERISATIONS)
+@pytest.mark.parametrize("variance", ["small", "learned"])
+@pytest.mark.parametrize("steps", [2, 25, 64])
+def test_equals_unclip_scheduler(prediction: str, variance: Variance, steps: int) -> None:
+    x_T = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator())
+
+    def network(x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        return torch.sin(x_t + index / 100), torch.cos(3 * x_t - index)
+
+    denoise = denoiser(network, PARAMETERISATIONS[prediction])
+    ours = Ancestral(steps, variance).sample(denoise, x_T, generator=generator(1))
+    theirs = scheduler_sample(unclip_scheduler(prediction, variance), network, x_T, steps)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", PARAMETERISATIONS)
+@pytest.mark.parametrize("variance", ["small", "learned"])
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (2, 3, 64, 48), (8, 768)])
+def test_equals_unclip_scheduler_in_float32(prediction: str, variance: Variance, shape: tuple[int, ...]) -> None:
+    """A smooth network, which does not blow rounding up. What its own float32 tables add is its error, not ours."""
+    x_T = torch.randn(shape, generator=generator())
+
+    def network(x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        return torch.sin(x_t), torch.cos(3 * x_t)
+
+    denoise = denoiser(network, PARAMETERISATIONS[prediction])
+    ours = Ancestral(25, variance).sample(denoise, x_T, generator=generator(1))
+    assert ours.dtype == torch.float32
+    theirs = scheduler_sample(unclip_scheduler(prediction, variance), network, x_T, 25)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    rounded = scheduler_sample(unclip_scheduler(prediction, variance, exact=False), network, x_T, 25)
+    torch.testing.assert_close(ours, rounded, rtol=0, atol=1e-3)
+    assert (rounded - theirs).abs().max() > 3 * (ours - theirs).abs().max()
 
 
 def test_grid_equals_unclip_schedulers() -> None:

@@ -52,14 +52,32 @@ def build_clip(name: str, pretrained: str = "") -> Any:
     Args:
         name: architecture, see :func:`architecture`.
         pretrained: an open_clip tag, a weights file, a checkpoint of ``ClipTask``, or nothing (random weights).
+
+    Raises:
+        OSError: no such file, or a tag whose weights are neither downloaded yet nor to be had.
+        ValueError: weights of another architecture, or a damaged file.
     """
     architecture(name)
-    if name.startswith("local-dir:") or pretrained in open_clip.list_pretrained_tags_by_model(name):
+    if name.startswith("local-dir:"):
         return open_clip.create_model(name, pretrained=pretrained or None)
+    if pretrained in open_clip.list_pretrained_tags_by_model(name):
+        return _with_tag(name, pretrained)
     model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
     if pretrained:
         _load_weights(model, pretrained)
     return model
+
+
+def _with_tag(name: str, tag: str) -> Any:
+    try:
+        return open_clip.create_model(name, pretrained=tag)
+    except RuntimeError as error:
+        if "download" not in str(error):
+            raise
+        raise OSError(
+            f"The weights {tag!r} of {name} are not in the cache and could not be downloaded: go online once, or give "
+            f"a file of them as clip.pretrained. ({' '.join(str(error).split()):.200})"
+        ) from error
 
 
 def _load_weights(model: nn.Module, path: str) -> None:
