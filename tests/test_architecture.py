@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 
 #: From the ground up; packages in one row do not know each other, but for the exceptions named.
 LAYERS = [
-    {"types", "checkpoint"},
+    {"types", "checkpoint", "streams"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
@@ -31,7 +31,7 @@ SIDEWAYS = {
     ("commands", "cli"),
 }
 #: torch, numpy and open_clip are enough here: who takes the mathematics does not wait for a trainer.
-PURE = {"types", "checkpoint", "diffusion", "nn", "clip", "shapes"}
+PURE = {"types", "checkpoint", "streams", "diffusion", "nn", "clip", "shapes"}
 
 
 def modules() -> list[Path]:

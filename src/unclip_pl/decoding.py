@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion import DDIM, Ancestral, Sampler, check_guidance
+from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.text import repeat_text
+from unclip_pl.streams import Streams
 from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
 
@@ -37,10 +39,10 @@ class Upsampler:
             self.sampler.check(task.diffusion)
         return self
 
-    def upsample(self, low: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def upsample(self, low: Tensor, *, generator: Streams | None = None) -> Tensor:
         """(B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
         size = low.shape[-1] * self.task.factor
-        x_T = torch.randn(len(low), 3, size, size, generator=generator).to(low.device)
+        x_T = noise_like(torch.empty(len(low), 3, size, size, device=low.device), generator=generator)
         first, last = (task.denoiser(low, size) for task in (self.task, self.finisher))
         return self.sampler.sample(first, x_T, last=last, generator=generator)
 
@@ -101,7 +103,7 @@ class Decoder:
         text: TextFeatures,
         *,
         guidance: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Streams | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """(B, 3, H, H) in [-1, 1].
@@ -116,7 +118,7 @@ class Decoder:
         device, n = image_embed.device, len(image_embed)
         scale = self.guidance if guidance is None else check_guidance(guidance)
         denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
-        x_T = torch.randn(n, 3, self.image_size, self.image_size, generator=generator).to(device)
+        x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
         image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
         for upsampler in self.upsamplers:
             image = upsampler.upsample(image, generator=generator)

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral, Denoised, Sampler, check_guidance, clip_x0, guided
+from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.files import read_tensors
 from unclip_pl.nn.text import repeat_text
+from unclip_pl.streams import Streams
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
 from unclip_pl.types import PriorBatch, TextFeatures
@@ -39,15 +41,16 @@ class Prior(ABC):
         """Read the weights, named relative to a run's folder; returns itself."""
 
     @abstractmethod
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """One z_i per caption, (B, d), unit norm, or raw where ``keeps_norm``.
 
         Args:
             text: raw features of B captions.
-            generator: of every draw.
+            generator: of every draw; one for each caption where a draw must not depend on the batch around it
+                (:func:`~unclip_pl.diffusion.process.noise_like` takes either).
         """
 
-    def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
         """As :meth:`embed`, for those who may look at the true embedding."""
         return self.embed(batch.text, generator=generator)
 
@@ -110,11 +113,11 @@ class DiffusionPrior(Prior):
         return self
 
     @torch.no_grad()
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Best of ``candidates`` samples. The caption is encoded once for all steps and candidates."""
         space, n = self.task.space, len(text.embed)
-        x_T = torch.randn(n, self.candidates, space.embed_dim, generator=generator)
-        z_i = self.sampler.sample(self._denoiser(text), x_T.to(text.embed.device), generator=generator)
+        x_T = noise_like(text.embed.new_empty(n, self.candidates, space.embed_dim), generator=generator)
+        z_i = self.sampler.sample(self._denoiser(text), x_T, generator=generator)
         z_i = space.unscale(z_i)
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
@@ -168,7 +171,7 @@ class ARPrior(Prior):
         return self
 
     @torch.no_grad()
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Codes drawn one after another with cached keys and values, then decoded."""
         space, codec = self.task.space, self.task.codec
         null = repeat_text(space.scale_text(space.null_text), len(text.embed)) if self.guidance != 1 else None
@@ -215,7 +218,7 @@ class LinearPrior(Prior):
         self.fingerprint = metadata.get("fingerprint", "")
         return self
 
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """The regression's answer, renormalised; nothing is drawn."""
         return F.normalize(F.normalize(text.embed, dim=-1) @ self.weight.T + self.bias, dim=-1)
 
@@ -252,7 +255,7 @@ class TextEmbedding(Prior):
         """Nothing to read."""
         return self
 
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """z_t itself."""
         return F.normalize(text.embed, dim=-1)
 
@@ -271,7 +274,7 @@ class TrueEmbedding(Prior):
         """Nothing to read."""
         return self
 
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """A caption alone has no true embedding.
 
         Raises:
@@ -279,7 +282,7 @@ class TrueEmbedding(Prior):
         """
         raise ValueError("TrueEmbedding needs the image: use it in a comparison, or pick another prior.")
 
-    def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
         """The batch's image embeddings."""
         return batch.image_embed if self.keeps_norm else F.normalize(batch.image_embed, dim=-1)
 
@@ -309,7 +312,7 @@ class RoundTrip(TrueEmbedding):
             raise ValueError(f"Expected axes from 1 to the {self.codec.code_length} of {self.path}. Got {self.axes}.")
         return self
 
-    def embed_batch(self, batch: PriorBatch, *, generator: torch.Generator | None = None) -> Tensor:
+    def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
         """What the codes of the first axes decode to, unit norm."""
         codec = self.codec
         y = codec.values(codec.encode(batch.image_embed)) * codec.std

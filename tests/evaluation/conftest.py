@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
+from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import Prior
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import draw_attributes, render
+from unclip_pl.streams import Streams
 from unclip_pl.types import EvaluationBatch, TextFeatures
 
 
@@ -48,8 +50,8 @@ class Chance(Prior):
     def load(self, root: Path, device: str = "cpu") -> Self:
         return self
 
-    def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
-        return F.normalize(torch.randn(text.embed.shape, generator=generator), dim=-1)
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
+        return F.normalize(noise_like(text.embed, generator=generator), dim=-1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,8 @@
 """Scores of one model, against what they must be."""
 
 import copy
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
+from unclip_pl.nn.text import cat_text
 from unclip_pl.pipeline import Decoder
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
@@ -48,6 +51,18 @@ def pairs(batches: Batches) -> list[object]:
     return [PriorBatch(batch.image_embed, batch.text) for batch in batches]
 
 
+def select(batch: EvaluationBatch, rows: slice) -> EvaluationBatch:
+    text = TextFeatures(*(part[rows] for part in batch.text))
+    return EvaluationBatch(batch.image[rows], batch.image_embed[rows], text, batch.captions[rows], batch.metadata[rows])
+
+
+def join(parts: Batches) -> EvaluationBatch:
+    image, image_embed, text, captions, metadata = zip(*parts, strict=True)
+    return EvaluationBatch(
+        torch.cat(image), torch.cat(image_embed), reduce(cat_text, text), [*chain(*captions)], [*chain(*metadata)]
+    )
+
+
 def test_true_embeddings_are_at_no_distance(batches: Batches, tmp_path: Path) -> None:
     scores = test(PriorEvaluation(str(tmp_path), CLIP, TrueEmbedding()), pairs(batches), tmp_path)
     assert scores["embed_fd"] == pytest.approx(0, abs=1e-6)
@@ -77,17 +92,30 @@ def test_pipeline_is_scored_with_its_prior(batches: Batches, lookup: Decoder, ch
     assert scores["retrieval_r10"] < 1
 
 
+def test_scores_depend_on_the_seed_and_not_on_the_batches(
+    batches: Batches, lookup: Decoder, chance: Prior, tmp_path: Path
+) -> None:
+    """Pairs draw their own noise: in reverse order, and in batches of 5, they draw the same."""
+    pair = [select(batch, slice(i, i + 1)) for batch in batches for i in range(16)][::-1]
+    fives = [join(pair[i : i + 5]) for i in range(0, len(pair), 5)]
+    for kind in (pairs, list):
+
+        def scores(parts: Batches, seed: int, kind: Any = kind) -> dict[str, float]:
+            if kind is pairs:
+                return test(PriorEvaluation(str(tmp_path), CLIP, chance, seed=seed), pairs(parts), tmp_path)
+            return test(ImageEvaluation(str(tmp_path), CLIP, JUDGE, lookup, chance, seed=seed), list(parts), tmp_path)
+
+        first = scores(batches, 3)
+        assert scores(fives, 3) == pytest.approx(first, rel=1e-5, abs=1e-6)
+        assert scores(batches, 4) != pytest.approx(first, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_fid_is_torch_fidelitys(
     batches: Batches, lookup: Decoder, chance: Prior, inception: Path, tmp_path: Path
 ) -> None:
     """Their extractor, dataset, statistics and distance on the same pictures and the same random Inception."""
-    few = [
-        EvaluationBatch(
-            b.image[:2], b.image_embed[:2], TextFeatures(*(x[:2] for x in b.text)), b.captions[:2], [{}, {}]
-        )
-        for b in batches[:2]
-    ]
+    few = [select(batch, slice(2)) for batch in batches[:2]]
     shown: list[Tensor] = []
 
     class Watched(type(lookup)):  # type: ignore[misc]

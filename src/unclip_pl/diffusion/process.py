@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
+from unclip_pl.streams import Streams, fill_like
 
 Prediction = Literal["x0", "eps", "v"]
 
@@ -150,7 +151,6 @@ class GaussianDiffusion:
         return per_sample(alpha, x), per_sample(sigma, x)
 
 
-def noise_like(x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+def noise_like(x: Tensor, *, generator: Streams | None = None) -> Tensor:
     """Standard normal noise of x's shape, dtype and device, drawn on the generator's device."""
-    source = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=source).to(x.device)
+    return fill_like(x, lambda rows, stream: rows.normal_(generator=stream), generator)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unclip_pl.diffusion.process import Denoised, GaussianDiffusion, noise_like
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
+from unclip_pl.streams import Streams
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,) in (0, 1]
 Grid: TypeAlias = Literal["strided", "uniform"]
@@ -136,7 +137,7 @@ class Sampler(ABC):
             )
 
     @abstractmethod
-    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
         """x at times[i + 1] from x_t at times[i], i < steps - 1."""
 
     @torch.no_grad()
@@ -146,7 +147,7 @@ class Sampler(ABC):
         x_T: Tensor,
         *,
         last: Denoise | None = None,
-        generator: torch.Generator | None = None,
+        generator: Streams | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Data (B, ...) from x_T ~ N(0, 1) of the same shape.
@@ -155,7 +156,7 @@ class Sampler(ABC):
             denoise: estimates x0, (B, ...), from x_t and t, (B,) in float32 (float64 if x_T is).
             x_T: the noise to start from, on the device to work on.
             last: takes the last step instead, where another network was trained for it (Karlo's upsampler).
-            generator: of the noise of stochastic samplers. The same generator state gives the same bytes.
+            generator: of the noise of stochastic samplers, or one for each row. The same state gives the same bytes.
             progress: called after each step as progress(steps done, steps, x0).
         """
         x_t = x_T
@@ -222,7 +223,7 @@ class Ancestral(Sampler):
                 "other networks sample with 'small' or 'large', or by DDIM."
             )
 
-    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
         """As `Sampler.step`."""
         c_x0, c_xt, std = self._path[i]
         noise = std * noise_like(x_t, generator=generator)
@@ -282,7 +283,7 @@ class DDIM(Sampler):
         self.eta = eta
         self._path = ddim_path(self.schedule, self.times[:-1], eta)
 
-    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: torch.Generator | None) -> Tensor:
+    def step(self, i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
         """As `Sampler.step`."""
         c_x0, c_xt, std = self._path[i]
         x_s = c_x0 * denoised.x0 + c_xt * x_t

@@ -10,7 +10,7 @@ from torch import Tensor
 from unclip_pl.clip import ClipSpec
 from unclip_pl.data.pack import write_shards
 from unclip_pl.data.samples import Sample
-from unclip_pl.evaluation.task import check_store, generator_for, to_bytes
+from unclip_pl.evaluation.task import check_store, streams_for, to_bytes
 from unclip_pl.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch
@@ -47,7 +47,7 @@ class PriorPrediction(LightningModule):
 
     def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """One embedding a caption."""
-        generator = generator_for(self, self.seed, batch_idx)
+        generator = streams_for(batch, self.seed)
         self._embeds.append(self.prior.embed_batch(batch, generator=generator).float().cpu())
 
     def on_predict_end(self) -> None:
@@ -95,7 +95,7 @@ class ImagePrediction(LightningModule):
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """One image a caption."""
-        generator = generator_for(self, self.seed, batch_idx)
+        generator = streams_for(batch, self.seed)
         z_i = self.prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
         images = to_bytes(self.decoder.decode(z_i, batch.text, generator=generator)).permute(0, 2, 3, 1).cpu().numpy()
         for image, caption in zip(images, batch.captions, strict=True):

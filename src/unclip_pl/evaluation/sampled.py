@@ -15,7 +15,7 @@ from unclip_pl.evaluation.assemble import Cost, Heldout, join_heldout, true_attr
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.flops import sampling_flops
 from unclip_pl.evaluation.scores import select_text
-from unclip_pl.evaluation.task import check_store
+from unclip_pl.evaluation.task import check_store, streams_for
 from unclip_pl.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.priors import Prior
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -127,8 +127,9 @@ class SampledPriors(LightningModule):
         for name, prior in self.priors.items():
             if not self._samples[name]:
                 self._costs[name] = self._costs[name]._replace(flops=sampling_flops(prior, pairs))
+            streams = [streams_for(pairs, self.seed, s) for s in range(self.seeds)]  # the same for every prior
             started = time.perf_counter()
-            draws = [prior.embed_batch(pairs, generator=self._generator(batch_idx, s)).cpu() for s in range(self.seeds)]
+            draws = [prior.embed_batch(pairs, generator=stream).cpu() for stream in streams]
             self._costs[name] = self._costs[name].plus(time.perf_counter() - started, self.seeds * len(batch.captions))
             self._samples[name].append(torch.stack(draws).float())
 
@@ -170,11 +171,6 @@ class SampledPriors(LightningModule):
         judge = self._encoders["judge"]
         both = judge.encode_image(batch.image), judge.describe(batch.captions).embed
         return F.normalize(both[0].float(), dim=-1).cpu(), F.normalize(both[1].float(), dim=-1).cpu()
-
-    def _generator(self, *numbers: int) -> torch.Generator:
-        """One stream for each combination of numbers, other ones on other ranks, the same for every prior."""
-        words = (self.seed, self.global_rank, *numbers)
-        return torch.Generator().manual_seed(sum(word * 10_007**i for i, word in enumerate(words)) % 2**63)
 
 
 def shown_rows(metadata: list[dict[str, Any]], rows: int, licenses: list[str] | None) -> list[int]:

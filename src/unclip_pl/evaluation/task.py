@@ -4,6 +4,7 @@ pipeline by its images.
 Metrics pool over batches and ranks by themselves. Networks are loaded when the test starts, and never registered.
 """
 
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class PriorEvaluation(LightningModule):
 
     def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """Embeds the captions ``seeds`` times."""
-        generator = generator_for(self, self.seed, batch_idx)
+        generator = streams_for(batch, self.seed)
         draws = [self.prior.embed_batch(batch, generator=generator).float() for _ in range(self.seeds)]
         samples = F.normalize(torch.stack(draws, dim=1), dim=-1)  # (B, S, d)
         true = F.normalize(batch.image_embed.float(), dim=-1)
@@ -143,7 +144,7 @@ class ImageEvaluation(LightningModule):
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draws one image for each caption and looks at it."""
-        generator = generator_for(self, self.seed, batch_idx)
+        generator = streams_for(batch, self.seed)
         z_i = self.prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
         images = self.decoder.decode(z_i, batch.text, generator=generator)
         judge, inception = self._judges
@@ -190,10 +191,12 @@ def check_store(module: LightningModule, fingerprint: str) -> None:
         check_clip(fingerprint, data.embeddings.fingerprint, f"the embedding store {data.store}")
 
 
-def generator_for(module: LightningModule, seed: int, batch_idx: int) -> torch.Generator:
-    """A stream of its own for every batch and rank."""
-    rank, world_size = module.global_rank, module.trainer.world_size
-    return torch.Generator().manual_seed(seed * 1_000_003 + batch_idx * world_size + rank)
+def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torch.Generator]:
+    """One for each pair of a batch, by its embeddings and some numbers alone: the same in any batch, on any rank."""
+    pairs = torch.cat([batch.image_embed, batch.text.embed], dim=-1).float().cpu().numpy()
+    key = repr(numbers).encode()
+    seeds = [int.from_bytes(blake2b(pair.tobytes(), digest_size=8, key=key).digest()) for pair in pairs]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask
 from unclip_pl.nn.text import TextTransformer
+from unclip_pl.streams import Streams, fill_like
 from unclip_pl.types import TextFeatures
 
 
@@ -130,15 +131,14 @@ def upper_quantile(probability: Tensor, quantile: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-def draw(probability: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+def draw(probability: Tensor, *, generator: Streams | None = None) -> Tensor:
     """One index (…) from each distribution (…, V): the first of V exponential clocks, rates p, to ring.
 
     ``torch.multinomial`` does the same, but on a GPU it waits for the device at every call. The clocks are drawn on the
     generator's device, then moved.
     """
-    source = probability.device if generator is None else generator.device
-    clocks = torch.empty_like(probability, device=source).exponential_(generator=generator)
-    return (probability / clocks.to(probability.device)).argmax(-1)
+    clocks = fill_like(probability, lambda rows, stream: rows.exponential_(generator=stream), generator)
+    return (probability / clocks).argmax(-1)
 
 
 def check_draws(temperature: float, dot_quantile: float, candidates: int) -> None:
@@ -242,7 +242,7 @@ class ARPriorTransformer(PrefixTransformer):
         temperature: float = 1.0,
         dot_quantile: float = 0.5,
         candidates: int = 1,
-        generator: torch.Generator | None = None,
+        generator: Streams | None = None,
     ) -> Tensor:
         """Codes (B, candidates, n) for B captions, token by token with cached keys and values.
 
@@ -256,7 +256,7 @@ class ARPriorTransformer(PrefixTransformer):
             dot_quantile: the dot-product token is drawn from above this quantile of its distribution; the paper takes
                 the top half, 0 is plain sampling.
             candidates: draws per caption; they share its prefix.
-            generator: of the draws, on the text's device.
+            generator: of the draws; one for each caption where they must not depend on the others.
 
         Raises:
             ValueError: guidance without an unconditional caption, or a number outside its range.

@@ -1,0 +1,30 @@
+"""Random numbers from one stream for a whole batch, or from one stream for each of its rows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+#: One generator, or one for each row: a row then draws the same whatever batch it stands in, on whichever rank.
+Streams = torch.Generator | Sequence[torch.Generator]
+
+
+def fill_like(x: Tensor, fill: Callable[[Tensor, torch.Generator | None], object], streams: Streams | None) -> Tensor:
+    """A tensor like ``x`` with random numbers in it, drawn on the generators' device, then moved.
+
+    Args:
+        x: (n·B, …), of B rows with n draws each, side by side.
+        fill: writes into the tensor that it is given.
+        streams: one generator, B of them, or torch's global one.
+
+    Raises:
+        ValueError: the generators do not divide the rows.
+    """
+    each = [streams] if streams is None or isinstance(streams, torch.Generator) else streams
+    if len(x) % len(each):
+        raise ValueError(f"Expected one generator, or one for each row. Got {len(each)} for {len(x)} rows.")
+    source = x.device if each[0] is None else each[0].device
+    out = torch.empty(x.shape, dtype=x.dtype, device=source)
+    for rows, generator in zip(out.unflatten(0, (len(each), -1)), each, strict=True):
+        fill(rows, generator)
+    return out.to(x.device)
