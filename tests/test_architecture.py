@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
-    {"priors", "decoding", "pipeline", "resume", "sharding"},
+    {"priors", "decoding", "manipulation", "pipeline", "resume", "sharding"},
     {"evaluation", "interop"},
     {"commands"},
     {"cli", "trainer_cli", "__main__"},
@@ -23,6 +23,8 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 SIDEWAYS = {
     ("pipeline", "priors"),
     ("pipeline", "decoding"),
+    ("pipeline", "manipulation"),
+    ("manipulation", "decoding"),
     ("trainer_cli", "cli"),
     ("trainer_cli", "callbacks"),
     ("cli", "trainer_cli"),

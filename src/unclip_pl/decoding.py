@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Ancestral, Sampler, check_guidance
+from unclip_pl.diffusion import DDIM, Ancestral, Denoise, Inversion, Sampler, check_guidance
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.streams import Streams
@@ -92,6 +92,25 @@ class Decoder:
         """Of the CLIP whose embeddings it was trained on."""
         return self.task.space.fingerprint
 
+    #: Below this noise level an x0-predicting network's error swamps the noise that DDIM inversion asks it for.
+    FLOOR = 0.05
+
+    def inversion(self, steps: int) -> Inversion:
+        """Of what it draws itself, before any upsampler: to the lowest level that its parameterisation bears."""
+        diffusion = self.task.diffusion
+        sigma_min = self.FLOOR if diffusion.prediction == "x0" else 0.0
+        return Inversion(steps, sigma_min, diffusion.schedule, train_steps=diffusion.steps)
+
+    def denoiser(self, image_embed: Tensor, guidance: float) -> Denoise:
+        """``denoise(x_t, t)`` from embeddings (B, d) alone, without captions."""
+        return self.task.denoiser(image_embed, self.null_text(len(image_embed)), check_guidance(guidance))
+
+    def enlarge(self, image: Tensor, *, generator: Streams | None = None) -> Tensor:
+        """(B, 3, h, h) through the upsamplers, where there are any, to pixels in [-1, 1]."""
+        for upsampler in self.upsamplers:
+            image = upsampler.upsample(image, generator=generator)
+        return image.clamp(-1, 1)
+
     def null_text(self, n: int) -> TextFeatures:
         """n empty captions: decode from the embedding alone."""
         return repeat_text(self.task.space.null_text, n)
@@ -120,6 +139,4 @@ class Decoder:
         denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
         image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
-        for upsampler in self.upsamplers:
-            image = upsampler.upsample(image, generator=generator)
-        return image.clamp(-1, 1)
+        return self.enlarge(image, generator=generator)

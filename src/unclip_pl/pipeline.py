@@ -13,6 +13,7 @@ from torch import Tensor
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.decoding import Decoder, Progress, Upsampler
 from unclip_pl.diffusion import check_guidance
+from unclip_pl.manipulation import Manipulations
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.priors import Prior
 
@@ -57,7 +58,7 @@ class RunDescription:
     store: str = ""
 
 
-class Unclip:
+class Unclip(Manipulations):
     """A trained run. ``Unclip.load("runs/quickstart").generate(["a red star"])``."""
 
     def __init__(self, root: Path, clip: ClipEncoder, decoder: Decoder, priors: dict[str, Prior], device: str) -> None:

@@ -1,7 +1,6 @@
 import math
 import pickle
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from unclip_pl.diffusion.sampling import (
     Variance,
     check_guidance,
     clip_x0,
-    ddim_invert,
     dynamic_threshold,
     guided,
     time_grid,
@@ -330,56 +328,6 @@ def test_dynamic_threshold() -> None:
 def test_clip() -> None:
     x0 = torch.tensor([[-20.0, 0.5, 20.0]])
     assert clip_x0(constant(x0), 5.0)(x0, torch.ones(1)).x0.tolist() == [[-5.0, 0.5, 5.0]]
-
-
-class TestInversion:
-    x0 = MEAN + math.sqrt(VAR) * torch.randn(256, 1, dtype=torch.float64, generator=generator())
-
-    def error(self, steps: int, grid: Grid, sigma_min: float = 0.0) -> float:
-        x_T = ddim_invert(gaussian_denoise, self.x0, steps=steps, grid=grid, sigma_min=sigma_min)
-        x0 = DDIM(steps, grid=grid).sample(gaussian_denoise, x_T)
-        return (x0 - self.x0).square().mean().sqrt().item()
-
-    @pytest.mark.parametrize("grid", ["strided", "uniform"])
-    def test_round_trip_is_first_order(self, grid: Grid) -> None:
-        errors = [self.error(steps, grid) for steps in (50, 200, 800)]
-        assert errors[0] < 0.04
-        for coarse, fine in pairwise(errors):
-            assert 3 < coarse / fine < 5
-
-    def test_finds_the_noise(self) -> None:
-        """The exact flow of a Gaussian maps x0 to its quantile, (x0 - MEAN) / sqrt(VAR)."""
-        x_T = ddim_invert(gaussian_denoise, self.x0, steps=1000)
-        torch.testing.assert_close(x_T, (self.x0 - MEAN) / math.sqrt(VAR), rtol=0, atol=0.02)
-
-    def test_starts_at_sigma_min(self) -> None:
-        levels: list[float] = []
-
-        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            levels.append(CosineSchedule().alpha_sigma(t)[1][0].item())
-            return gaussian_denoise(x_t, t)
-
-        ddim_invert(denoise, self.x0, steps=100, sigma_min=0.05)
-        assert 0.05 <= levels[0] < 0.08
-        assert levels == sorted(levels)
-        assert self.error(250, "strided", 0.05) < 0.015
-
-    def test_sigma_min_tames_an_x0_network(self) -> None:
-        """An error of 0.01 in x0 is 156 times that in the noise at the first index."""
-
-        def wrong(x_t: Tensor, t: Tensor) -> Denoised:
-            return Denoised(gaussian_denoise(x_t, t).x0 + 0.01 * torch.sin(50 * x_t))
-
-        truth = (self.x0 - MEAN) / math.sqrt(VAR)
-
-        def error(sigma_min: float) -> float:
-            return (ddim_invert(wrong, self.x0, steps=500, sigma_min=sigma_min) - truth).square().mean().sqrt().item()
-
-        assert error(0.05) < error(0.0)
-
-    def test_no_level_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match=r"sigma_min below 1. Got 1.5"):
-            ddim_invert(gaussian_denoise, self.x0, steps=10, sigma_min=1.5)
 
 
 class TestErrors:

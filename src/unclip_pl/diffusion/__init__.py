@@ -1,6 +1,7 @@
 """Gaussian diffusion: schedules, parameterisations, objectives and samplers; nothing here knows what is diffused."""
 
 from unclip_pl.diffusion.analytic import PosteriorMSE
+from unclip_pl.diffusion.inversion import Inversion
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss, variational_bound
 from unclip_pl.diffusion.process import (
     Denoised,
@@ -17,7 +18,6 @@ from unclip_pl.diffusion.sampling import (
     Sampler,
     check_guidance,
     clip_x0,
-    ddim_invert,
     dynamic_threshold,
     guided,
     time_grid,
@@ -31,6 +31,7 @@ __all__ = [
     "Denoise",
     "Denoised",
     "GaussianDiffusion",
+    "Inversion",
     "LinearSchedule",
     "Posterior",
     "PosteriorMSE",
@@ -41,7 +42,6 @@ __all__ = [
     "UniformTime",
     "check_guidance",
     "clip_x0",
-    "ddim_invert",
     "dynamic_threshold",
     "guided",
     "hybrid_loss",

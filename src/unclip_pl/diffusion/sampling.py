@@ -162,7 +162,7 @@ class Sampler(ABC):
         x_t = x_T
         for i, t in enumerate(self.times[:-1]):
             ends = i + 1 == self.steps
-            denoised = (last if ends and last is not None else denoise)(x_t, _time(t, x_t))
+            denoised = (last if ends and last is not None else denoise)(x_t, time_of(t, x_t))
             x_t = denoised.x0 if ends else self.step(i, x_t, denoised, generator)
             if progress is not None:
                 progress(i + 1, self.steps, denoised.x0)
@@ -301,44 +301,6 @@ def ddim_path(schedule: Schedule, times: list[float], eta: float = 0.0) -> list[
     return path
 
 
-@torch.no_grad()
-def ddim_invert(
-    denoise: Denoise,
-    x0: Tensor,
-    *,
-    steps: int,
-    schedule: Schedule | None = None,
-    grid: Grid = "strided",
-    train_steps: int = 1000,
-    sigma_min: float = 0.0,
-) -> Tensor:
-    """The x_T (B, ...) from which `DDIM(steps, eta=0)` on the same grid comes back to x0, up to the step size.
-
-    Exact only as steps grow, and less so the stronger the guidance; do not clip x0 in `denoise`, and use float32.
-
-    Args:
-        denoise: as for `Sampler.sample`.
-        x0: data, (B, ...).
-        steps: of the DDIM run to invert; one network evaluation fewer here.
-        schedule: of the training diffusion; cosine when None.
-        grid: see `time_grid`.
-        train_steps: T of the training diffusion.
-        sigma_min: skip the grid's times with less noise. Noise that an x0-predicting network sees in clean data is
-            its error times alpha / sigma, 156 at the first index: give 0.05 or more there, 0 for an eps-predicting one.
-
-    Raises:
-        ValueError: no time of the grid has that much noise.
-    """
-    schedule = schedule or CosineSchedule()
-    times = torch.tensor(time_grid(steps, grid, train_steps)[-2::-1], dtype=torch.float64, device="cpu")
-    times = times[schedule.alpha_sigma(times)[1] >= sigma_min]
-    if len(times) == 0:
-        raise ValueError(f"Expected sigma_min below 1. Got {sigma_min}.")
-    x_t, levels = x0, times.tolist()  # x0 is taken to be at the first level already, as in OpenAI's code
-    for t, step in zip(levels, ddim_path(schedule, levels), strict=False):  # the last level is reached, not left
-        x_t = step.c_x0 * denoise(x_t, _time(t, x_t)).x0 + step.c_xt * x_t
-    return x_t
-
-
-def _time(t: float, x: Tensor) -> Tensor:
+def time_of(t: float, x: Tensor) -> Tensor:
+    """One time for each of B samples, (B,), in float32 (float64 if x is)."""
     return torch.full((x.shape[0],), t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
