@@ -136,6 +136,11 @@ def only_plain(strategy: Strategy) -> None:
 class RunConfig(SaveConfigCallback):
     """Writes the resolved ``config.yaml``, and takes it along in checkpoints: a resumed run says what differs."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Where something is logged or trained: a test without a logger would litter the current folder."""
+        if trainer.loggers or stage == TrainerFn.FITTING:
+            super().setup(trainer, pl_module, stage)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """As plain data."""
         checkpoint["config"] = self._plain()

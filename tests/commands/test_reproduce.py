@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unclip_pl.commands import reproduce as module
-from unclip_pl.commands.reproduce import Stage, reproduce, stage_key
+from unclip_pl.commands.reproduce import Stage, reproduce
 
 
 class Journal:
@@ -75,11 +75,17 @@ def test_what_was_deleted_is_made_again_with_what_was_made_of_it(journal: Journa
         assert journal.asked == asked
 
 
-def test_how_a_folder_is_written_changes_nothing(journal: Journal) -> None:
-    stages = chain() | {"e": Stage("make --out e --source {source}")}
-    for slash in ("", "/"):
-        reproduce(stages, f"{journal.run}{slash}", f"{{run}}/data{slash}")
+def test_how_a_folder_is_written_changes_nothing_nor_where_it_lies(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = chain() | {"e": Stage("make --out e --source {source} --run {run}", ["a"])}
+    monkeypatch.chdir(tmp_path)
+    for run in (journal.run, f"{journal.run}/", "run", "./run"):
+        reproduce(stages, str(run), "{run}/data/")
+    journal.run.rename(tmp_path / "elsewhere")
+    reproduce(stages, "elsewhere", "{run}/data")
     assert journal.asked == ["a", "b", "c", "d", "e"]
+    assert not list(tmp_path.glob("*/replaced"))
 
 
 def test_shards_that_changed_and_names_with_braces_and_spaces(journal: Journal, tmp_path: Path) -> None:
@@ -102,16 +108,17 @@ def test_shards_that_changed_and_names_with_braces_and_spaces(journal: Journal, 
     assert journal.asked == ["a", "b"]
 
 
-def test_comments_do_not_count_but_included_files_do(tmp_path: Path) -> None:
+def test_comments_do_not_count_but_included_files_do(journal: Journal, tmp_path: Path) -> None:
     outer, inner = tmp_path / "outer.yaml", tmp_path / "inner.yaml"
-    outer.write_text("data: inner.yaml\nlr: 1")
+    stages = {"a": Stage(f"make --out a --config {outer}")}
     inner.write_text("batch_size: 2")
-    words = ["fit", "--config", str(outer)]
-    before = stage_key(words, [])
-    outer.write_text("# a comment\nlr:   1\ndata: inner.yaml")
-    assert stage_key(words, []) == before
+    for layout in ("data: inner.yaml\nlr: 1", "# a comment\nlr:   1\ndata: inner.yaml"):
+        outer.write_text(layout)
+        reproduce(stages, str(journal.run))
+    assert journal.asked == ["a"]
     inner.write_text("batch_size: 3")
-    assert stage_key(words, []) != before
+    reproduce(stages, str(journal.run))
+    assert journal.asked == ["a", "a"]
 
 
 def test_unknown_needs(tmp_path: Path) -> None:

@@ -154,6 +154,14 @@ def test_curves_are_sorted_and_hold_an_interval_at_every_point(report: dict[str,
     assert all(point["low"] <= point["mean"] <= point["high"] for point in points)
 
 
+def test_a_curve_of_what_is_not_a_prior_s_own_takes_x_from_the_group(tmp_path: Path) -> None:
+    """Decoder guidance: one arm of one name in every cell."""
+    for x, worse in (("1", 1.0), ("2", 0.0), ("4", 0.5)):
+        write_cell(tmp_path, x, f"curve/decoder guidance/ar/{x}", 0, {"ar": arm("ar", 0, worse)})
+    points = study_report(read_study(tmp_path))["curves"]["decoder guidance"]["ar"]["stated_match"]
+    assert [point["x"] for point in points] == [1, 2, 4]
+
+
 def test_ablations_are_paired(report: dict[str, Any]) -> None:
     lines = {line["title"]: line for line in report["ablations"]}
     assert {"prediction", "SAM", "best of 2", "dot token", "prior guidance, ar", "analytic variance, 8 steps"} <= set(

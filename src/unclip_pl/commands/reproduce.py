@@ -125,7 +125,7 @@ class Recipe:
         return Path(_fill(files[0], self.places)) if files else None
 
     def key(self, name: str) -> str:
-        """Changes when what a stage gives may change."""
+        """Changes when what a stage gives may change; not with where the run lies, nor how its folder is written."""
         if self.kept(name):
             return self.lasting(name)
         stage = self.stages[name]
@@ -133,10 +133,10 @@ class Recipe:
         needs = [f"{self.key(need)} {self.record(need).get('stamp', '')}" for need in stage.needs]
         needs += self.shards if "{source}" in stage.run else []
         needs += self._base() if "{base}" in stage.run else []
-        return stage_key(self.words(name), needs)
+        return _digest([shlex.split(stage.run), _configs(self.words(name)), needs])
 
     def lasting(self, name: str) -> str:
-        """Changes with the recipe alone: not with where the run lies, nor with how often something was made again."""
+        """Changes with the recipe alone, and not with how often something was made again."""
         stage = self.stages[name]
         needs = [self.lasting(need) for need in stage.needs]
         return _digest([shlex.split(stage.run), _configs(self.words(name)), needs])
@@ -181,15 +181,8 @@ def _bring_about(base: str, recipe: str, words: list[str]) -> None:
     dispatch(["reproduce", "--config", recipe, "--run", base, *words])
 
 
-def stage_key(words: list[str], needs: list[str]) -> str:
-    """Changes when the command, a config it names (or one named in there), or a stage it needs changes.
-
-    Comments and layout of a config do not count.
-    """
-    return _digest([words, _configs(words), needs])
-
-
 def _configs(words: list[str]) -> list[Any]:
+    """What the configs say that a command names: comments and layout do not count."""
     return [resolved(Path(b)) for a, b in pairwise(words) if a == "--config"]
 
 

@@ -42,7 +42,7 @@ class Choice(LightningModule):
     to lay over others: ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the guidance.
 
     Args:
-        run: folder that CLIP and ``weights`` are named relative to.
+        run: folder that CLIP is named relative to.
         clip: the CLIP whose embeddings these are.
         priors: one, by its name in the study; it has an attribute ``guidance``. Its checkpoint is named relative to the
             folder of each learning rate.
@@ -105,7 +105,7 @@ class Choice(LightningModule):
 
     def _try(self, pairs: PriorBatch, folder: str, guidance: float, fingerprint: str) -> Trial:
         self.prior.guidance = guidance  # type: ignore[attr-defined]
-        self.prior.load(self.run / folder, str(self.device))
+        self.prior.load(Path(folder), str(self.device))
         check_clip(fingerprint, self.prior.fingerprint, f"the prior in {folder}")
         distance = FrechetDistance(self.clip.embed_dim).to(self.device)
         cosines: list[Tensor] = []

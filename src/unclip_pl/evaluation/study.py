@@ -72,8 +72,10 @@ def read_study(folder: Path) -> Study:
 
 
 def label(group: str, arm: str) -> str:
-    """A group that names its arm (``need/ARM``, ``ablation/TITLE/ARM``) overrules the arm's own name."""
-    own = group.startswith(("need/", "ablation/"))
+    """A group that names its arm (``need/ARM``, ``ablation/TITLE/ARM``, ``curve/TITLE/SERIES/X``) overrules the arm's
+    own name.
+    """
+    own = group.startswith(("need/", "ablation/")) or (group.startswith("curve/") and group.count("/") == 3)
     return group if own else f"{group}/{arm}"
 
 
