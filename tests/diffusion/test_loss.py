@@ -107,6 +107,39 @@ def test_best_variance_is_the_analytic_one() -> None:
     assert grad.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_on_a_gaussian_mean_and_variance_converge_to_the_best(prediction: Prediction) -> None:
+    """From zero, with the exact posterior mean and beta_tilde + c_x0^2 Var[x0 | x_t] (Bao et al. 2022) at the end.
+
+    Data ~ N(0, 0.25), ten times; a line in x_t and a number for the variance at each of them.
+    """
+    steps, var, g = 10, 0.25, torch.Generator().manual_seed(0)
+    diffusion = GaussianDiffusion(prediction=prediction, steps=steps)
+    # The first has a likelihood of pixels; near the last, rounding of eps is all there is of x0.
+    k = torch.arange(2, steps - 1)
+    t = (k / steps).double()
+    slope, frac_raw = (torch.zeros(len(k), 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.Adam([slope, frac_raw], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    for _ in range(200):
+        x0 = math.sqrt(var) * torch.randn(len(k), 2048, generator=g, dtype=torch.float64)
+        eps = torch.randn(x0.shape, generator=g, dtype=torch.float64)
+        x_t = diffusion.add_noise(x0, t, eps)
+        optimizer.zero_grad()
+        hybrid_loss(diffusion, slope * x_t, frac_raw.expand_as(x_t), x0, x_t, eps, t).sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    alpha, sigma = diffusion.schedule.alpha_sigma(t)
+    spread = alpha**2 * var + sigma**2  # of x_t
+    best = diffusion.target(alpha * var / spread, sigma / spread, t)  # E[x0 | x_t], E[eps | x_t] per unit of x_t
+    torch.testing.assert_close(slope.detach()[:, 0], best, rtol=0, atol=0.01)
+    q = diffusion.schedule.posterior(t, t - 1 / steps)
+    frac = (frac_raw.detach()[:, 0] + 1) / 2
+    learned = (frac * q.beta.log() + (1 - frac) * q.beta_tilde.log()).exp()
+    torch.testing.assert_close(learned, q.beta_tilde + q.c_x0**2 * var * sigma**2 / spread, rtol=0.02, atol=0)
+
+
 def test_simple_loss_is_per_sample() -> None:
     F, target = torch.zeros(2, 3, 4), torch.stack([torch.ones(3, 4), 2 * torch.ones(3, 4)])
     assert simple_loss(F, target).tolist() == [1.0, 4.0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion import sampling
+from unclip_pl.diffusion.analytic import PosteriorMSE
 from unclip_pl.diffusion.process import Denoised, GaussianDiffusion, Prediction
 from unclip_pl.diffusion.sampling import (
     DDIM,
@@ -99,6 +100,52 @@ def test_every_variance_is_right_with_all_steps(
     mean, var = output_moments(sampler, monkeypatch)
     assert mean == pytest.approx(MEAN, abs=1e-3)
     assert var == pytest.approx(VAR, abs=3e-3)
+
+
+@pytest.mark.parametrize("grid", ["strided", "uniform"])
+def test_validation_errors_are_as_good_as_the_formula(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """c_t estimated from draws, as a checkpoint has it: 5 steps come as near to the data's variance."""
+    diffusion, errors = GaussianDiffusion(), PosteriorMSE()
+    x0 = MEAN + math.sqrt(VAR) * torch.randn(100_000, 8, dtype=torch.float64, generator=generator())
+    t = diffusion.draw_t(len(x0), generator=generator(1)).double()
+    x_t = diffusion.add_noise(x0, t, torch.randn(x0.shape, dtype=torch.float64, generator=generator(2)))
+    errors.update(t, (x0 - gaussian_denoise(x_t, t).x0).square().mean(1))
+
+    estimated = Ancestral(5, "analytic", grid, posterior_mse=errors.compute())
+    exact = Ancestral(5, "analytic", grid, posterior_mse=gaussian_posterior_mse())
+    (_, ours), (_, best) = (output_moments(sampler, monkeypatch) for sampler in (estimated, exact))
+    assert ours == pytest.approx(best, abs=5e-3)
+    _, small = output_moments(Ancestral(5, "small", grid), monkeypatch)
+    assert abs(ours - VAR) < 0.6 * abs(small - VAR)
+    if (
+        grid == "strided"
+    ):  # a last step from t = 0.2 loses variance, which happens to be what the large one has too much
+        _, large = output_moments(Ancestral(5, "large", grid), monkeypatch)
+        assert abs(ours - VAR) < 0.6 * abs(large - VAR)
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(50), DDIM(50), DDIM(50, 0.5)])
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_a_trained_network_draws_the_data(prediction: Prediction, sampler: Sampler) -> None:
+    """From regression on `target` to samples: a line in x_t at each time, fitted to draws of the data alone."""
+    diffusion, lines = GaussianDiffusion(prediction=prediction), {}
+    for time in sampler.times[:-1]:
+        x0 = MEAN + math.sqrt(VAR) * torch.randn(20_000, dtype=torch.float64, generator=generator())
+        eps, t = torch.randn(20_000, dtype=torch.float64, generator=generator(1)), torch.full((20_000,), time).double()
+        x_t = diffusion.add_noise(x0, t, eps)
+        inputs = torch.stack([x_t, torch.ones_like(x_t)], dim=1)
+        lines[time] = torch.linalg.lstsq(inputs, diffusion.target(x0, eps, t)[:, None]).solution.flatten()
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        slope, offset = lines[t[0].item()]
+        return Denoised(diffusion.to_x0(slope * x_t + offset, x_t, t))
+
+    x_T = torch.randn(20_000, 1, dtype=torch.float64, generator=generator(3))
+    drawn = sampler.sample(denoise, x_T, generator=generator(4))
+    exact = sampler.sample(gaussian_denoise, x_T, generator=generator(4))
+    torch.testing.assert_close(drawn, exact, rtol=0, atol=0.05)
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert drawn.var().item() == pytest.approx(exact.var().item(), abs=0.01)
 
 
 @pytest.mark.parametrize("grid", ["strided", "uniform"])
