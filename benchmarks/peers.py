@@ -1,19 +1,24 @@
-"""The other side of each comparison, built from our weights: diffusers' modules, and the loops its pipelines run."""
+"""The other side of each comparison: diffusers' modules with our weights, and the loops its pipelines run;
+dalle2-pytorch's modules, whose layers are other ones, with as many parameters.
+"""
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PriorTransformer, UnCLIPScheduler
+from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch import Tensor
+from torch.nn import functional as F
 
-from unclip_pl.interop.diffusers import DiffusersPrior
+from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.nn import prior
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.nn.text import cat_text, pad_text, repeat_text
-from unclip_pl.types import TextFeatures
+from unclip_pl.nn.unet import UNet
+from unclip_pl.types import DecoderBatch, TextFeatures
 
 
 def stored_space(embed_dim: int, text_width: int, null_length: int = 2) -> str:
@@ -75,3 +80,106 @@ class KarloPrior:
             before = None if i + 1 == len(times) else times[i + 1]
             x = self.scheduler.step(out, timestep=t, sample=x, generator=generator, prev_timestep=before).prev_sample
         return x
+
+
+class KarloDecoder(torch.nn.Module):
+    """The second stage of diffusers' UnCLIPPipeline. Its random weights are poured into ``net``.
+
+    Args:
+        net: of three output channels, every level but the first attending.
+        res_blocks: of ``net``.
+        context_width: of ``net``.
+        head_channels: of ``net``.
+    """
+
+    def __init__(self, net: UNet, res_blocks: int, context_width: int, head_channels: int) -> None:
+        super().__init__()
+        assert net.condition_encoder is not None
+        widths = [level.layers[0].block.conv1.out_channels for level in net.down]  # type: ignore[union-attr, index]
+        deeper = len(widths) - 1
+        torch.manual_seed(1)
+        self.unet = UNet2DConditionModel(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=tuple(widths),
+            layers_per_block=res_blocks,
+            down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * deeper),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=(*["SimpleCrossAttnUpBlock2D"] * deeper, "ResnetUpsampleBlock2D"),
+            attention_head_dim=head_channels,
+            cross_attention_dim=context_width,
+            norm_num_groups=32,
+            only_cross_attention=False,
+            class_embed_type="identity",
+            resnet_time_scale_shift="scale_shift",
+        )
+        self.projection = UnCLIPTextProjModel(
+            clip_embeddings_dim=len(net.condition_encoder.null_image_embed),
+            time_embed_dim=4 * widths[0],
+            cross_attention_dim=context_width,
+        )
+        load_weights(net, self.unet.state_dict() | self.projection.state_dict(), DiffusersUNet(head_channels))
+        self.noise = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        self.image_tokens = net.condition_encoder.image_tokens
+
+    def forward(self, x: Tensor, t: Tensor, z_i: Tensor, text: TextFeatures, *, guided: bool = False) -> Tensor:
+        """eps. Guided: x, t and text of 2B rows, the unconditional ones first; z_i of B."""
+        context, time_bias = self.projection(
+            image_embeddings=z_i,
+            prompt_embeds=text.embed,
+            text_encoder_hidden_states=text.states,
+            do_classifier_free_guidance=guided,
+        )
+        mask = F.pad(text.mask, (self.image_tokens, 0), value=True)
+        return self.unet(x, t, encoder_hidden_states=context, class_labels=time_bias, attention_mask=mask).sample
+
+    def loss(self, batch: DecoderBatch) -> Tensor:
+        """As in the library's training scripts."""
+        eps = torch.randn_like(batch.image)
+        t = torch.randint(0, 1000, (len(eps),))
+        out = self(self.noise.add_noise(batch.image, eps, t), t, batch.image_embed, batch.text)
+        return F.mse_loss(out.float(), eps)
+
+    @torch.no_grad()
+    def sample(
+        self, z_i: Tensor, text: TextFeatures, null: TextFeatures, side: int, steps: int, guidance: float
+    ) -> Tensor:
+        """(B, 3, side, side) by the loop of the pipeline."""
+        generator = torch.Generator().manual_seed(0)
+        scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon")
+        scheduler.set_timesteps(steps)
+        n, times = len(z_i), scheduler.timesteps
+        both = cat_text(repeat_text(null, n), text)
+        x = torch.randn(n, 3, side, side, generator=generator)
+        for i, t in enumerate(times):
+            uncond, cond = self(torch.cat([x] * 2), t.expand(2 * n), z_i, both, guided=True).chunk(2)
+            out = uncond + guidance * (cond - uncond)
+            before = None if i + 1 == len(times) else times[i + 1]
+            x = scheduler.step(out, t, x, prev_timestep=before, generator=generator).prev_sample
+        return x
+
+
+def dalle2_decoder(parameters: int, side: int, embed_dim: int, context_width: int, head_channels: int) -> Any:
+    """dalle2-pytorch's Decoder around a Unet of about that many parameters: same levels, attention, conditions."""
+    from dalle2_pytorch import Decoder, Unet
+
+    def unet(dim: int) -> Any:
+        return Unet(
+            dim=dim,
+            image_embed_dim=embed_dim,
+            text_embed_dim=embed_dim,
+            cond_dim=context_width,
+            dim_mults=(1, 2, 3, 4),
+            self_attn=(False, True, True, True),
+            attn_dim_head=head_channels,
+            attn_heads=4,
+            num_resnet_blocks=1,
+            cond_on_text_encodings=True,
+            cond_on_image_embeds=True,
+            max_text_len=16,
+        )
+
+    widths = range(32, 128, 8)
+    width = min(widths, key=lambda dim: abs(sum(p.numel() for p in unet(dim).parameters()) - parameters))
+    torch.manual_seed(1)
+    return Decoder(unet(width), image_sizes=(side,), timesteps=1000, sample_timesteps=27, learned_variance=False)

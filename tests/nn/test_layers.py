@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.nn.layers import Attention, Prefix, PrefixTransformer, Transformer, causal_mask, sinusoidal
+from unclip_pl.nn.layers import Attention, Prefix, PrefixTransformer, Transformer, attend, causal_mask, sinusoidal
 from unclip_pl.types import TextFeatures
 
 
@@ -35,6 +35,28 @@ def test_sinusoidal_shapes_and_precision() -> None:
     assert sinusoidal(index, 7)[..., -1].eq(0).all()
     assert sinusoidal(index.bfloat16(), 8).dtype == torch.float32
     assert sinusoidal(index.double(), 8).dtype == torch.float64
+
+
+@pytest.mark.parametrize("mask_shape", [None, (3, 1, 1, 9), (1, 1, 5, 9), (3, 1, 5, 9)])
+def test_attention_in_bfloat16_is_that_in_float32_to_its_rounding(mask_shape: tuple[int, ...] | None) -> None:
+    """Outputs and gradients; masked keys get none of either."""
+    query, key, value = (randn(3, 2, n, 8, seed=n).float() for n in (5, 9, 9))
+    mask = None
+    if mask_shape is not None:
+        mask = torch.rand(mask_shape, generator=torch.Generator().manual_seed(0)) < 0.6
+        mask[..., 0] = True
+        mask[..., 8] = False
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        out = attend(*leaves, mask)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for narrow, wide in zip(run(torch.bfloat16), run(torch.float32), strict=True):
+        assert narrow.dtype == torch.bfloat16
+        torch.testing.assert_close(narrow.float(), wide, rtol=0.05, atol=0.02 * wide.abs().max().item())
+        if mask is not None and narrow.shape[2] == 9:
+            assert narrow[:, :, 8].eq(0).all()
 
 
 def test_attention_is_softmax_of_scaled_products() -> None:

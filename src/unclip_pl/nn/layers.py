@@ -26,6 +26,29 @@ def sinusoidal(index: Tensor, width: int, max_period: float = 10_000.0) -> Tenso
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, (B, heads, L, dim).
+
+    By torch's fused kernels, but in bfloat16 on a CPU, where their backward pass takes up to three times as long as
+    what they fuse (torch 2.14, 64 tokens).
+
+    Args:
+        query: (B, heads, L, dim).
+        key, value: (B, heads, keys, dim).
+        mask: (B or 1, 1, L or 1, keys) bool, True where a query may look.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    batch, heads, _, dim = query.shape
+    bias = query.new_zeros(1, 1, 1)
+    if mask is not None:
+        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        bias = hidden.expand(batch, heads, -1, -1).flatten(0, 1)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    scores = torch.baddbmm(bias, query, key.mT, alpha=dim**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), value).unflatten(0, (batch, heads))
+
+
 class KeyValue(NamedTuple):
     """What one layer remembers of a sequence."""
 
@@ -89,7 +112,7 @@ class Attention(nn.Module):
             now = KeyValue(torch.cat([past.key, key], dim=2), torch.cat([past.value, value], dim=2))
         elif past is not None and slot is not None:
             now = KeyValue(past.key.index_copy_(2, slot, key), past.value.index_copy_(2, slot, value))
-        out = F.scaled_dot_product_attention(query[:, :, start:], *now, attn_mask=mask[:, :, start:])
+        out = attend(query[:, :, start:], *now, mask[:, :, start:])
         return self.c_proj(out.transpose(1, 2).flatten(2)), now
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.nn.layers import attend
+
 TimeMode = Literal["scale_shift", "additive"]
 Resample = Literal["none", "down", "up"]
 M = TypeVar("M", nn.Conv2d, nn.Linear)
@@ -158,7 +160,7 @@ class SpatialAttention(nn.Module):
             k = torch.cat([context_k, k], dim=2)
             v = torch.cat([context_v, v], dim=2)
             mask = F.pad(condition.mask, (0, tokens.shape[1]), value=True)[:, None, None]  # (B, 1, 1, N + HW)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = attend(q, k, v, mask)
         h = self.proj_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
         return x + h.mT.unflatten(2, x.shape[2:])
 

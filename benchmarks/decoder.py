@@ -1,0 +1,185 @@
+"""The decoder against diffusers' UNet2DConditionModel with the same weights and dalle2-pytorch's Unet of the same size.
+
+A training step is forward, backward and AdamW, each side in whichever precision and memory format is fastest for it,
+found here first. Sampling is in float32, 27 steps with guidance. Karlo's shape scaled to fit: 64 channels × 1, 2, 3, 4,
+one residual block a level.
+"""
+
+import copy
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from measure import Row, clock, expect_equal, faster, floor, flops, growth, show, side_by_side
+from peers import KarloDecoder, dalle2_decoder, stored_space
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from unclip_pl.diffusion import Ancestral
+from unclip_pl.nn.unet import UNet
+from unclip_pl.pipeline import Decoder
+from unclip_pl.tasks import DecoderTask
+from unclip_pl.tasks.base import count_parameters
+from unclip_pl.types import DecoderBatch, TextFeatures
+
+D, CONTEXT, HEAD, LENGTH, BATCH, GUIDANCE = 256, 192, 64, 13, 8, 2.0
+STEPS = 27
+#: What kernels are called that multiply matrices or convolve.
+KERNELS = ("conv", "::mm", "::bmm", "::addmm", "::baddbmm", "attention")
+
+
+def task() -> DecoderTask:
+    """With random weights, drawing by the mean alone as both peers are set to."""
+    net = UNet(
+        out_channels=3,
+        channels=64,
+        res_blocks=1,
+        embed_dim=D,
+        text_width=D,
+        context_width=CONTEXT,
+        text_embed_in_time=True,
+        dropout=0.0,
+    )
+    return DecoderTask(net, stored_space(D, D), scaling="raw")
+
+
+def batch(side: int) -> DecoderBatch:
+    g = torch.Generator().manual_seed(2)
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    states, embed = torch.randn(BATCH, LENGTH, D, generator=g), torch.randn(BATCH, D, generator=g)
+    image = torch.randn(BATCH, 3, side, side, generator=g).clamp(-1, 1)
+    return DecoderBatch(image, torch.randn(BATCH, D, generator=g), TextFeatures(mask.long(), states, mask, embed))
+
+
+def training(
+    module: nn.Module, loss: Callable[[Any, DecoderBatch], Tensor], given: DecoderBatch, bf16: bool, format: Any
+) -> Callable[[], None]:
+    """A training step of a copy of ``module``."""
+    module = copy.deepcopy(module).train().to(memory_format=format)
+    given = given._replace(image=given.image.contiguous(memory_format=format))
+    optimizer = module.optimizer() if isinstance(module, DecoderTask) else torch.optim.AdamW(module.parameters())
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(module, given)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def best_step(
+    module: nn.Module, loss: Callable[[Any, DecoderBatch], Tensor], given: DecoderBatch
+) -> tuple[str, Callable[[], None]]:
+    """The fastest of two precisions and two memory formats, and its name."""
+    found = {}
+    formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+    for bf16, (name, format) in product((False, True), formats.items()):
+        step = training(module, loss, given, bf16, format)
+        step()
+        start = clock()
+        step()
+        found[clock() - start] = (f"{'bf16' if bf16 else 'float32'} {name}", step)
+    return found[min(found)]
+
+
+def share_of_kernels(step: Callable[[], None]) -> float:
+    """Of the time in kernels that multiply or convolve."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in record.key_averages()}
+    return sum(t for name, t in times.items() if any(k in name for k in KERNELS)) / sum(times.values())
+
+
+def losses(ours: DecoderTask, side: int, theirs: KarloDecoder) -> dict[str, tuple[nn.Module, Callable[..., Tensor]]]:
+    dalle2 = dalle2_decoder(count_parameters(ours.net), side, D, CONTEXT, HEAD)
+
+    def dalle2_loss(module: Any, given: DecoderBatch) -> Tensor:
+        return module(given.image, image_embed=given.image_embed, text_encodings=given.text.states)
+
+    return {
+        "ours": (ours, lambda module, given: module.loss(given)),
+        "diffusers": (theirs, lambda module, given: module.loss(given)),
+        "dalle2-pytorch": (dalle2, dalle2_loss),
+    }
+
+
+def training_rows(ours: DecoderTask, theirs: KarloDecoder, side: int, rounds: int) -> tuple[list[Row], float]:
+    given = batch(side)
+    index = torch.linspace(0, 999, BATCH)
+    with torch.no_grad():
+        condition = ours.net.encode_condition(given.image_embed, given.text, torch.ones(BATCH, dtype=torch.bool))
+        out = theirs(given.image, index, given.image_embed, given.text)
+        equal = expect_equal(ours.net(given.image, index, condition), out, 1e-4)
+    sides = losses(ours, side, theirs)
+    work = flops(training(*sides["ours"], given, False, torch.contiguous_format))
+    found = {name: best_step(*pair, given) for name, pair in sides.items()}
+    seconds = side_by_side({name: step for name, (_, step) in found.items()}, rounds)
+    share = share_of_kernels(found["ours"][1])
+    speed = floor().flops(work / seconds["ours"], bf16="bf16" in found["ours"][0])
+    notes = {
+        "diffusers": f"{equal}; {found['ours'][0]} against {found['diffusers'][0]}; {speed}; "
+        f"{share:.0%} of the time in convolution and matmul kernels",
+        "dalle2-pytorch": f"{found['dalle2-pytorch'][0]}; {count_parameters(ours.net) / 1e6:.1f} M parameters "
+        f"against {count_parameters(sides['dalle2-pytorch'][0]) / 1e6:.1f} M",
+    }
+    targets = {"diffusers": 1.15, "dalle2-pytorch": 1.3}
+    name = f"decoder training step, {side} px, batch {BATCH}, against "
+    rows = [faster(name + peer, seconds, peer, targets[peer], note) for peer, note in notes.items()]
+    return rows, seconds["ours"]
+
+
+def sampling_rows(ours: DecoderTask, theirs: KarloDecoder, side: int) -> list[Row]:
+    given = batch(side)
+    dalle2 = dalle2_decoder(count_parameters(ours.net), side, D, CONTEXT, HEAD).eval()
+    drawn: dict[str, Tensor] = {}
+    decoder = Decoder("", side, Ancestral(STEPS), GUIDANCE)
+    decoder.task = ours.eval()
+    theirs.eval()
+    space = ours.space
+
+    def draw() -> None:
+        drawn["ours"] = decoder.decode(given.image_embed, given.text, generator=torch.Generator().manual_seed(0))
+
+    def draw_diffusers() -> None:
+        z_i, text, null = (
+            space.scale(given.image_embed),
+            space.scale_text(given.text),
+            space.scale_text(space.null_text),
+        )
+        drawn["diffusers"] = theirs.sample(z_i, text, null, side, STEPS, GUIDANCE).clamp(-1, 1)
+
+    def draw_dalle2() -> None:
+        dalle2.sample(image_embed=given.image_embed, text_encodings=given.text.states, cond_scale=GUIDANCE)
+
+    sides = {"ours": draw, "diffusers": draw_diffusers, "dalle2-pytorch": draw_dalle2}
+    seconds = side_by_side(sides, rounds=1)
+    # The first step divides by α = 5e-5 and clips: rounding decides the side that a few values of it fall on.
+    same = ((drawn["ours"] - drawn["diffusers"]).abs() < 1e-3).float().mean().item()
+    assert same > 0.99, f"only {same:.1%} of the values drawn are equal to 1e-3"
+    speed = floor().flops(flops(draw) / seconds["ours"])
+    name = f"decoder sampling, {side} px, batch {BATCH}, {STEPS} steps guided, against "
+    return [
+        faster(name + "diffusers", seconds, "diffusers", 1.15, f"{same:.1%} of the values equal to 1e-3; {speed}"),
+        faster(name + "dalle2-pytorch", seconds, "dalle2-pytorch", 1.5, "as many parameters"),
+    ]
+
+
+def rows() -> list[Row]:
+    """Milliseconds of a training step and of drawing a batch, and how a step grows with the side."""
+    ours = task()
+    theirs = KarloDecoder(ours.net, 1, CONTEXT, HEAD)
+    measured, times = [], []
+    for side, rounds in ((32, 4), (64, 2)):
+        more, seconds = training_rows(ours, theirs, side, rounds)
+        measured += more
+        times.append(seconds)
+    measured += sampling_rows(ours, theirs, 32)
+    measured.append(growth("decoder training step with pixels (batch 8)", [32**2, 64**2], times))
+    return measured
+
+
+if __name__ == "__main__":
+    show(rows)
