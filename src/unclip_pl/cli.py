@@ -92,7 +92,10 @@ def _run(words: list[str], debug: bool) -> int:
     except Exception as error:
         if debug or not (isinstance(error, EXPECTED) or type(error).__name__ in EXPECTED_NAMES):
             raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        said = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnicodeDecodeError):  # does not know its file
+            said = f"Expected configs, tables and captions in UTF-8. Got a file that is none: {said}."
+        print(f"error: {said}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,6 +1,8 @@
 import os
+import pickle
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from unclip_pl.__main__ import main
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data import embed as module
 from unclip_pl.data.atomic import replacing
@@ -311,6 +314,9 @@ def test_a_damaged_manifest_line_is_named(store: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_text("\n".join([lines[0], lines[1][:40]]))
     with pytest.raises(ValueError, match=r"manifest.jsonl, line 2"):
         read_manifest(tmp_path)
+    (tmp_path / "manifest.jsonl").write_bytes(lines[0].encode() + b"\n\xff\xfe")
+    with pytest.raises(ValueError, match=r"manifest.jsonl, line 2"):
+        read_manifest(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -326,3 +332,59 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         break_off()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pickle_in_a_store_s_place_is_not_run(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path / "sprung").touch, ()
+
+    source, store = pair
+    for victim in (store / "train-000000.safetensors", store / "statistics.safetensors"):
+        victim.unlink()
+        victim.write_bytes(pickle.dumps(Trap()))
+        os.utime(victim)
+    with pytest.raises(ValueError, match=r"train-000000.safetensors is missing or damaged"):
+        EmbeddingStore(store, str(source), image_size=32)
+    with pytest.raises(ValueError, match=r"statistics.safetensors is damaged"):
+        EmbeddingSpace(str(store / "statistics.safetensors"))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_was_whole(
+    small_disk: Path, source: Path, store: Path, clip: ClipSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["precompute", "--source", str(source), "--clip.name", clip.name, "--clip.pretrained", clip.pretrained]
+    words += ["--batch_size", "8", "--accelerator", "cpu", "--store"]
+    assert main([*words, str(small_disk)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    made = contents(small_disk)
+    assert made
+    assert made.items() <= contents(store).items()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert main([*words, str(small_disk)]) == 0
+    assert contents(small_disk) == contents(store)
+
+
+def test_a_store_that_must_not_be_written_to(
+    small_disk: Path, source: Path, clip: ClipSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    words = ["precompute", "--source", str(source), "--clip.name", clip.name, "--clip.pretrained", clip.pretrained]
+    assert main([*words, "--accelerator", "cpu", "--store", str(small_disk)]) == 1
+    said = capsys.readouterr().err
+    assert "Read-only file system" in said
+    assert str(small_disk) in said
+    assert "Traceback" not in said

@@ -15,6 +15,7 @@ import torch
 from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from unclip_pl.checkpoint import check_archive
@@ -178,6 +179,7 @@ class ClipEncoder(nn.Module):
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
         self.spec = spec
+        _require_clips_own_text(spec.name)
         self.model = build_clip(spec.name, spec.pretrained)
         self.tokenizer = open_clip.get_tokenizer(spec.name)
         self.preprocess = Preprocess(self.model, spec.image_size)
@@ -236,15 +238,24 @@ class ClipEncoder(nn.Module):
         Args:
             tokens: (B, context_length) ids from :meth:`tokenize`.
         """
-        out = self.model.forward_intermediates(
-            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
-        )
         # CLIP's end token has the highest id of its vocabulary and pooling reads there: what follows is padding.
         length = tokens.argmax(dim=-1) + 1
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
         longest = int(length.max())
-        states = out["text_intermediates"][-1] * mask[..., None]
-        return TextFeatures((tokens * mask)[:, :longest], states[:, :longest], mask[:, :longest], out["text_features"])
+        out = self._text_tower(tokens, longest)
+        tokens, states = tokens[:, :longest], out["text_intermediates"][-1][:, :longest]
+        mask = torch.arange(longest, device=tokens.device) < length[:, None]
+        return TextFeatures(tokens * mask, states * mask[..., None], mask, out["text_features"])
+
+    def _text_tower(self, tokens: Tensor, longest: int) -> dict[str, Any]:
+        """What open_clip's tower says; under a causal mask without the positions that hold nothing but padding."""
+        prefix, tower = ("", self.model) if hasattr(self.model, "positional_embedding") else ("text.", self.model.text)
+        causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+        short: dict[str, Tensor] = {}
+        if causal and getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")) == "argmax":
+            tokens = tokens[:, :longest]
+            short[f"model.{prefix}positional_embedding"] = tower.positional_embedding[:longest]
+            short[f"model.{prefix}attn_mask"] = tower.attn_mask[:longest, :longest]
+        return functional_call(_TextTower(self.model), short, tokens)
 
     def describe(self, captions: list[str]) -> TextFeatures:
         """Tokenise and encode captions on this encoder's device."""
@@ -257,4 +268,27 @@ class ClipEncoder(nn.Module):
         Args:
             images: (B, 3, H, H) in [-1, 1]; resized (antialiased bicubic) where H is not CLIP's own size.
         """
-        return self.model.encode_image(self.preprocess(images))
+        return self.model.encode_image(self.preprocess(images), normalize=False)
+
+
+class _TextTower(nn.Module):
+    """open_clip's text tower with raw outputs, as a module whose buffers can be swapped for a call."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        return self.model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+
+
+def _require_clips_own_text(name: str) -> None:
+    """Raise ValueError where captions do not end in CLIP's own end token, which says where padding begins."""
+    text = architecture(name)["text_cfg"]
+    foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    if foreign:
+        raise ValueError(
+            f"Expected a CLIP with CLIP's own tokenizer. Got {name!r}, whose text is {foreign}'s: take another one."
+        )

@@ -120,9 +120,9 @@ def embed_shard(
             skipped.setdefault(reason, []).append(key)
         advance(len(batch.entries) + len(batch.bad))
 
-    captions = list(dict.fromkeys(caption for entry in entries for caption in entry.captions))
+    distinct = list(dict.fromkeys(caption for entry in entries for caption in entry.captions))
+    captions, text_embed, states, tokens, lengths = _embed_captions(distinct, encoder, batch_size, opened.shard)
     place = {caption: row for row, caption in enumerate(captions)}
-    text_embed, states, tokens, lengths = _embed_captions(captions, encoder, batch_size, opened.shard)
     packed_captions, captions_offsets = pack_texts(captions)
     packed_keys, keys_offsets = pack_texts([entry.key for entry in entries])
     features = ShardFeatures(
@@ -149,18 +149,23 @@ def embed_shard(
 
 def _embed_captions(
     captions: list[str], encoder: ClipEncoder, batch_size: int, shard: Shard
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """z_t (M, d), the real tokens' states (T, W) and ids (T,), and the number of tokens of each caption."""
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Captions from short to long, so that a batch is hardly padded; their z_t (M, d), the real tokens' states (T, W)
+    and ids (T,), and the number of tokens of each.
+    """
     embeds = [np.empty((0, encoder.embed_dim), np.float16)]
-    states, tokens = [np.empty((0, encoder.text_width), np.float16)], [np.empty(0, np.int32)]
+    states, ids = [np.empty((0, encoder.text_width), np.float16)], [np.empty(0, np.int32)]
     lengths: list[int] = []
-    for start in range(0, len(captions), batch_size):
-        text = encoder.describe(captions[start : start + batch_size])
+    tokens = encoder.tokenize(captions)
+    order = tokens.argmax(-1).argsort(stable=True)  # the end token's place, see `ClipEncoder.encode_text`
+    for chunk in tokens[order].split(batch_size) if captions else ():
+        text = encoder.encode_text(chunk.to(next(encoder.parameters()).device))
         embeds.append(_half(text.embed, shard))
         states.append(_half(text.states[text.mask], shard))
-        tokens.append(text.tokens[text.mask].to("cpu", torch.int32).numpy())
+        ids.append(text.tokens[text.mask].to("cpu", torch.int32).numpy())
         lengths += text.mask.sum(1).tolist()
-    return np.concatenate(embeds), np.concatenate(states), np.concatenate(tokens), lengths
+    ordered = [captions[row] for row in order]
+    return ordered, np.concatenate(embeds), np.concatenate(states), np.concatenate(ids), lengths
 
 
 def _half(values: Tensor, shard: Shard) -> np.ndarray:

@@ -85,7 +85,7 @@ def read_manifest(store: Path) -> dict[str, ShardRecord]:
     """
     path = store / NAME
     records: dict[str, ShardRecord] = {}
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             record = ShardRecord(**_completed(json.loads(line)))

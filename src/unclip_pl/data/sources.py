@@ -1,11 +1,12 @@
 """Where shards are: folders, globs and ranges of tars, as local paths or as URLs that fsspec opens."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob, has_magic
 from itertools import pairwise, product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
@@ -41,7 +42,7 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         """File name; a URL's query does not count."""
-        return PurePosixPath(urlsplit(self.address).path).name if self.remote else Path(self.address).name
+        return os.path.basename(urlsplit(self.address).path if self.remote else self.address)
 
     @property
     def path(self) -> Path:

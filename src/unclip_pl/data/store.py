@@ -179,18 +179,19 @@ class EmbeddingStore:
         position = np.arange(length.max(initial=0))
         mask = position < length[:, None]  # (B, L)
         width = self.features(0).text_states.shape[1]
-        tokens, states = np.zeros(mask.shape, np.int64), np.zeros((*mask.shape, width), np.float16)
+        tokens, states = np.zeros(mask.shape, np.int64), np.zeros((*mask.shape, width), np.float32)
         embed = np.empty((size, self.embed_dim), np.float16)
         for part in parts:
             row, column = mask[part.where].nonzero()
             source = first[part.where][row] + column
             row = part.where[row]
             tokens[row, column] = part.features.text_tokens[source]
-            states[row, column] = part.features.text_states[source]
+            # torch converts faster than NumPy; shard by shard, or batches of halves would fragment the heap.
+            states[row, column] = torch.from_numpy(part.features.text_states[source]).float().numpy()
             embed[part.where] = part.features.text_embed[part.captions]
         return TextFeatures(
             torch.from_numpy(tokens),
-            torch.from_numpy(states).float(),
+            torch.from_numpy(states),
             torch.from_numpy(mask),
             torch.from_numpy(embed).float(),
         )
