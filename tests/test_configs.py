@@ -19,7 +19,8 @@ from unclip_pl.trainer_cli import LINKS, build
 SLURM = "configs/trainer/slurm.yaml"
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = ("prior", "ar_prior", "decoder", "upsampler")
-TRAINING = [CONFIGS / part / "tiny.yaml" for part in PARTS] + sorted(CONFIGS.glob("clip/*.yaml"))
+TRAINING = [CONFIGS / part / "tiny.yaml" for part in PARTS]
+TRAINING += [CONFIGS / "clip" / f"{name}.yaml" for name in ("emoji", "emoji-judge", "tiny", "tiny-judge")]
 WHOLE = sorted(CONFIGS.glob("evaluate/*.yaml")) + sorted(CONFIGS.glob("predict/*.yaml"))
 
 
