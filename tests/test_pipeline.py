@@ -43,6 +43,16 @@ def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
         Decoder("", guidance=-2.0)
 
 
+def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
+    sampler, checkpoint = DDIM(2), "decoder/checkpoints/last.ckpt"
+    with_it, alone = (Decoder(checkpoint, 32, sampler, drop_embedding=drop).load(mini_run) for drop in (False, True))
+    text, generator = with_it.null_text(2), torch.Generator()
+    z_i = torch.randn(2, 2, with_it.task.space.embed_dim, generator=generator.manual_seed(0))
+    blind, seeing = ([d.decode(z, text, generator=generator.manual_seed(1)) for z in z_i] for d in (alone, with_it))
+    assert torch.equal(*blind)
+    assert not torch.equal(*seeing)
+
+
 def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_run: Path) -> None:
     checkpoint = "decoder/checkpoints/last.ckpt"
     with pytest.raises(ValueError, match="learned its variance"):

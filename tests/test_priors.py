@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral
+from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.priors import (
     ARPrior,
     DiffusionPrior,
     LinearPrior,
+    RoundTrip,
     TextEmbedding,
     TrueEmbedding,
     best_of,
@@ -152,3 +154,18 @@ def test_settings_out_of_range_are_refused_before_anything_is_read() -> None:
         ARPrior("", temperature=0.0)
     with pytest.raises(ValueError, match=r"dot_quantile < 1.* Got 1.0, 1.0"):
         ARPrior("", dot_quantile=1.0)
+
+
+def test_a_round_trip_is_the_codec_s_and_nearer_with_every_axis(tmp_path: Path) -> None:
+    z_i = torch.randn(2000, D, generator=torch.Generator().manual_seed(0)) * 0.6 ** torch.arange(D) + 1
+    codec = EmbeddingCodec.fit(lambda: [(z_i, z_i)], fingerprint="c", code_length=6, buckets=64, dot_buckets=8)
+    codec.save(tmp_path / "codec.safetensors")
+    batch = PriorBatch(3 * z_i, captions(len(z_i)))
+    trips = [RoundTrip("codec.safetensors", axes).load(tmp_path) for axes in (1, 2, 4, 6)]
+    cosines = [F.cosine_similarity(trip.embed_batch(batch), z_i, dim=-1).mean().item() for trip in trips]
+    assert cosines == sorted(cosines)
+    torch.testing.assert_close(trips[-1].embed_batch(batch), codec.decode(codec.encode(z_i)))
+    assert trips[0].fingerprint == "c"
+    for axes in (0, 7):
+        with pytest.raises(ValueError, match="from 1 to the 6"):
+            RoundTrip("codec.safetensors", axes).load(tmp_path)

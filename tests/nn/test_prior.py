@@ -129,3 +129,16 @@ def test_karlo_size() -> None:
     with torch.device("meta"):
         net = PriorTransformer(768, 768, 77, width=2048, layers=20, heads=32)
     assert sum(p.numel() for p in net.parameters()) == 1_022_028_544
+
+
+def test_without_text_states_z_t_alone_speaks() -> None:
+    torch.manual_seed(0)
+    sizes = {"width": 16, "layers": 2, "heads": 2}
+    whole, alone = (PriorTransformer(D, D, CONTEXT, **sizes, text_states=states).double() for states in (True, False))
+    alone.load_state_dict(whole.state_dict())  # the same network, in size too
+    (x_t, index), text, other = noised(2, 3), captions(5, 2), captions(7, 7, seed=3)
+    said = TextFeatures(other.tokens, other.states, other.mask, text.embed)
+    expected = alone(x_t, index, alone.encode_prefix(text))
+    torch.testing.assert_close(alone(x_t, index, alone.encode_prefix(said)), expected)
+    assert not torch.allclose(whole(x_t, index, whole.encode_prefix(text)), expected)
+    assert not torch.allclose(alone(x_t, index, alone.encode_prefix(other)), expected)

@@ -37,9 +37,9 @@ class Trial(NamedTuple):
 
 
 class Choice(LightningModule):
-    """``unclip validate --config configs/compare/…``: writes ``NAME.json`` (every trial, and what was chosen) and two
-    configs
-    to lay over others: ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the guidance.
+    """``unclip validate --config configs/compare/choice.yaml``: writes ``NAME.json`` (every trial, and what was chosen)
+    and two configs to lay over others: ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the
+    guidance.
 
     Args:
         run: folder that CLIP is named relative to.

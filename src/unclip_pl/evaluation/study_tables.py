@@ -29,13 +29,11 @@ STATISTICS = (
     "mean over training seeds; ties are set aside. Nothing is corrected for how many comparisons there are."
 )
 RULE = (
-    "Matched: the same CLIP, data, decoder, samples seen, batch size and learning rate schedule, parameters within "
-    "10 %, "
-    "guidance 1. At its best: the learning rate with the lowest embed_fd at guidance 1, then, of the guidance "
-    "scales whose "
-    "embed_fd is within 10 % of the lowest, the one with the highest mean z_i·z_t; both on validation embeddings of "
-    "one "
-    "training seed, for either prior alike. No test data, judge or oracle has a say."
+    "Matched: the same CLIP, data, decoder, samples seen, batch size and schedule, parameters within 10 %, guidance 1; "
+    "the peak learning rate is each prior's own, the one of those tried with the lowest embed_fd at guidance 1. At its "
+    "best: the same networks at the guidance with the highest mean z_i·z_t among the scales whose embed_fd is within "
+    "10 % of the lowest. Both are chosen on validation embeddings of another training seed than the study's, for "
+    "either prior alike. No test data, judge or oracle has a say."
 )
 COSINE = (
     "A cosine to the true embedding rewards collapse: for unit-norm z with m = E[z | caption], a sample of the "
