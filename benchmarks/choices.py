@@ -107,7 +107,7 @@ def buckets(run: Path) -> list[dict[str, Any]]:
 def rank(run: Path, clips: dict[str, Path]) -> list[dict[str, Any]]:
     """How many dimensions the image embeddings of the validation split fill, and how well they find their captions."""
     clip = ClipSpec("tiny-rn")
-    store = PairStore(str(run / "data"), clip.load().tokenize, image_size=clip.image_size)
+    store = PairStore(str(run / "data" / "val-*.tar"), clip.load().tokenize, image_size=clip.image_size)
     rows = []
     for name, path in clips.items():
         task = load_task(path, ClipTask)
@@ -123,7 +123,6 @@ def rank(run: Path, clips: dict[str, Path]) -> list[dict[str, Any]]:
                 "clip": name,
                 "sam_rho": task.sam_rho,
                 "steps": task.record.steps,
-                "seconds": round(task.record.seconds),
                 "val_loss": torch.stack(losses).mean().item(),
                 "retrieval_at_1": float(recall.compute()),
                 "images": spectrum(torch.cat(image)),
