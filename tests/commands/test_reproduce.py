@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from unclip_pl.commands import reproduce as module
-from unclip_pl.commands.reproduce import Stage, reproduce
+from unclip_pl.commands.reproduce import Stage, precision, reproduce
 
 
 class Journal:
@@ -86,6 +87,19 @@ def test_how_a_folder_is_written_changes_nothing_nor_where_it_lies(
     reproduce(stages, "elsewhere", "{run}/data")
     assert journal.asked == ["a", "b", "c", "d", "e"]
     assert not list(tmp_path.glob("*/replaced"))
+
+
+def test_precision_is_the_machines_and_another_machine_does_nothing_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stages = {"a": Stage("make --out a --precision {precision}")}
+    for able, expected in (({"avx512_bf16": True}, "bf16-mixed"), ({"amx_bf16": True}, "bf16-mixed"), ({}, "32-true")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert precision() == expected
+        reproduce(stages, str(journal.run))
+    assert journal.asked == ["a"]
+    assert json.loads((journal.run / "stages.json").read_text())["a"]["command"][-1] == "bf16-mixed"
 
 
 def test_shards_that_changed_and_names_with_braces_and_spaces(journal: Journal, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import secrets
 import shlex
 import shutil
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
@@ -52,7 +54,7 @@ def reproduce(
     root = Path(run)
     root.mkdir(parents=True, exist_ok=True)
     place = str(Path(source.replace("{run}", str(root))))
-    places = {"{run}": str(root), "{source}": place, "{base}": base, "{results}": results}
+    places = {"{run}": str(root), "{source}": place, "{base}": base, "{results}": results, "{precision}": precision()}
     shards = [] if "{run}" in source else [_state(shard) for shard in list_shards(source)]
     console = Console()
     if base:
@@ -217,6 +219,16 @@ def describe_run(compare: str, root: Path) -> dict[str, Any]:
     """``run.json`` from the comparison's config: sampled pictures and compared numbers come from the same priors."""
     model = resolved(Path(compare))["model"]["init_args"]
     return {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
+
+
+def precision() -> str:
+    """What ``{precision}`` stands for: mixed, where this machine multiplies in bfloat16; elsewhere that is slower."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that we take
+        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"
 
 
 def _fill(word: str, places: dict[str, str]) -> str:
