@@ -1,6 +1,7 @@
 """One miniature run of the whole recipe, made once and shared by every test that needs trained parts."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import yaml
 from unclip_pl.commands.reproduce import Stage, reproduce
 
 ROOT = Path(__file__).parent.parent
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start shall stop at Ctrl-C
+
 #: What makes the quickstart's recipe a matter of seconds: nothing but sizes.
 SHRINK = {
     "data": "--train 96 --val 16 --heldout 24",
