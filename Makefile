@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv quickstart bench test test-slow lint format clean
+.PHONY: help venv quickstart notebooks bench test test-slow lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,9 @@ venv: $(VENV)/.installed ## the environment, in .venv
 
 quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (about half an hour on 2 cores)
 	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart
+
+notebooks: venv ## run the notebooks again and keep their outputs; UNCLIP_RUN=… names a run other than runs/quickstart
+	$(BIN)/python notebooks/run.py
 
 # Peers live in an environment of their own. dalle2-pytorch names packages that it does not import and an old open_clip:
 # it comes without them, and what it does import is listed here.
