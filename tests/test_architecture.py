@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
-    {"priors", "decoding", "manipulation", "pipeline", "resume", "sharding"},
+    {"priors", "decoding", "manipulation", "pipeline", "pictures", "resume", "sharding"},
     {"evaluation", "interop"},
     {"commands"},
     {"cli", "trainer_cli", "__main__"},

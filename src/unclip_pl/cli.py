@@ -30,7 +30,7 @@ LINKS = (
 )
 
 #: Parameters of commands that stand before the options, and their help.
-POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read"}
+POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read", "pictures": "image files"}
 
 NOISE = (
     ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is written in place in training

@@ -29,6 +29,10 @@ class Latent(NamedTuple):
         z_i, x_T = (x.repeat_interleave(n, dim=0) for x in (self.image_embed, self.x_T))
         return self._replace(image_embed=z_i, x_T=x_T)
 
+    def at(self, rows: slice) -> "Latent":
+        """Some of the pictures."""
+        return self._replace(image_embed=self.image_embed[rows], x_T=self.x_T[rows])
+
 
 class Reconstruction(NamedTuple):
     """Pictures, drawn again from their latents."""
@@ -158,8 +162,10 @@ class Manipulations:
             progress: called after every step.
 
         Raises:
-            ValueError: eta out of range.
+            ValueError: eta out of range, or num < 1.
         """
+        if num < 1:
+            raise ValueError(f"Expected num >= 1. Got {num}.")
         return self.restore(latent.repeat(num), eta=eta, seed=seed, progress=progress)
 
     def interpolate(
@@ -225,8 +231,7 @@ class Manipulations:
         Raises:
             ValueError: a theta out of range, or captions that CLIP cannot tell apart.
         """
-        if not thetas or not all(0 <= theta <= 1 for theta in thetas):
-            raise ValueError(f"Expected every theta in [0, 1]. Got {list(thetas)}.")
+        check_thetas(thetas)
         direction = self._direction(caption, current)
         wide = latent.repeat(len(thetas))
         theta = torch.tensor(thetas, device=self.device).repeat(len(latent.x_T))
@@ -312,6 +317,16 @@ class Manipulations:
         if difference.norm() < 1e-6:
             raise ValueError(f"Expected two captions that CLIP tells apart. Got {caption!r} and {current!r}.")
         return F.normalize(difference, dim=-1)
+
+
+def check_thetas(thetas: Sequence[float]) -> None:
+    """For :meth:`Manipulations.edit`.
+
+    Raises:
+        ValueError: there are none, or one lies outside [0, 1].
+    """
+    if not thetas or not all(0 <= theta <= 1 for theta in thetas):
+        raise ValueError(f"Expected every theta in [0, 1]. Got {list(thetas)}.")
 
 
 #: Fraction of the angle within which what the network could not say of a picture fades out: there its noise is still

@@ -48,8 +48,13 @@ def decode_image(data: bytes) -> Image.Image:
         MemoryError: no room for it on this machine, which is not the image's fault.
     """
     suffix_of(data)
+    return decode_upright(data, _FORMATS)
+
+
+def decode_upright(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """As :func:`decode_image`, for files of some of Pillow's formats."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:  # the header's word, before anything is unpacked
                 raise BadSample("image too large")
             image.load()
@@ -63,11 +68,15 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadSample("pixels of floating point")
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to 255 without a word
         if "transparency" in image.info:
             raise BadSample("transparency of more than 8 bits")
-        high = np.asarray(image) >> 8  # what Pillow does to 16-bit RGB
-        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        if values.max() > 0xFFFF or values.min() < 0:
+            raise BadSample("pixels of more than 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")  # what Pillow does to 16-bit RGB
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

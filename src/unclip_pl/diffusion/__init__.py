@@ -1,7 +1,7 @@
 """Gaussian diffusion: schedules, parameterisations, objectives and samplers; nothing here knows what is diffused."""
 
 from unclip_pl.diffusion.analytic import PosteriorMSE
-from unclip_pl.diffusion.inversion import Inversion
+from unclip_pl.diffusion.inversion import Inversion, check_eta
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss, variational_bound
 from unclip_pl.diffusion.process import (
     Denoised,
@@ -40,6 +40,7 @@ __all__ = [
     "Schedule",
     "TimeDensity",
     "UniformTime",
+    "check_eta",
     "check_guidance",
     "clip_x0",
     "dynamic_threshold",

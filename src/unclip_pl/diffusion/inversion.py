@@ -10,6 +10,17 @@ from unclip_pl.diffusion.sampling import Denoise, Grid, Progress, ddim_path, tim
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
 
 
+def check_eta(eta: float) -> float:
+    """The number itself.
+
+    Raises:
+        ValueError: it lies outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"Expected 0 <= eta <= 1. Got {eta}.")
+    return eta
+
+
 class Inversion:
     """DDIM's grid walked in both directions between the same two noise levels.
 
@@ -94,8 +105,7 @@ class Inversion:
         Raises:
             ValueError: eta outside [0, 1].
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"Expected 0 <= eta <= 1. Got {eta}.")
+        check_eta(eta)
         x_t, path = x_T, ddim_path(self.schedule, self.times, eta)
         whole = eta == 0 and not isinstance(own, Tensor) and own == 1
         steps = len(path) + (0 if whole else 1)

@@ -1,0 +1,89 @@
+"""What the commands that draw share: a run, the pictures that it is shown, bars, and the grid that is left.
+
+Networks take seconds to import. They are imported under the first bar, so that it and the help come at once.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unclip_pl.pictures import Pictures, Row
+    from unclip_pl.pipeline import Unclip
+
+
+class Studio(AbstractContextManager["Studio"]):
+    """A context: the run is there and the bars stand while it is open.
+
+    Args:
+        run: to draw with.
+        device: where to compute.
+    """
+
+    unclip: "Unclip"
+
+    def __init__(self, run: str, device: str) -> None:
+        self.run = run
+        self.device = device
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bars = Progress(*columns)
+
+    def __enter__(self) -> "Studio":
+        """Reads the run."""
+        with self.bars:
+            reading = self.bars.add_task(f"reading {self.run}", total=None)
+            from unclip_pl.pipeline import Unclip
+
+            self.unclip = Unclip.load(self.run, self.device)
+            self.bars.update(reading, total=1, completed=1)
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the bars as they stand."""
+        self.bars.stop()
+
+    def bar(self, what: str, *, ways: int = 1) -> Callable[[int, int, "Tensor"], None]:
+        """A bar for so many ways through a sampler's steps."""
+        task = self.bars.add_task(what, total=None)
+
+        def progress(done: int, total: int, x0: "Tensor") -> None:
+            self.bars.update(task, advance=1, total=ways * total)
+
+        return progress
+
+    def open(self, paths: Sequence[str]) -> "Pictures":
+        """Pictures at the larger of CLIP's size and the decoder's; says what was done to them.
+
+        Raises:
+            ValueError: none, or one that cannot be read; see :func:`~unclip_pl.pictures.open_pictures`.
+        """
+        from unclip_pl.pictures import open_pictures
+
+        pictures = open_pictures(paths, max(self.unclip.clip.image_size, self.unclip.decoder.image_size))
+        for path, note in zip(paths, pictures.notes, strict=True):
+            if note:
+                self.say(f"{path}: {note}")
+        return pictures
+
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def save(self, path: str, rows: Sequence["Row"], columns: Sequence[str], **facts: object) -> None:
+        """The grid as a PNG with what made it: the facts, the run and this code's commit."""
+        from unclip_pl.evaluation.provenance import commit
+        from unclip_pl.pictures import grid, save_png
+
+        facts |= {"run": self.unclip.root.resolve().name, "commit": commit()}
+        save_png(grid(rows, columns), path, facts)
+        self.say(f"wrote {path}")

@@ -1,0 +1,89 @@
+"""The commands that take pictures: a grid each that says what it shows, and one clear line for what cannot be."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_pl.__main__ import main
+from unclip_pl.pictures import CELL, GAP
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.new("RGBA", (40, 60), (255, 0, 0, 128)).save(folder / "a.png")
+    Image.new("RGB", (32, 32), "navy").save(folder / "b.jpg")
+    return [str(folder / name) for name in ("a.png", "b.jpg")]
+
+
+#: Options, columns, rows, and texts of the PNG.
+COMMANDS = {
+    "reconstruct": ([], 2, 2, {"steps": "20"}),
+    "vary": (["--etas", "[0, 1]", "--num", "2"], 5, 2, {"etas": "(0.0, 1.0)", "seed": "0"}),
+    "interpolate": (["--num", "3"], 5, 2, {"pictures": "a.png, b.jpg"}),
+    "edit": (["--caption", "a star", "--current", "a ring", "--thetas", "[0.25]"], 2, 2, {"caption": "a star"}),
+    "probe": (["--dims", "[1, 64]"], 3, 2, {"dims": "[1, 64]"}),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_leaves_a_grid(
+    command: str, mini_run: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, columns, rows, facts = COMMANDS[command]
+    out = tmp_path / "out.png"
+    words = [command, *pictures, "--run", str(mini_run), "--steps", "20", "--out", str(out), *options]
+    assert main(words) == 0
+    image = Image.open(out)
+    assert image.width == columns * (CELL + GAP) + GAP
+    assert image.height > rows * CELL
+    assert image.text.items() >= (facts | {"run": mini_run.name}).items()
+    assert image.text["commit"]
+    said = capsys.readouterr().out
+    assert (
+        "a.png: 40 × 60: RGBA to RGB, transparency over white, cut to its central square of 40, resized to 32" in said
+    )
+    assert f"wrote {out}" in said
+
+
+def test_a_reconstruction_is_the_picture(mini_run: Path, pictures: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert main(["reconstruct", pictures[1], "--run", str(mini_run), "--out", str(out)]) == 0
+    cells = np.asarray(Image.open(out)).astype(int)[-CELL - GAP : -GAP]
+    given, again = (cells[:, GAP + i * (CELL + GAP) :][:, :CELL] for i in range(2))
+    assert np.abs(given - again).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["vary", "nowhere.png"], "No file at nowhere.png"),
+        (["vary", "tests"], "Got the directory tests"),
+        (["vary", "pyproject.toml"], "Got pyproject.toml"),
+        (["vary"], "Expected one image file or more"),
+        (["vary", "PICTURE", "--etas", "[1.5]"], "Expected 0 <= eta <= 1. Got 1.5"),
+        (["vary", "PICTURE", "--num", "0", "--steps", "3"], "Expected num >= 1. Got 0"),
+        (["edit", "PICTURE", "--caption", "x", "--thetas", "[-1]"], "Expected every theta in [0, 1]. Got [-1.0]"),
+        (["interpolate", "PICTURE"], "Expected two image files. Got 1"),
+        (["interpolate", "PICTURE", "PICTURE", "--num", "1"], "Expected num >= 2"),
+        (["probe", "PICTURE", "--dims", "[65]"], "Expected dims from 1 to the embedding's 64. Got [65]"),
+        (["reconstruct", "PICTURE", "--steps", "0"], "Expected from 1 to 1000 steps"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    words: list[str],
+    fragment: str,
+    mini_run: Path,
+    pictures: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [pictures[0] if word == "PICTURE" else word for word in words]
+    assert main([*words, "--run", str(mini_run), "--out", str(tmp_path / "x.png")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: Expected") or said.startswith("error: No file")
+    assert fragment in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
