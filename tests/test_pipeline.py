@@ -1,9 +1,11 @@
 """A run, put together: what `generate` promises."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from unclip_pl import decoding
 from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
@@ -41,6 +43,53 @@ def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
         unclip.generate(["a red star"], guidance=-2.0)
     with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
         Decoder("", guidance=-2.0)
+    with pytest.raises(ValueError, match=r"guidance >= 0.* Got -1.0"):
+        unclip.generate(["a red star"], prior_guidance=-1.0)
+    with pytest.raises(ValueError, match=r"a prior with candidates, .* Got LinearPrior"):
+        unclip.generate(["a red star"], prior="linear", candidates=4)
+    with pytest.raises(ValueError, match=r"candidates >= 1. Got 0"):
+        unclip.generate(["a red star"], candidates=0)
+    with pytest.raises(ValueError, match=r"batch_size >= 1. Got 0"):
+        unclip.generate(["a red star"], batch_size=0)
+    with pytest.raises(ValueError, match=r"shape \(B, 64\).* Got \(2, 3\), 1 and 1"):
+        unclip.decode(torch.ones(2, 3))
+
+
+def test_an_image_depends_on_its_own_seed_alone(unclip: Unclip) -> None:
+    many = unclip.generate(["a red star", "a ring"], num=2, seed=5, batch_size=3)
+    for i, (caption, seed) in enumerate(product(("a red star", "a ring"), (5, 6))):
+        own = unclip.generate([caption], seed=seed)
+        torch.testing.assert_close(many.images[i : i + 1], own.images, rtol=0, atol=1e-4)
+        torch.testing.assert_close(many.image_embed[i : i + 1], own.image_embed, rtol=0, atol=1e-4)
+    assert (many.images[0] - many.images[1]).abs().max() > 1e-3
+
+
+def test_embeddings_are_drawn_as_their_prior_would_have_it(unclip: Unclip) -> None:
+    captions = ["a red star", "a ring"]
+    images, image_embed = unclip.generate(captions, prior="linear", seed=3)
+    torch.testing.assert_close(unclip.decode(image_embed, captions, seed=3).images, images, rtol=0, atol=0)
+    alone = unclip.decode(image_embed, num=2, seed=3)
+    torch.testing.assert_close(alone.image_embed, image_embed.repeat_interleave(2, dim=0))
+    assert not torch.equal(alone.images[0], images[0])
+
+
+@pytest.mark.parametrize("prior", ["diffusion", "ar"])
+def test_best_of_more_lies_nearer_to_the_caption(unclip: Unclip, prior: str) -> None:
+    text, own = unclip.clip.describe(["a red star"]), unclip.prior(prior).candidates
+    cosines = [
+        F.cosine_similarity(unclip.generate(["a red star"], num=2, prior=prior, candidates=n).image_embed, text.embed)
+        for n in (1, 16)
+    ]
+    assert cosines[0].mean() < cosines[1].mean()
+    assert unclip.prior(prior).candidates == own
+
+
+def test_guidance_of_the_prior_is_not_that_of_the_decoder(unclip: Unclip) -> None:
+    plain, guided = (unclip.generate(["a red star"], prior_guidance=scale) for scale in (1.0, 4.0))
+    assert not torch.equal(plain.image_embed, guided.image_embed)
+    with_decoder = unclip.generate(["a red star"], guidance=4.0)
+    torch.testing.assert_close(with_decoder.image_embed, plain.image_embed, rtol=0, atol=0)
+    assert not torch.equal(with_decoder.images, plain.images)
 
 
 def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:

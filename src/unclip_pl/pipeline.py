@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,7 +16,8 @@ from unclip_pl.decoding import Decoder, Progress, Upsampler
 from unclip_pl.diffusion import check_guidance
 from unclip_pl.manipulation import Manipulations
 from unclip_pl.nn.text import repeat_text
-from unclip_pl.priors import Prior
+from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +107,11 @@ class Unclip(Manipulations):
         *,
         num: int = 1,
         prior: str = "diffusion",
+        prior_guidance: float | None = None,
+        candidates: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        batch_size: int = 64,
         progress: Progress | None = None,
     ) -> Generation:
         """``num`` images of each caption, one caption after the other.
@@ -115,18 +120,106 @@ class Unclip(Manipulations):
             captions: texts; an empty one is unconditional.
             num: images per caption.
             prior: name in the run.
+            prior_guidance: of the prior; None keeps the run's.
+            candidates: embeddings drawn for each image, the one nearest to its caption kept; None keeps the run's.
             guidance: of the decoder; None keeps the run's.
-            seed: the same seed gives the same images.
-            progress: called after every step of the decoder.
+            seed: of every caption's first image, the next one's is one more: an image depends on its own seed alone.
+            batch_size: images drawn at once.
+            progress: called after every step of the decoder, once per batch.
+
+        Raises:
+            ValueError: nothing to draw, or a setting out of range.
         """
         if not captions or num < 1:
             raise ValueError(f"Expected at least one caption and num >= 1. Got {len(captions)} and {num}.")
         check_guidance(self.decoder.guidance if guidance is None else guidance)
-        generator = torch.Generator().manual_seed(seed)
-        text = repeat_text(self.clip.describe(list(captions)), num)
-        z_i = self.prior(prior).embed(text, generator=generator)
-        images = self.decoder.decode(z_i, text, guidance=guidance, generator=generator, progress=progress)
-        return Generation(images, z_i)
+        chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates)
+        text, seeds = repeat_text(self.clip.describe(list(captions)), num), _seeds(seed, num) * len(captions)
+        z_i = torch.cat(
+            [
+                chosen.embed(_rows(text, rows), generator=_streams(seeds[rows], "prior"))
+                for rows in _batches(len(seeds), batch_size)
+            ]
+        )
+        return self._decode(z_i, text, seeds, guidance, batch_size, progress)
+
+    def decode(
+        self,
+        image_embed: Tensor,
+        captions: Sequence[str] = ("",),
+        *,
+        num: int = 1,
+        guidance: float | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> Generation:
+        """``num`` images of each embedding, one embedding after the other.
+
+        Args:
+            image_embed: (B, d), unit norm, or raw for a decoder of raw ones.
+            captions: to go with them, one for all or as many.
+            num: images per embedding.
+            guidance: see :meth:`generate`.
+            seed: see :meth:`generate`.
+            batch_size: see :meth:`generate`.
+            progress: see :meth:`generate`.
+
+        Raises:
+            ValueError: embeddings of another width, or that have lost their norm; other than as many captions.
+        """
+        b, d = len(image_embed), self.clip.embed_dim
+        if image_embed.shape != (b, d) or len(captions) not in (1, b) or num < 1:
+            raise ValueError(
+                f"Expected embeddings of shape (B, {d}), this CLIP's, one caption or B, and num >= 1. Got "
+                f"{tuple(image_embed.shape)}, {len(captions)} and {num}."
+            )
+        unit = torch.allclose(image_embed.norm(dim=-1), torch.ones(b).to(image_embed), atol=1e-3)
+        check_norm(TrueEmbedding(keep_norm=not unit), self.decoder)
+        text = self.clip.describe(list(captions) * (b // len(captions)))
+        z_i = image_embed.to(self.device).repeat_interleave(num, dim=0)
+        return self._decode(z_i, repeat_text(text, num), _seeds(seed, num) * b, guidance, batch_size, progress)
+
+    def _decode(
+        self,
+        z_i: Tensor,
+        text: TextFeatures,
+        seeds: list[int],
+        guidance: float | None,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> Generation:
+        images = [
+            self.decoder.decode(
+                z_i[rows],
+                _rows(text, rows),
+                guidance=guidance,
+                generator=_streams(seeds[rows], "decoder"),
+                progress=progress,
+            )
+            for rows in _batches(len(seeds), batch_size)
+        ]
+        return Generation(torch.cat(images), z_i)
+
+
+def _seeds(seed: int, num: int) -> list[int]:
+    return list(range(seed, seed + num))
+
+
+def _streams(seeds: Sequence[int], part: str) -> list[torch.Generator]:
+    """One for each image. Each part has its own: two priors' images start from the same noise."""
+    digests = (blake2b(f"{part} {seed}".encode(), digest_size=4).digest() for seed in seeds)
+    return [torch.Generator().manual_seed(int.from_bytes(digest)) for digest in digests]
+
+
+def _rows(text: TextFeatures, rows: slice) -> TextFeatures:
+    return TextFeatures(*(part[rows] for part in text))
+
+
+def _batches(rows: int, size: int) -> list[slice]:
+    if size < 1:
+        raise ValueError(f"Expected batch_size >= 1. Got {size}.")
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def check_clip(clip: str, other: str, what: str) -> None:

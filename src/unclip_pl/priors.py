@@ -1,6 +1,8 @@
 """Five ways from caption to image embedding, behind one ABC: the paper's two, a baseline, a floor, a ceiling."""
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -54,6 +56,36 @@ class Prior(ABC):
         """As :meth:`embed`, for those who may look at the true embedding."""
         return self.embed(batch.text, generator=generator)
 
+    def adjusted(self, *, guidance: float | None = None, candidates: int | None = None) -> Self:
+        """The same weights, sampled otherwise.
+
+        Args:
+            guidance: scale; None keeps its own.
+            candidates: drawn per caption, the best by z_i·z_t kept; None keeps its own.
+
+        Raises:
+            ValueError: a value out of range, or a prior without such a setting.
+        """
+        other = copy.copy(self)
+        checks: dict[str, Callable[..., float]] = {"guidance": check_guidance, "candidates": check_candidates}
+        given = {name: x for name, x in {"guidance": guidance, "candidates": candidates}.items() if x is not None}
+        for name, value in given.items():
+            if not hasattr(self, name):
+                raise ValueError(f"Expected a prior with {name}, as the diffusion prior. Got {type(self).__name__}.")
+            setattr(other, name, checks[name](value))
+        return other
+
+
+def check_candidates(candidates: int) -> int:
+    """The number itself.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if candidates < 1:
+        raise ValueError(f"Expected candidates >= 1. Got {candidates}.")
+    return candidates
+
 
 def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
     """The candidate with the largest z_i·z_t, both unit-norm, of each caption (§2.2): (B, N, d) → (B, d)."""
@@ -83,12 +115,10 @@ class DiffusionPrior(Prior):
         x0_bound: float | None = None,
         keep_norm: bool = False,
     ) -> None:
-        if candidates < 1:
-            raise ValueError(f"Expected candidates >= 1. Got {candidates}.")
         self.checkpoint = checkpoint
         self.sampler = sampler or Ancestral(64)
         self.guidance = check_guidance(guidance)
-        self.candidates = candidates
+        self.candidates = check_candidates(candidates)
         self.x0_bound = x0_bound
         self.keeps_norm = keep_norm
         self.evaluations = self.sampler.steps * candidates * (1 if guidance == 1 else 2)

@@ -1,5 +1,6 @@
 """The commands that take pictures: a grid each that says what it shows, and one clear line for what cannot be."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,16 @@ from PIL import Image
 
 from unclip_pl.__main__ import main
 from unclip_pl.pictures import CELL, GAP
+from unclip_pl.pipeline import Unclip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def run(mini_run: Path) -> Iterator[Unclip]:
+    """Read once for all."""
+    unclip = Unclip.load(mini_run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unclip, "load", lambda *_: unclip)
+        yield unclip
 
 
 @pytest.fixture(scope="module")

@@ -46,4 +46,4 @@ def edit(
         ]
         columns = ["given", *(f"θ = {theta:g}" for theta in thetas)]
         facts = {"pictures": ", ".join(given.names), "caption": caption, "current": current or "", "thetas": thetas}
-        studio.save(out, rows, columns, **facts, seed=seed, steps=steps, guidance=guidance)
+        studio.save_grid(out, rows, columns, facts | {"seed": seed, "steps": steps, "guidance": guidance})

@@ -49,4 +49,4 @@ def interpolate(
                 rows.append((label, [given.pixels[0], *path, given.pixels[1]]))
         columns = [given.names[0], *(f"{i / (num - 1):.2g}" for i in range(num)), given.names[1]]
         facts = {"pictures": ", ".join(given.names), "seed": seed, "steps": steps, "guidance": guidance}
-        studio.save(out, rows, columns, **facts)
+        studio.save_grid(out, rows, columns, facts)

@@ -38,4 +38,4 @@ def probe(
             )
         ]
         facts = {"pictures": ", ".join(given.names), "dims": shown, "seed": seed, "steps": steps, "guidance": guidance}
-        studio.save(out, rows, ["given", *map(str, shown)], **facts)
+        studio.save_grid(out, rows, ["given", *map(str, shown)], facts)

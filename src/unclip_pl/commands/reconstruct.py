@@ -34,4 +34,5 @@ def reconstruct(
         for label in labels:
             studio.say(label)
         rows = list(zip(labels, zip(given.pixels, images, strict=True), strict=True))
-        studio.save(out, rows, ["given", "drawn again"], pictures=", ".join(labels), steps=steps, guidance=guidance)
+        facts: dict[str, object] = {"pictures": ", ".join(labels), "steps": steps, "guidance": guidance}
+        studio.save_grid(out, rows, ["given", "drawn again"], facts)

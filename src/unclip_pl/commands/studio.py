@@ -5,6 +5,7 @@ Networks take seconds to import. They are imported under the first bar, so that 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,13 +40,16 @@ class Studio(AbstractContextManager["Studio"]):
 
     def __enter__(self) -> "Studio":
         """Reads the run."""
-        with self.bars:
+        self.bars.start()
+        try:
             reading = self.bars.add_task(f"reading {self.run}", total=None)
             from unclip_pl.pipeline import Unclip
 
             self.unclip = Unclip.load(self.run, self.device)
             self.bars.update(reading, total=1, completed=1)
-        self.bars.start()
+        except BaseException:
+            self.bars.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,11 +83,22 @@ class Studio(AbstractContextManager["Studio"]):
         """A line above the bars."""
         self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def save(self, path: str, rows: Sequence["Row"], columns: Sequence[str], **facts: object) -> None:
-        """The grid as a PNG with what made it: the facts, the run and this code's commit."""
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """The run and this code's commit."""
         from unclip_pl.evaluation.provenance import commit
+
+        return {"run": self.unclip.root.resolve().name, "commit": commit()}
+
+    def save(self, path: str, image: "Tensor", facts: dict[str, object]) -> None:
+        """An image (3, H, H) as a PNG that carries what made it: the facts, and :attr:`origin`."""
+        from unclip_pl.pictures import save_png, to_image
+
+        save_png(to_image(image), path, facts | self.origin)
+
+    def save_grid(self, path: str, rows: Sequence["Row"], columns: Sequence[str], facts: dict[str, object]) -> None:
+        """A grid, likewise."""
         from unclip_pl.pictures import grid, save_png
 
-        facts |= {"run": self.unclip.root.resolve().name, "commit": commit()}
-        save_png(grid(rows, columns), path, facts)
+        save_png(grid(rows, columns), path, facts | self.origin)
         self.say(f"wrote {path}")

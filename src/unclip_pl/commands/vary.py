@@ -46,4 +46,4 @@ def vary(
         ]
         columns = ["given", *(f"η = {eta:g}" for eta in etas for _ in range(num))]
         facts = {"pictures": ", ".join(given.names), "etas": etas, "seed": seed, "steps": steps, "guidance": guidance}
-        studio.save(out, rows, columns, **facts)
+        studio.save_grid(out, rows, columns, facts)

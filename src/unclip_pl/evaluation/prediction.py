@@ -44,6 +44,7 @@ class PriorPrediction(LightningModule):
         fingerprint = self.clip.within(self.run).load().fingerprint
         check_store(self, fingerprint)
         check_clip(fingerprint, self.prior.fingerprint, "the prior")
+        self._metadata = {"fingerprint": fingerprint}
 
     def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """One embedding a caption."""
@@ -54,7 +55,7 @@ class PriorPrediction(LightningModule):
         """Writes this rank's embeddings, whole or not at all."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"image_embed-{self.global_rank:05d}.safetensors"
-        save_file({"image_embed": torch.cat(self._embeds)}, path.with_suffix(".tmp"))
+        save_file({"image_embed": torch.cat(self._embeds)}, path.with_suffix(".tmp"), self._metadata)
         path.with_suffix(".tmp").replace(path)
 
 

@@ -1,0 +1,87 @@
+"""``unclip sample``: what it takes, and what its files say."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from unclip_pl.__main__ import main
+from unclip_pl.pictures import CELL, GAP
+from unclip_pl.pipeline import Unclip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def run(mini_run: Path) -> Iterator[Unclip]:
+    """Read once for all."""
+    unclip = Unclip.load(mini_run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unclip, "load", lambda *_: unclip)
+        yield unclip
+
+
+def drawn(run: Path, out: Path, *words: str) -> Path:
+    assert main(["sample", *words, "--run", str(run), "--out", str(out)]) == 0
+    return out
+
+
+def test_every_image_by_itself_says_how_to_draw_it_again(mini_run: Path, tmp_path: Path) -> None:
+    folder = drawn(mini_run, tmp_path / "all", "a red star", "", "--num", "2", "--seed", "5", "--prior", "ar")
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["000-a-red-star.png", "001-a-red-star.png", "002-no-caption.png", "003-no-caption.png", "grid.png"]
+    image = Image.open(folder / "001-a-red-star.png")
+    texts = image.text
+    assert (texts["caption"], texts["seed"], texts["prior"], texts["run"]) == ("a red star", "6", "ar", mini_run.name)
+    assert texts["commit"]
+    words = (texts["caption"], "--seed", texts["seed"], "--prior", texts["prior"], "--num", "1")
+    again = Image.open(drawn(mini_run, tmp_path / "again", *words) / "000-a-red-star.png")
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(again)).max() <= 1
+    assert Image.open(folder / "grid.png").width == 2 * (CELL + GAP) + GAP
+
+
+def test_previews_stand_before_the_image(mini_run: Path, tmp_path: Path) -> None:
+    words = ("a star", "a ring", "--num", "2", "--batch_size", "3")
+    grids = [
+        Image.open(drawn(mini_run, tmp_path / f"{n}.png", *words, *previews))
+        for n, previews in enumerate((("--previews", "3"), ()))
+    ]
+    assert grids[0].width == 4 * (CELL + GAP) + GAP
+    last = [np.asarray(grid).astype(int)[-CELL - GAP : -GAP, -CELL - GAP : -GAP] for grid in grids]
+    assert np.abs(last[0] - last[1]).max() <= 1
+
+
+def test_prompts_come_from_a_file(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a ring\n\na blue star \n")
+    grid = drawn(mini_run, tmp_path / "x.png", "a cross", "--prompts", str(path), "--num", "1", "--prior", "linear")
+    assert Image.open(grid).text["captions"] == "a cross\na ring\na blue star"
+    for text in ("", None):
+        path.unlink() if text is None else path.write_text(text)
+        assert main(["sample", "--prompts", str(path), "--run", str(mini_run)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "Expected a caption a line" in said[0]
+    assert "No prompts at" in said[1]
+
+
+def test_embeddings_come_from_a_file(
+    run: Unclip, mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, fingerprint = tmp_path / "z.safetensors", run.clip.fingerprint
+    z_i = torch.nn.functional.normalize(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    save_file({"image_embed": z_i}, path, {"fingerprint": fingerprint})
+    grid = Image.open(drawn(mini_run, tmp_path / "x.png", "--from_embedding", str(path), "--num", "2"))
+    assert grid.width == 2 * (CELL + GAP) + GAP
+    assert grid.text["from_embedding"] == "z.safetensors"
+    save_file({"image_embed": z_i}, path, {"fingerprint": "tiny-rn-other"})
+    refused = {
+        "tiny-rn-other": ["--from_embedding", str(path)],
+        "No embeddings at": ["--from_embedding", "nowhere.safetensors"],
+        "asks no prior": ["--from_embedding", str(path), "--candidates", "2"],
+        "a .png file, or a folder": ["a star", "--out", "x.jpg"],
+    }
+    for fragment, words in refused.items():
+        assert main(["sample", "--run", str(mini_run), *words]) == 1
+        assert fragment in capsys.readouterr().err
