@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm misses ipywidgets
 if "UNCLIP_RUN" in os.environ:  # a notebook works in its own folder, as in Jupyter
     os.environ["UNCLIP_RUN"] = os.path.abspath(os.environ["UNCLIP_RUN"])
 

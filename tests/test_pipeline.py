@@ -19,6 +19,15 @@ def unclip(mini_run: Path) -> Unclip:
     return Unclip.load(mini_run)
 
 
+def test_it_loads_in_silence(
+    mini_run: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    unclip = Unclip.load(mini_run)
+    unclip.prior("diffusion")
+    assert not caplog.records, "open_clip says that our CLIP has random weights, before it gets its own"
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
 def test_rows_of_images_and_their_embeddings(unclip: Unclip) -> None:
     images, image_embed = unclip.generate(["a red star", "a ring"], num=2)
     assert images.shape == (4, 3, 32, 32)

@@ -45,9 +45,6 @@ NOISE = (
     ".*could be decompression bomb.*",  # refused by our own limit, which is lower
 )
 
-#: What open_clip says through the root logger, and raises or means as well.
-CHATTER = ("No pretrained weights loaded", "Failed to download weights")
-
 
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command line; see :func:`unclip_pl.__main__.main` for the exit status."""
@@ -78,7 +75,6 @@ def _run(words: list[str], debug: bool) -> int:
     again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith(CHATTER))
     try:
         dispatch(words)
     except SystemExit as stop:  # jsonargparse has printed what was wrong, or the help

@@ -1,5 +1,6 @@
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,12 @@ def test_caption_states_what_it_says() -> None:
         stated_by.update(list(stated))
     # Each attribute is said often and left out often: a caption has many right images.
     assert all(300 < stated_by[name] < 900 for name in ATTRIBUTES)
+
+
+def test_the_prompts_say_what_can_be_drawn() -> None:
+    lines = (Path(__file__).parents[2] / "data/prompts/shapes.txt").read_text().splitlines()
+    assert len({tuple(parse(line).items()) for line in lines}) == len(lines)
+    assert all(len(parse(line)) >= 2 for line in lines)
 
 
 def test_captions_repeat_by_seed() -> None:

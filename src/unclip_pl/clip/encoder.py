@@ -24,8 +24,13 @@ from unclip_pl.types import TextFeatures
 log = logging.getLogger(__name__)
 
 
+#: What open_clip says through the root logger, and raises or means as well.
+CHATTER = ("No pretrained weights loaded", "Failed to download weights")
+
+
 @cache
-def _register_tiny_architectures() -> None:
+def _set_up_open_clip() -> None:
+    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith(CHATTER))
     open_clip.add_model_config(Path(str(files("unclip_pl.clip") / "model_configs")))
 
 
@@ -35,7 +40,7 @@ def architecture(name: str) -> dict[str, Any]:
     Raises:
         ValueError: nobody knows that name.
     """
-    _register_tiny_architectures()
+    _set_up_open_clip()
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,4 +114,6 @@ def _without_files(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
 def _rebuild(cls: type[Task], config: dict[str, Any]) -> Any:
     from lightning.pytorch.cli import instantiate_module  # jsonargparse: only who loads checkpoints waits for it
 
-    return instantiate_module(cls, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")  # wanted: rebuilt from the config
+        return instantiate_module(cls, config)
