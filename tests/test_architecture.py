@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 
 #: From the ground up; packages in one row do not know each other, but for the exceptions named.
 LAYERS = [
-    {"types", "checkpoint", "streams"},
+    {"types", "bundle", "checkpoint", "streams"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"tasks", "callbacks", "data"},
@@ -19,8 +19,10 @@ LAYERS = [
     {"cli", "trainer_cli", "__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-#: The pipeline is made of priors and a decoder; a command line knows its own parser; `reproduce` types other commands.
+#: A checkpoint may be a member of a bundle; the pipeline is made of priors and a decoder; a command line knows its own
+#: parser; `reproduce` types other commands.
 SIDEWAYS = {
+    ("checkpoint", "bundle"),
     ("pipeline", "priors"),
     ("pipeline", "decoding"),
     ("pipeline", "manipulation"),
@@ -33,7 +35,7 @@ SIDEWAYS = {
     ("commands", "cli"),
 }
 #: torch, numpy and open_clip are enough here: who takes the mathematics does not wait for a trainer.
-PURE = {"types", "checkpoint", "streams", "diffusion", "nn", "clip", "shapes"}
+PURE = {"types", "bundle", "checkpoint", "streams", "diffusion", "nn", "clip", "shapes"}
 
 
 def modules() -> list[Path]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "edit": 'text diffs: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
     "probe": "pictures of ever more dimensions of an embedding: unclip probe PICTURE…",
     "reproduce": "run a recipe's stages in order, resuming: --config configs/reproduce/*.yaml",
+    "bundle": "a run as one file, in half precision: unclip bundle RUN",
     "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
     "report": "write a run's report again from its report.json",
 }

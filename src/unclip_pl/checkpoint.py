@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from unclip_pl.bundle import STATE, inside, read_member
+
 
 def previous_of(path: Path) -> Path:
     """Where the file that a checkpoint has replaced is kept: ``last.previous.ckpt`` beside ``last.ckpt``."""
@@ -29,7 +31,7 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
     """Tensors, numbers, texts and containers of a file written by ``torch.save``; nothing in it can run.
 
     Args:
-        path: the file.
+        path: the file, or a member of a bundle.
         map_location: device of the tensors.
         mmap: leave the tensors in the file until they are used.
 
@@ -37,6 +39,10 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
         FileNotFoundError: there is no such file.
         ValueError: it is cut off, damaged, no checkpoint at all, or holds more than plain data.
     """
+    if place := inside(path):
+        tensors, content = read_member(place, map_location)
+        state = {name.removeprefix(STATE): tensors.pop(name) for name in list(tensors) if name.startswith(STATE)}
+        return content | tensors | {"state_dict": state}
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at {path}.")
     try:

@@ -141,7 +141,7 @@ def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
     """``--verify`` means ``--verify=true``."""
     flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
     alone = [word.startswith("--") for word in [*words[1:], "--"]]
-    return [f"{word}=true" if word in flags and last else word for word, last in zip(words, alone, strict=True)]
+    return [f"{word}=true" if word in flags and last else word for word, last in zip(words, alone, strict=False)]
 
 
 def train(words: list[str]) -> Any:

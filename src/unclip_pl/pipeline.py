@@ -11,15 +11,20 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from unclip_pl.bundle import exists, inside, read_content, read_provenance
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.decoding import Decoder, Progress, Upsampler
 from unclip_pl.diffusion import check_guidance
 from unclip_pl.manipulation import Manipulations
 from unclip_pl.nn.text import repeat_text
 from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.tasks.loading import check_classes
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
+
+#: What describes a run, in its folder.
+RUN = "run.json"
 
 __all__ = [
     "Decoder",
@@ -60,6 +65,25 @@ class RunDescription:
     store: str = ""
 
 
+class Origin(NamedTuple):
+    """Where weights come from."""
+
+    run: str  # the name of the folder
+    commit: str  # of the code that trained them; empty if unknown
+    text: str  # in a line
+
+    @classmethod
+    def of(cls, root: Path) -> Self:
+        """Of a run's folder, or of a bundle."""
+        if not root.is_file():
+            return cls(root.resolve().name, "", str(root))
+        told = read_provenance(root)
+        run, commit = told.get("run", "unknown"), ", ".join(told.get("commits", [])) or "unknown"
+        where = "the weights in this package" if root == DEMO else str(root)
+        minutes = f"{told.get('seconds', 0) / 60:.0f} minutes on {told.get('hardware') or 'an unknown machine'}"
+        return cls(run, commit, f"{where}: of the run {run}, trained at commit {commit} in {minutes}")
+
+
 class Unclip(Manipulations):
     """A trained run. ``Unclip.load("runs/quickstart").generate(["a red star"])``."""
 
@@ -72,19 +96,28 @@ class Unclip(Manipulations):
         self._loaded: set[str] = set()
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "cpu") -> Self:
+    def load(cls, run: str | Path | None = None, device: str = "cpu") -> Self:
         """Read ``run.json`` and the decoder and CLIP it names; a prior is read when it is first used.
+
+        Args:
+            run: folder, or bundle; None is the quickstart's, or else the bundle of this package.
+            device: where to compute.
 
         Raises:
             FileNotFoundError: there is no finished run.
-            ValueError: decoder and CLIP do not belong together.
+            ValueError: no bundle, or decoder and CLIP do not belong together.
         """
-        root = Path(run)
+        root = find_run(run)
         description = read_run(root)
         clip = description.clip.within(root).load().to(device)
         decoder = description.decoder.load(root, device)
         check_clip(clip.fingerprint, decoder.fingerprint, f"the decoder {root / decoder.checkpoint}")
         return cls(root, clip, decoder, description.priors, device)
+
+    @property
+    def origin(self) -> Origin:
+        """Where its weights come from."""
+        return Origin.of(self.root)
 
     def prior(self, name: str) -> Prior:
         """One of the run's priors, with its weights.
@@ -222,6 +255,17 @@ def _batches(rows: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
+#: Where a run is looked for when none is named.
+QUICKSTART, DEMO = Path("runs/quickstart"), Path(__file__).with_name("demo.safetensors")
+
+
+def find_run(run: str | Path | None) -> Path:
+    """The run that is meant: the one named, else the quickstart's, else the bundle in this package."""
+    if run:
+        return Path(run)
+    return DEMO if DEMO.is_file() and not (QUICKSTART / "run.json").is_file() else QUICKSTART
+
+
 def check_clip(clip: str, other: str, what: str) -> None:
     """Two CLIPs never mix.
 
@@ -249,7 +293,7 @@ def check_norm(prior: Prior, decoder: Decoder) -> None:
 
 
 def read_run(root: Path) -> RunDescription:
-    """Parse ``run.json``.
+    """Parse ``run.json`` of a folder or a bundle.
 
     Raises:
         FileNotFoundError: no run there.
@@ -257,21 +301,26 @@ def read_run(root: Path) -> RunDescription:
     """
     from jsonargparse import ArgumentParser
 
-    path = root / "run.json"
-    if not path.is_file():
+    path = root / RUN
+    if not exists(path):
         raise FileNotFoundError(
-            f"No run at {root}: expected {path}, which `unclip reproduce` (or `make quickstart`) writes."
+            f"No run at {root}: expected {path}, which `unclip reproduce` (or `make quickstart`) writes, or a file of "
+            "`unclip bundle`."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
     try:
-        return parser.instantiate_classes(parser.parse_object({"run": json.loads(path.read_text())})).run
+        if place := inside(path):
+            check_classes(content := read_content(place))  # data, perhaps somebody else's
+        else:
+            content = json.loads(path.read_text())
+        return parser.instantiate_classes(parser.parse_object({"run": content})).run
     except Exception as error:
         raise ValueError(f"{path} does not describe a run: {str(error).splitlines()[0]}") from error
 
 
 def write_run(root: Path, description: dict[str, Any]) -> None:
     """Write ``run.json``, whole or not at all."""
-    temporary = root / "run.json.tmp"
+    temporary = root / f"{RUN}.tmp"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
-    temporary.replace(root / "run.json")
+    temporary.replace(root / RUN)

@@ -6,7 +6,7 @@ from unclip_pl.commands.studio import Studio
 def edit(
     pictures: list[str],
     caption: str,
-    run: str = "runs/quickstart",
+    run: str | None = None,
     out: str = "edit.png",
     *,
     current: str | None = None,
@@ -21,7 +21,7 @@ def edit(
     Args:
         pictures: image files.
         caption: what they shall be.
-        run: folder with run.json.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
         out: PNG file to write: one row per picture.
         current: a caption of what they are; without it they are turned towards the caption itself.
         thetas: how far, 0 to 1 of the angle; the paper goes up to between 0.25 and 0.5. Such as --thetas "[0.25, 0.5]".

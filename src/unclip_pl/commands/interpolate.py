@@ -10,7 +10,7 @@ LABELS: dict[Literal["inverted", "fixed"], str] = {"inverted": "x_T interpolated
 
 def interpolate(
     pictures: list[str],
-    run: str = "runs/quickstart",
+    run: str | None = None,
     out: str = "interpolate.png",
     *,
     num: int = 9,
@@ -24,7 +24,7 @@ def interpolate(
 
     Args:
         pictures: two image files.
-        run: folder with run.json.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
         out: PNG file to write: one row for each way with the noise.
         num: pictures in a row, both ends among them.
         noise: inverted: x_T is interpolated too, from picture to picture. fixed: one drawn x_T for all, as in the

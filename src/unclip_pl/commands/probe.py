@@ -5,7 +5,7 @@ from unclip_pl.commands.studio import Studio
 
 def probe(
     pictures: list[str],
-    run: str = "runs/quickstart",
+    run: str | None = None,
     out: str = "probe.png",
     *,
     dims: tuple[int, ...] = (),
@@ -18,7 +18,7 @@ def probe(
 
     Args:
         pictures: image files.
-        run: folder with run.json.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
         out: PNG file to write: one row per picture.
         dims: numbers of dimensions, such as --dims "[1, 8, 64]"; none given: the powers of two, and all.
         steps: of DDIM.

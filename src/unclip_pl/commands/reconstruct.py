@@ -5,7 +5,7 @@ from unclip_pl.commands.studio import Studio
 
 def reconstruct(
     pictures: list[str],
-    run: str = "runs/quickstart",
+    run: str | None = None,
     out: str = "reconstruct.png",
     *,
     steps: int = 100,
@@ -17,7 +17,7 @@ def reconstruct(
 
     Args:
         pictures: image files.
-        run: folder with run.json.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
         out: PNG file to write: each picture beside its reconstruction.
         steps: of DDIM, each way; more are more exact.
         guidance: of the decoder, both ways; 1 is off, and the most exact.

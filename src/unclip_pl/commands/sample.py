@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def sample(
     captions: list[str],
-    run: str = "runs/quickstart",
+    run: str | None = None,
     out: str = "sample.png",
     *,
     prompts: str = "",
@@ -35,7 +35,7 @@ def sample(
 
     Args:
         captions: texts; an empty one is unconditional.
-        run: folder with run.json.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
         out: PNG file of the grid; or a folder, for the grid and every image by itself.
         prompts: text file of more captions, one a line, such as data/prompts/shapes.txt.
         num: images per caption.

@@ -21,13 +21,13 @@ class Studio(AbstractContextManager["Studio"]):
     """A context: the run is there and the bars stand while it is open.
 
     Args:
-        run: to draw with.
+        run: to draw with, see :func:`~unclip_pl.pipeline.find_run`.
         device: where to compute.
     """
 
     unclip: "Unclip"
 
-    def __init__(self, run: str, device: str) -> None:
+    def __init__(self, run: str | None, device: str) -> None:
         self.run = run
         self.device = device
         columns = (
@@ -42,11 +42,12 @@ class Studio(AbstractContextManager["Studio"]):
         """Reads the run."""
         self.bars.start()
         try:
-            reading = self.bars.add_task(f"reading {self.run}", total=None)
+            reading = self.bars.add_task(f"reading {self.run or 'the run'}", total=None)
             from unclip_pl.pipeline import Unclip
 
             self.unclip = Unclip.load(self.run, self.device)
             self.bars.update(reading, total=1, completed=1)
+            self.say(f"drawn with {self.unclip.origin.text}")
         except BaseException:
             self.bars.stop()
             raise
@@ -85,10 +86,11 @@ class Studio(AbstractContextManager["Studio"]):
 
     @cached_property
     def origin(self) -> dict[str, str]:
-        """The run and this code's commit."""
+        """The run, and the commit of this code; of a bundle the weights' too."""
         from unclip_pl.evaluation.provenance import commit
 
-        return {"run": self.unclip.root.resolve().name, "commit": commit()}
+        run, trained, _ = self.unclip.origin
+        return {"run": run, "commit": commit()} | ({"trained at commit": trained} if trained else {})
 
     def save(self, path: str, image: "Tensor", facts: dict[str, object]) -> None:
         """An image (3, H, H) as a PNG that carries what made it: the facts, and :attr:`origin`."""

@@ -5,7 +5,7 @@ from unclip_pl.commands.studio import Studio
 
 def vary(
     pictures: list[str],
-    run: str = "runs/quickstart",
+    run: str | None = None,
     out: str = "vary.png",
     *,
     etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
@@ -19,7 +19,7 @@ def vary(
 
     Args:
         pictures: image files.
-        run: folder with run.json.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
         out: PNG file to write: one row per picture.
         etas: from 0, the picture itself, to 1; such as --etas "[0.5, 1]".
         num: variations of each picture at each eta.

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unclip_pl.bundle import exists, inside, read_member
+
 
 class Tensors(NamedTuple):
     """What a file holds."""
@@ -19,7 +21,7 @@ def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: 
     """The tensors of those names, and the file's texts.
 
     Args:
-        path: the file.
+        path: the file, or a member of a bundle.
         names: all have to be there.
         what: the file holds, for the error.
         command: that makes it.
@@ -29,8 +31,10 @@ def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: 
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or another kind of file.
     """
-    if not Path(path).is_file():
+    if not exists(path):
         raise FileNotFoundError(f"No {what} at {path}: run `{command}` first.")
+    if place := inside(path):
+        return Tensors(*read_member(place, device))
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             return Tensors({name: file.get_tensor(name) for name in names}, file.metadata() or {})

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from unclip_pl.bundle import exists
 from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.tasks.base import Task, TrainingRecord
 
@@ -19,7 +20,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
     """Rebuild a Task from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
 
     Args:
-        path: checkpoint written by ``unclip fit``.
+        path: checkpoint written by ``unclip fit``, or such a member of a bundle.
         expected: the Task it must hold.
         map_location: device of the weights.
 
@@ -28,7 +29,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         TypeError: the checkpoint holds another Task.
         ValueError: it is no checkpoint of ours, or broken.
     """
-    if not Path(path).is_file():
+    if not exists(path):
         raise FileNotFoundError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
     checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
     hyper_parameters = checkpoint.get("hyper_parameters")
@@ -36,7 +37,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         raise ValueError(f"{path} was not written by `unclip fit`: it names no Task.")
     try:
         cls = trusted_class(hyper_parameters["_class_path"])
-        _check_classes(config := _without_files(hyper_parameters))
+        check_classes(config := _without_files(hyper_parameters))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not issubclass(cls, expected):
@@ -84,7 +85,7 @@ def trusted_class(path: Any) -> type:
     return cls
 
 
-def _check_classes(node: Any) -> None:
+def check_classes(node: Any) -> None:
     """Every text in there that could be taken for an import path has to be one of a trusted class.
 
     jsonargparse reads texts as YAML: one that would become a structure could hide a path, and is refused.
@@ -93,7 +94,7 @@ def _check_classes(node: Any) -> None:
         node = [*node, *node.values()]
     if isinstance(node, list | tuple):
         for value in node:
-            _check_classes(value)
+            check_classes(value)
     if not isinstance(node, str):
         return
     try:
