@@ -15,6 +15,7 @@ from unclip_pl.data.shards import index_shard
 from unclip_pl.resume import StepCheckpoint
 from unclip_pl.tasks import Task, load_task
 from unclip_pl.trainer_cli import LINKS, build
+from unclip_pl.types import TextFeatures
 
 SLURM = "configs/trainer/slurm.yaml"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -118,15 +119,15 @@ def test_evaluation_and_prediction_run(path: Path, mini_run: Path, inception: Pa
         assert len(index_shard(shard).entries) == 24
 
 
-def test_a_prior_of_ones_own_enters_by_its_class_path(
-    mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_own_priors.py").write_text(
-        "from unclip_pl.priors import TextEmbedding\n\nclass Mine(TextEmbedding):\n    pass\n"
-    )
-    (tmp_path / "mine.yaml").write_text("model: {init_args: {priors: {mine: {class_path: my_own_priors.Mine}}}}")
-    monkeypatch.syspath_prepend(tmp_path)
-    line = ["--config", "configs/compare/tiny.yaml", "--config", str(tmp_path / "mine.yaml")]
+def test_a_prior_of_ones_own_enters_by_its_class_path(mini_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CONFIGS.parent / "examples")
+    line = ["--config", "configs/compare/tiny.yaml", "--config", "examples/noisy_linear.yaml"]
     line += ["--data.init_args.source", f"{mini_run}/data", "--data.init_args.store", f"{mini_run}/store"]
     cli = build([*line, "--data.init_args.clip.pretrained", f"{mini_run}/clip/checkpoints/last.ckpt"])
-    assert type(cli.model.priors["mine"]).__name__ == "Mine"
+    linear, noisy = (prior.load(mini_run) for prior in cli.model.priors.values())
+    text = TextFeatures(torch.zeros(500, 0), torch.zeros(500, 0, 128), torch.zeros(500, 0), torch.randn(500, 64))
+    mean, draws = linear.embed(text), [noisy.embed(text, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert (mean * draws[0]).sum(-1).mean().item() == pytest.approx((1 + noisy.noise**2) ** -0.5, abs=0.01)
+    noisy.noise = 0.0
+    torch.testing.assert_close(noisy.embed(text), mean)

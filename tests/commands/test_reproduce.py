@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from unclip_pl.commands import reproduce as module
-from unclip_pl.commands.reproduce import Stage, precision, reproduce
+from unclip_pl.commands.plan import Stage, spell_out, write_out
+from unclip_pl.commands.reproduce import precision, reproduce
 
 
 class Journal:
@@ -195,9 +196,33 @@ CELLS = ["a-0", "a-1", "b-0", "b-1"]
 def test_a_matrix_is_one_stage_for_each_combination(journal: Journal, study: Path) -> None:
     rematch(journal, study)
     assert journal.asked == [*FITS, "a", "again-0", "again-1", *CELLS, "best-0", "best-1"]
+    assert str(study.parent) not in (study / "stages.json").read_text()  # to be committed
     journal.asked.clear()
     rematch(journal, study)
     assert not journal.asked
+
+
+def test_a_stage_needs_one_combination_by_its_name_or_those_that_agree() -> None:
+    stages = {
+        "try": Stage("a {lr} {seed}", matrix={"lr": ["0.1", "0.2"], "seed": [0]}),
+        "x": Stage("b {seed}", ["try-0.2-0"], {"seed": [1, 2]}),
+        "y": Stage("c {seed}", ["try"], {"seed": [1, 2]}),
+        "cell": Stage("d {prior} {seed}", ["{prior}-{seed}", "try"], {"prior": ["x", "y"], "seed": [1, 2]}),
+    }
+    written = write_out(stages)
+    assert [written[name].needs for name in ("x-1", "y-2")] == [["try-0.2-0"], []]  # of another seed
+    assert [written[f"cell-{name}"].needs for name in ("x-1", "y-2")] == [["x-1"], ["y-2"]]
+    assert written["cell-y-1"].run == "d y 1"
+    with pytest.raises(ValueError, match="x-3"):
+        write_out(stages | {"late": Stage("e", ["x-3"])})
+    with pytest.raises(ValueError, match="itself"):
+        write_out({"itself": Stage("e", ["itself"])})
+
+
+def test_words_that_commands_share_are_put_in_their_place() -> None:
+    stages = {"a": Stage("{fit} a-{seed} {run}", ["b"], {"seed": [1]})}
+    spelt = spell_out(stages, {"data": "--data {base}", "fit": "fit {data} --seed {seed}"})
+    assert spelt == {"a": Stage("fit --data {base} --seed {seed} a-{seed} {run}", ["b"], {"seed": [1]})}
 
 
 def test_measurements_survive_the_loss_of_the_run(journal: Journal, study: Path) -> None:
@@ -216,6 +241,27 @@ def test_a_choice_that_changes_takes_along_what_was_trained_by_it(journal: Journ
     journal.asked.clear()
     rematch(journal, study, choice="--grid finer")
     assert journal.asked == ["a", "again-0", "again-1", "best-0", "best-1"]
+
+
+def test_of_a_base_counts_what_is_named(journal: Journal, tmp_path: Path) -> None:
+    """So that a study can begin while the base's last stages run."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "run.json").write_text("{}")
+    stages = {
+        "file": Stage("make --out file {base}/codec.safetensors"),
+        "folder": Stage("make --out folder {base}/clip/checkpoints/last.ckpt"),
+        "all": Stage("make --out all --run {base}"),
+    }
+    for made, asked in (
+        (("clip", "codec"), ["file", "folder", "all"]),
+        (("clip", "codec", "decoder"), ["all"]),
+        (("clip", "decoder"), ["file", "all"]),
+    ):
+        (base / "stages.json").write_text(json.dumps({name: {"stamp": name} for name in made}))
+        journal.asked.clear()
+        reproduce(stages, str(journal.run), base=str(base))
+        assert journal.asked == asked
 
 
 def test_a_run_to_build_on_is_made_where_there_is_none(

@@ -13,7 +13,8 @@ class Stage:
         run: the command line after ``unclip``; ``{run}`` is the run's folder, ``{source}`` the shards, ``{base}`` the
             run that it builds on, ``{results}`` what is kept.
         needs: stages whose results it reads.
-        matrix: values of further names in ``run``: the stage is done once for each combination, as ``stage-VALUE-…``.
+        matrix: values of further names in ``run`` and ``needs``: the stage is done once for each combination, as
+            ``stage-VALUE-…``.
     """
 
     run: str
@@ -21,10 +22,18 @@ class Stage:
     matrix: dict[str, list[str | int | float]] = field(default_factory=dict)
 
 
+def spell_out(stages: dict[str, Stage], shorthand: dict[str, str]) -> dict[str, Stage]:
+    """Words that many commands share, put where their names stand; one may stand in those after it."""
+    for name, words in reversed(shorthand.items()):
+        stages = {key: replace(stage, run=stage.run.replace(f"{{{name}}}", words)) for key, stage in stages.items()}
+    return stages
+
+
 def write_out(stages: dict[str, Stage]) -> dict[str, Stage]:
     """Every combination of every matrix as a stage of its own.
 
-    A stage that needs another with a matrix needs those of its combinations that agree with its own values.
+    A stage may need one combination of another by its full name, or the other by its own: those of its combinations,
+    then, that agree with the stage's own values.
 
     Raises:
         ValueError: a stage needs one that does not stand before it.
@@ -32,19 +41,17 @@ def write_out(stages: dict[str, Stage]) -> dict[str, Stage]:
     written: dict[str, Stage] = {}
     values: dict[str, list[tuple[str, dict[str, str]]]] = {}  # stage → (name, values) of its combinations
     for name, stage in stages.items():
-        unknown = set(stage.needs) - set(values)
-        if unknown:
-            raise ValueError(f"Stage {name!r} needs {sorted(unknown)}. Expected stages that stand before it.")
-        values[name] = []
+        before, values[name] = dict(written), []
         for combination in product(*stage.matrix.values()):
             own = dict(zip(stage.matrix, map(str, combination), strict=True))
             full = "-".join([name, *own.values()])
-            needs = [n for need in stage.needs for n, theirs in values[need] if _agree(own, theirs)]
-            run = stage.run
-            for key, value in own.items():
-                run = run.replace(f"{{{key}}}", value)
+            wanted = [_fill_in(need, own) for need in stage.needs]
+            unknown = {need for need in wanted if not (values.get(need) or need in before)}
+            if unknown:
+                raise ValueError(f"Stage {name!r} needs {sorted(unknown)}. Expected stages that stand before it.")
+            needs = [n for need in wanted for n, theirs in values.get(need, [(need, {})]) if _agree(own, theirs)]
             values[name].append((full, own))
-            written[full] = replace(stage, run=run, needs=needs, matrix={})
+            written[full] = replace(stage, run=_fill_in(stage.run, own), needs=needs, matrix={})
     return written
 
 
@@ -69,6 +76,12 @@ def work(stages: dict[str, Stage], done: Callable[[str], bool], kept: Callable[[
         if name not in finished and (kept(name) or not users or wanted.intersection(users)):
             wanted.add(name)
     return wanted
+
+
+def _fill_in(text: str, own: dict[str, str]) -> str:
+    for key, value in own.items():
+        text = text.replace(f"{{{key}}}", value)
+    return text
 
 
 def _agree(a: dict[str, str], b: dict[str, str]) -> bool:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from unclip_pl.checkpoint import previous_of
 from unclip_pl.cli import dispatch
-from unclip_pl.commands.plan import Stage, work, write_out
+from unclip_pl.commands.plan import Stage, spell_out, work, write_out
 from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.evaluation.provenance import STAGES, commit
 from unclip_pl.evaluation.report import render
@@ -37,6 +37,7 @@ def reproduce(
     base: str = "",
     base_recipe: str = "",
     results: str = "",
+    shorthand: dict[str, str] | None = None,
 ) -> None:
     """Run a recipe: finished stages are skipped, an interrupted one goes on, a changed one is done again.
 
@@ -50,6 +51,7 @@ def reproduce(
         base_recipe: what makes that run where there is none yet.
         results: folder of what is kept, small enough to be committed: measurements, and the report on them. What is
             measured stays measured, also where the run is lost.
+        shorthand: words that many commands share; ``{NAME}`` stands for them.
     """
     root = Path(run)
     root.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def reproduce(
     console = Console()
     if base:
         _bring_about(base, base_recipe, [] if "{run}" in source else ["--source", source])
-    recipe = Recipe(write_out(stages), root, places, shards)
+    recipe = Recipe(write_out(spell_out(stages, shorthand or {})), root, places, shards)
     wanted = work(recipe.stages, recipe.done, lambda name: recipe.kept(name) is not None)
     for number, name in enumerate(recipe.stages, 1):
         title = f"[{number}/{len(recipe.stages)}] {name}"
@@ -76,7 +78,9 @@ def reproduce(
         if not resumed:
             _set_aside(root, name, recipe.kept(name))
             stamp = secrets.token_hex(8)
-            record = {"key": key, "stamp": stamp, "command": words, "seconds": 0.0, "done": False, "commits": []}
+            # What is kept is shared: its notes name no folder of this machine.
+            command = shlex.split(recipe.stages[name].run) if recipe.kept(name) else words
+            record = {"key": key, "stamp": stamp, "command": command, "seconds": 0.0, "done": False, "commits": []}
         record["commits"] = list(dict.fromkeys([*record.get("commits", []), commit()]))  # several, if it was resumed
         recipe.write(name, record)
         if compare and words[0] == "test":
@@ -134,7 +138,7 @@ class Recipe:
         # A stage that was made again, though nothing of it changed, has another stamp: what it gave is not the same.
         needs = [f"{self.key(need)} {self.record(need).get('stamp', '')}" for need in stage.needs]
         needs += self.shards if "{source}" in stage.run else []
-        needs += self._base() if "{base}" in stage.run else []
+        needs += self._base(stage.run)
         return _digest([shlex.split(stage.run), _configs(self.words(name)), needs])
 
     def lasting(self, name: str) -> str:
@@ -164,8 +168,14 @@ class Recipe:
     def _notes(self, name: str) -> Path:
         return Path(self.places["{results}"]) if self.kept(name) else self.root
 
-    def _base(self) -> list[str]:
-        return [f"{name} {record.get('stamp', '')}" for name, record in _records(Path(self.places["{base}"])).items()]
+    def _base(self, run: str) -> list[str]:
+        """Stamps of the base's stages that a command names; of all of them where it names the base alone."""
+        named = set(re.findall(r"\{base\}/?([^\s/]*)", run))
+        return [
+            f"{name} {record.get('stamp', '')}"
+            for name, record in (_records(Path(self.places["{base}"])) if named else {}).items()
+            if named & {"", name, f"{name}.safetensors"}
+        ]
 
 
 def _bring_about(base: str, recipe: str, words: list[str]) -> None:

@@ -99,7 +99,9 @@ def need_table(report: dict[str, Any]) -> Table | None:
         [Cell(name), *(metric_cell(MEASURES[m], arm["metrics"].get(m), False) for m in there)]
         for name, arm in arms.items()
     ]
-    notes = [("arms", "decoders of one training budget, smaller than the main decoder's: compare these rows alone")]
+    notes = [
+        ("arms", "decoders of one budget, perhaps a smaller one than the main decoder's: compare these rows alone")
+    ]
     return Table("Is a prior needed?", ["arm", *(MEASURES[m].heading for m in there)], rows, notes) if rows else None
 
 

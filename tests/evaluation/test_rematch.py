@@ -1,0 +1,151 @@
+"""The recipes of the rematch: what they hold, and one of them from end to end with nothing but sizes made small."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from unclip_pl.commands import reproduce as module
+from unclip_pl.commands.plan import Stage, spell_out, write_out
+from unclip_pl.commands.reproduce import reproduce
+from unclip_pl.evaluation.study import SAMPLED_ABLATIONS, TRAINED_ABLATIONS
+from unclip_pl.evaluation.study_claims import UNMEASURED
+
+RECIPES = Path(__file__).parent.parent.parent / "configs" / "reproduce"
+STUDIES = {"rematch-shapes": 5, "rematch-emoji": 3}
+SMALL = {
+    "fit": "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.init_args.batch_size 16",
+    "test": (
+        "--model.init_args.captions 4 --model.init_args.grid_rows 2 --model.init_args.resamples 3 "
+        "--model.init_args.diversity_samples 2 --trainer.limit_test_batches 1"
+    ),
+    "prior": " ".join(f"--model.init_args.net.init_args.{size}" for size in ("width 16", "layers 1", "heads 2")),
+    "decoder": "--model.init_args.net.init_args.channels 8 --model.init_args.net.init_args.head_channels 8",
+    "many": "--model.init_args.diversity_captions 2",
+}
+#: Some stages with the values that it is done for, two training seeds of what is compared. The slow test has all.
+KINDS: dict[str, dict[str, list[Any]]] = {
+    "codec": {}, "try-diffusion": {"lr": ["0.001"]}, "try-ar": {"lr": ["0.001"]}, "choice": {},
+    "diffusion": {"seed": [1, 2]}, "ar": {"seed": [1, 2]}, "matched": {"seed": [1]}, "best": {"seed": [1, 2]},
+    "reference": {"seed": [1]}, "guidance": {"seed": [1], "prior": ["ar"]},
+    "decoder-guidance": {"seed": [1], "prior": ["ar"], "scale": [3.0]},
+    "decoder-text": {}, "need-trained": {"seed": [1]},
+}  # fmt: skip
+
+
+def read(name: str) -> dict[str, Stage]:
+    """A recipe's stages, spelt out."""
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    return spell_out({key: Stage(**stage) for key, stage in recipe["stages"].items()}, recipe["shorthand"])
+
+
+def small(stage: Stage, matrix: dict[str, list[Any]]) -> Stage:
+    """The same command on the miniature run."""
+    words = [stage.run, SMALL.get(stage.run.split()[0], "")]
+    words += [SMALL["prior"]] if "prior/matched.yaml" in stage.run else []
+    words += [SMALL["decoder"]] if "decoder/tiny.yaml" in stage.run else []
+    words += [SMALL["many"]] if words[1] == SMALL["test"] and "diversity_captions" not in stage.run else []
+    return replace(stage, run=" ".join(words), matrix=stage.matrix | matrix)
+
+
+def groups(stages: Iterable[Stage]) -> set[str]:
+    """What cells belong to."""
+    found = [re.search(r"--model\.init_args\.group (\"[^\"]*\"|\S+)", stage.run) for stage in stages]
+    return {match[1].strip('"') for match in found if match}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_recipe_holds_every_arm_that_the_report_and_the_issue_name(name: str) -> None:
+    written = write_out(read(name))
+    found = groups(written.values())
+    assert {"matched", "best", "reference"} < found
+    curves = {
+        f"curve/{title}/{s}"
+        for _, title, series, *_ in SAMPLED_ABLATIONS
+        for s in ([series] if isinstance(series, str) else series)
+    }
+    assert curves | {"curve/temperature/ar", "curve/axes/true z_i", "curve/decoder guidance/ar/2.0"} <= found
+    trained = {f"ablation/{title}/{arm}" for title, *arms in TRAINED_ABLATIONS for arm in arms}
+    assert (trained if name == "rematch-shapes" else {arm for arm in trained if "SAM" not in arm}) <= found
+    assert {
+        f"need/{arm}" for arm in ("caption only", "z_t in place of z_i", "decoder trained on z_t", "generated z_i")
+    } <= found
+    for prior in ("diffusion", "ar"):
+        for seed in range(1, STUDIES[name] + 1):
+            assert written[f"matched-{seed}-{prior}"].needs == [f"{prior}-{seed}"]
+    configs = {path for stage in written.values() for path in re.findall(r"--config (configs/\S+)", stage.run)}
+    assert all(Path(path).is_file() for path in configs), configs
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> None:
+    runs = [stage.run for stage in write_out(read(name)).values()]
+    known = {"run", "base", "source", "results", "precision"}
+    assert not {word for run in runs for word in re.findall(r"\{(\w+)\}", run)} - known
+    files = [path for run in runs for path in re.findall(r"\.out (\S+)", run)]
+    assert len(files) == len(set(files)) > 50
+
+
+def make(stages: dict[str, Stage], base: Path, folder: Path) -> dict[str, Any]:
+    """A study of the miniature run; what its report says."""
+    reproduce(stages, str(folder / "run"), base=str(base), results=str(folder / "results"))
+    return json.loads((folder / "results" / "report.json").read_text())
+
+
+def test_a_study_from_end_to_end_and_without_its_run(
+    mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read("rematch-shapes")
+    stages = {name: small(recipe[name], matrix) for name, matrix in KINDS.items()}
+    tried = """'{"0.001": "{run}/try-{prior}-0.001-0"}'"""
+    stages["choice"].run = re.sub(r"'\{.*\}'", tried, stages["choice"].run)
+    # A prior of one's own is one more cell.
+    own = recipe["reference"].run.replace("configs/arms/reference.yaml", "examples/noisy_linear.yaml")
+    stages["own"] = small(replace(recipe["reference"], run=own.replace("cells/reference", "cells/own")), {"seed": [1]})
+    monkeypatch.syspath_prepend("examples")
+    report = make(stages, mini_run, tmp_path)
+    assert report["meta"]["training_seeds"] == 2
+    rivals = ["diffusion", "ar", "diffusion (matched)", "ar (matched)"]
+    assert set(report["priors"]) == {*rivals, "linear", "text", "ceiling", "noisy linear"}
+    for name in ("diffusion", "ar"):
+        row = report["priors"][name]
+        assert (row["lr"], row["training_steps"], row["training_samples"], row["seeds"]) == (0.001, 2, 32, [1, 2])
+        assert row["sampling"]["guidance"] == chosen(tmp_path, name)
+    assert report["head_to_head"]["seeds"] == 2
+    assert [point["x"] for point in report["curves"]["prior guidance"]["ar"]["embed_fd"]] == [1, 1.25, 1.5, 2, 3, 4]
+    assert [point["x"] for point in report["curves"]["decoder guidance"]["ar"]["stated_match"]] == [3]
+    assert set(report["need"]) == {"decoder trained on z_t"}
+    answered = [claim for claim in report["claims"] if claim["ours"] != UNMEASURED]
+    assert len(answered) >= 8
+    assert all(set(claim) >= {"claim", "paper", "ours", "verdict", "why"} for claim in answered)
+
+    shutil.rmtree(tmp_path / "run")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(module, "dispatch", asked.append)
+    assert make(stages, mini_run, tmp_path) == report
+    assert not asked
+
+
+def chosen(folder: Path, prior: str) -> float:
+    """The guidance that cells of a prior's best are laid over with."""
+    content = yaml.safe_load((folder / "results/best" / f"{prior}-sampling.yaml").read_text())
+    return content["model"]["init_args"]["priors"][prior]["init_args"]["guidance"]
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
+    """All curves, arms and ablations, one training seed each."""
+    stages = {
+        name: small(stage, {"seed": stage.matrix["seed"][:1]} if "seed" in stage.matrix else {})
+        for name, stage in read("rematch-shapes").items()
+    }
+    report = make(stages, mini_run, tmp_path)
+    assert not [claim["claim"] for claim in report["claims"] if claim["ours"] == UNMEASURED]
+    assert set(report["spaces"]) == {"the study's CLIP", "with SAM", "without SAM"}
+    assert [point["x"] for point in report["curves"]["axes"]["true z_i"]["stated_match"]] == [2, 4, 8, 12, 16, 24, 32]
