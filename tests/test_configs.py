@@ -22,7 +22,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = ("prior", "ar_prior", "decoder", "upsampler")
 TRAINING = [CONFIGS / part / "tiny.yaml" for part in PARTS]
 TRAINING += [CONFIGS / "clip" / f"{name}.yaml" for name in ("emoji", "emoji-judge", "tiny", "tiny-judge")]
-WHOLE = sorted(CONFIGS.glob("evaluate/*.yaml")) + sorted(CONFIGS.glob("predict/*.yaml"))
+WHOLE = [*CONFIGS.glob("evaluate/*.yaml"), *CONFIGS.glob("predict/*.yaml")]
+WHOLE = sorted(path for path in WHOLE if path.stem != "cascade")  # needs upsamplers: tests/evaluation/test_cascade.py
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -136,3 +136,25 @@ def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pyt
     for stage, side in zip(stages, (8, 32), strict=True):
         image = stage.upsample(image, generator=torch.Generator().manual_seed(0))
         assert image.shape == (1, 3, side, side)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 → 256 → 1,024 px with the samplers of the paper's upsamplers, at small width."""
+    decoder = Decoder("decoder/checkpoints/last.ckpt", 64, DDIM(2)).load(mini_run)
+
+    def load(path: Path, *_: object) -> UpsamplerTask:
+        torch.manual_seed(0)
+        diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
+        return UpsamplerTask(UpsamplerUNet(8, [1, 1, 2], 1, dropout=0.0), diffusion=diffusion).eval()
+
+    monkeypatch.setattr(decoding, "load_task", load)
+    second = Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))
+    decoder.upsamplers = [stage.load(Path()) for stage in (Upsampler("first.ckpt"), second)]
+    z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))
+    image, again = (
+        decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert image.shape == (1, 3, 1024, 1024)
+    assert image.abs().max() <= 1
+    assert torch.equal(image, again)
