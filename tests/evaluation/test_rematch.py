@@ -28,6 +28,7 @@ SMALL = {
     "prior": " ".join(f"--model.init_args.net.init_args.{size}" for size in ("width 16", "layers 1", "heads 2")),
     "decoder": "--model.init_args.net.init_args.channels 8 --model.init_args.net.init_args.head_channels 8",
     "many": "--model.init_args.diversity_captions 2",
+    "drawn": "--model.init_args.decoder.init_args.sampler.init_args.steps 2",
 }
 #: Some stages with the values that it is done for, two training seeds of what is compared. The slow test has all.
 KINDS: dict[str, dict[str, list[Any]]] = {
@@ -50,7 +51,9 @@ def small(stage: Stage, matrix: dict[str, list[Any]]) -> Stage:
     words = [stage.run, SMALL.get(stage.run.split()[0], "")]
     words += [SMALL["prior"]] if "prior/matched.yaml" in stage.run else []
     words += [SMALL["decoder"]] if "decoder/tiny.yaml" in stage.run else []
-    words += [SMALL["many"]] if words[1] == SMALL["test"] and "diversity_captions" not in stage.run else []
+    if words[1] == SMALL["test"]:
+        words += [SMALL["many"]] if "diversity_captions" not in stage.run else []
+        words += [SMALL["drawn"]] if "arms/embeddings.yaml" not in stage.run else []
     return replace(stage, run=" ".join(words), matrix=stage.matrix | matrix)
 
 
