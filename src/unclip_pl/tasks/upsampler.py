@@ -94,16 +94,23 @@ class UpsamplerTask(Task):
         t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
-        out = self.net(torch.cat([x_t, self.enlarge(low, x0.shape[-1])], dim=1), self.diffusion.index(t), None)
+        out = self.estimate(x_t, t, self.enlarge(low, x0.shape[-1]))
         return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
+
+    def estimate(self, x_t: Tensor, t: Tensor, large: Tensor) -> Tensor:
+        """F(x_t, t) beside the enlarged image; where F is x0, the network gives what the enlarged image lacks of it.
+
+        Most of x0 is in the enlarged image, and group norms would have to learn to let its colours through.
+        """
+        out: Tensor = self.net(torch.cat([x_t, large], dim=1), self.diffusion.index(t), None)
+        return out + large if self.diffusion.prediction == "x0" else out
 
     def denoiser(self, low: Tensor, size: int) -> Denoise:
         """``denoise(x_t, t)`` towards images of side ``size`` that shrink to ``low`` (B, 3, h, h), uncorrupted."""
         large = self.enlarge(low, size)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            out = self.net(torch.cat([x_t, large], dim=1), self.diffusion.index(t), None)
-            return Denoised(self.diffusion.to_x0(out, x_t, t))
+            return Denoised(self.diffusion.to_x0(self.estimate(x_t, t, large), x_t, t))
 
         return clip_x0(denoise)
 
