@@ -63,6 +63,12 @@ def test_distance_broadcasts_over_leading_dimensions() -> None:
     torch.testing.assert_close(batched, single)
 
 
+def test_wide_features_are_counted_in_strips() -> None:
+    real, fake = features(400, 300).double(), features(400, 300, seed=1).double() * 1.1
+    expected = frechet_distance(real.mean(0), torch.cov(real.mT), fake.mean(0), torch.cov(fake.mT))
+    assert distance(real, fake) == pytest.approx(expected.item())
+
+
 @pytest.mark.parametrize("count", [300, 40])
 def test_metric_agrees_with_torch_fidelity(count: int) -> None:
     real, fake = features(count, 48).double(), features(count, 48, seed=1).double() * 1.1 + 0.05

@@ -10,30 +10,53 @@ from torchmetrics import Metric
 
 from unclip_pl.metrics.interval import Interval, recentred_interval
 
+#: Rows of a symmetric matrix that are computed at once, up to the diagonal.
+_STRIP = 256
+
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
     """‖μ1 − μ2‖² + Tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½), leading dimensions broadcast.
 
-    The trace of the root is the sum of singular values of Σ1^½ Σ2^½: real and stable where the eigenvalues of the
-    non-symmetric product Σ1 Σ2 are not, also for fewer samples than features.
-
     Args:
         mean1, mean2: (..., F).
-        cov1, cov2: (..., F, F).
+        cov1, cov2: (..., F, F); only their lower triangles are looked at.
 
     Returns:
         (...) float64.
     """
     mean1, cov1, mean2, cov2 = mean1.double(), cov1.double(), mean2.double(), cov2.double()
-    overlap = torch.linalg.svdvals(_root(cov1).mT @ _root(cov2)).sum(-1)
     traces = cov1.diagonal(dim1=-2, dim2=-1).sum(-1) + cov2.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (mean1 - mean2).square().sum(-1) + traces - 2 * overlap
+    return (mean1 - mean2).square().sum(-1) + traces - 2 * _overlap(cov1, cov2)
+
+
+def _overlap(cov1: Tensor, cov2: Tensor) -> Tensor:
+    """Tr (Σ1 Σ2)^½, the sum of singular values of A1ᵀ A2, for any A1, A2 with A Aᵀ = Σ.
+
+    Real and stable where the eigenvalues of the non-symmetric product Σ1 Σ2 are not. Cholesky's A are the cheapest, and
+    then the singular values are roots of a symmetric matrix's eigenvalues. Covariances of fewer samples than features
+    have no such A, and roots of rounding would add up.
+    """
+    (root1, singular1), (root2, singular2) = (torch.linalg.cholesky_ex(cov) for cov in (cov1, cov2))
+    if singular1.any() or singular2.any():
+        return torch.linalg.svdvals(_root(cov1).mT @ _root(cov2)).sum(-1)
+    product = root1.mT @ root2
+    squares = torch.zeros_like(product)
+    _add_gram(squares, product)
+    return torch.linalg.eigvalsh(squares).clamp_min(0).sqrt().sum(-1)
 
 
 def _root(cov: Tensor) -> Tensor:
-    """A with A Aᵀ = Σ. Singular values of A1ᵀ A2 do not depend on which root is taken."""
+    """A with A Aᵀ = Σ, of any rank."""
     eigenvalues, axes = torch.linalg.eigh(cov)
     return axes * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Adds rowsᵀ rows, (..., F, F), to ``total`` in place, without the blocks above the diagonal: half the work."""
+    total, rows = (x.view(-1, *x.shape[-2:]) for x in (total, rows))
+    for start in range(0, rows.shape[2], _STRIP):
+        stop = start + _STRIP
+        total[:, start:stop, :stop].baddbmm_(rows[:, :, start:stop].mT, rows[:, :, :stop])
 
 
 class FrechetDistance(Metric):
@@ -50,7 +73,8 @@ class FrechetDistance(Metric):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
-        # The first feature is a constant 1, so one matrix holds count, sum and second moment: [n, Σx; Σxᵀ, Σxxᵀ].
+        # The first feature is a constant 1, so one matrix holds count, sum and second moment: [n, Σxᵀ; Σx, Σxxᵀ]. It is
+        # symmetric: blocks above the diagonal are never filled.
         moments = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64)
         self.add_state("real", moments.clone(), dist_reduce_fx="sum")
         self.add_state("fake", moments.clone(), dist_reduce_fx="sum")
@@ -66,10 +90,7 @@ class FrechetDistance(Metric):
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}.")
         rows = torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
-        if real:
-            self.real += rows.mT @ rows
-        else:
-            self.fake += rows.mT @ rows
+        _add_gram(self.real if real else self.fake, rows)
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar, with unbiased covariances (n − 1) as FID has them.
@@ -84,8 +105,9 @@ class FrechetDistance(Metric):
 
 
 def _mean_and_cov(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Of moments, of which the lower triangle is enough, as it is of what comes out."""
     count = moments[0, 0]
-    mean = moments[0, 1:] / count
+    mean = moments[1:, 0] / count
     return mean, (moments[1:, 1:] - count * mean.outer(mean)) / (count - 1)
 
 
