@@ -16,6 +16,8 @@ from unclip_pl.__main__ import main
 from unclip_pl.bundle import MEMBERS, exists, inside, read_member, read_provenance
 from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.pipeline import Unclip
+from unclip_pl.shapes.oracle import ShapesOracle
+from unclip_pl.shapes.render import BACKGROUNDS, COLORS, SHAPES, SIZES
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,19 @@ def test_without_a_run_the_package_draws(
     monkeypatch.setattr(pipeline, "DEMO", tmp_path / "nowhere")
     assert main(["sample", "a small green ring on a black background"]) == 1
     assert "No run at runs/quickstart" in capsys.readouterr().err
+
+
+def test_what_the_package_draws_is_what_the_caption_says() -> None:
+    """Read back by the oracle: 16 pictures, two attributes that training has shown together and three."""
+    assert pipeline.DEMO.stat().st_size <= 20e6
+    unclip = Unclip.load(pipeline.DEMO)
+    drawn = unclip.generate(["a small green ring on a black background", "a large red star"], num=8, seed=0).images
+    shape, color, size, _, background = ShapesOracle(32)(drawn).indices.view(2, 8, -1).unbind(-1)
+    names = (list(SHAPES), list(COLORS), list(SIZES), list(BACKGROUNDS))
+    ring = zip((shape[0], color[0], size[0], background[0]), names, ("ring", "green", "small", "black"), strict=True)
+    star = zip((shape[1], color[1], size[1]), names[:3], ("star", "red", "large"), strict=True)
+    right = torch.cat([read == known.index(said) for read, known, said in (*ring, *star)])
+    assert right.float().mean() > 0.9
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"no bundle", lambda data: data[: len(data) // 2], lambda data: b""])
