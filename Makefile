@@ -19,7 +19,7 @@ venv: $(VENV)/.installed ## the environment, in .venv
 quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (about half an hour on 2 cores)
 	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart
 
-notebooks: venv ## run the notebooks again and keep their outputs; UNCLIP_RUN=… names a run other than runs/quickstart
+notebooks: venv ## run the notebooks again and keep their outputs; UNCLIP_RUN=… names a run other than the package's own
 	$(BIN)/python notebooks/run.py
 
 # Peers live in an environment of their own. dalle2-pytorch names packages that it does not import and an old open_clip:
