@@ -83,6 +83,14 @@ def test_it_draws_at_four_times_the_side() -> None:
     assert image.abs().max() <= 1
 
 
+def test_an_untrained_network_that_predicts_x0_draws_the_enlarged_image() -> None:
+    net = UpsamplerUNet(8, [1, 2], 1, dropout=0.0)  # its last convolution is zero
+    model, low = UpsamplerTask(net, diffusion=GaussianDiffusion(prediction="x0")), torch.rand(2, 3, 4, 4)
+    with torch.no_grad():
+        image = DDIM(3).sample(model.denoiser(low, 16), torch.randn(2, 3, 16, 16))
+    torch.testing.assert_close(image, model.enlarge(low, 16))
+
+
 def test_shrink_of_a_constant_and_of_a_ramp() -> None:
     assert torch.allclose(shrink(torch.full((1, 3, 8, 8), 0.3), 4), torch.tensor(0.3))
     ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
