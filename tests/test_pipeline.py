@@ -152,9 +152,7 @@ def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.Monk
     second = Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))
     decoder.upsamplers = [stage.load(Path()) for stage in (Upsampler("first.ckpt"), second)]
     z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))
-    image, again = (
-        decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1)) for _ in range(2)
-    )
+    image = decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1))
     assert image.shape == (1, 3, 1024, 1024)
+    assert image.isfinite().all()
     assert image.abs().max() <= 1
-    assert torch.equal(image, again)
