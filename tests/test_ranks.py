@@ -107,7 +107,7 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embeds = (F.normalize(net(x), dim=-1) for net, x in ((self.image, image), (self.text, tokens)))
+        embeds = (F.normalize(net(x.flatten(1)), dim=-1) for net, x in ((self.image, image), (self.text, tokens)))
         return *embeds, self.logit_scale.exp()
 
 
@@ -129,7 +129,8 @@ class TowersTask(ClipTask):
 
 
 def pairs(rank: int) -> ClipBatch:
-    return ClipBatch(*torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).unbind())
+    image, tokens = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).unbind()
+    return ClipBatch(image[:, :, None, None], tokens)
 
 
 def test_every_rank_looks_for_the_worst_point_by_itself(tmp_path: Path) -> None:
