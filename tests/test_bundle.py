@@ -88,6 +88,11 @@ def test_it_names_no_path_of_this_machine(mini_run: Path, bundle: Path) -> None:
     )
 
 
+def test_others_may_read_it(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    assert bundle.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_members_are_paths(bundle: Path, tmp_path: Path) -> None:
     assert exists(bundle / "linear.safetensors")
     assert not exists(bundle / "judge/checkpoints/last.ckpt")

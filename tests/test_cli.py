@@ -52,6 +52,13 @@ def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(["sample", "a red star", "--run", str(tmp_path)], capsys, "No run at", "reproduce")
 
 
+def test_no_such_device(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "a star", "--run", str(mini_run), "--device"]
+    refused([*words, "abacus"], capsys, "a device of this machine, such as cpu. Got 'abacus'")
+    if not torch.cuda.is_available():
+        refused([*words, "cuda"], capsys, "Got 'cuda'")
+
+
 def test_no_caption(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(["sample", "--run", str(mini_run)], capsys, "Expected a caption")
 

@@ -75,6 +75,7 @@ def _run(words: list[str], debug: bool) -> int:
     again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         dispatch(words)
     except SystemExit as stop:  # jsonargparse has printed what was wrong, or the help

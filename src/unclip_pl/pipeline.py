@@ -105,8 +105,9 @@ class Unclip(Manipulations):
 
         Raises:
             FileNotFoundError: there is no finished run.
-            ValueError: no bundle, or decoder and CLIP do not belong together.
+            ValueError: no bundle, no such device, or decoder and CLIP do not belong together.
         """
+        check_device(device)
         root = find_run(run)
         description = read_run(root)
         clip = description.clip.within(root).load().to(device)
@@ -264,6 +265,19 @@ def find_run(run: str | Path | None) -> Path:
     if run:
         return Path(run)
     return DEMO if DEMO.is_file() and not (QUICKSTART / "run.json").is_file() else QUICKSTART
+
+
+def check_device(device: str) -> None:
+    """Found out before anything is read.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Expected a device of this machine, such as cpu. Got {device!r} ({reason:.200}).") from error
 
 
 def check_clip(clip: str, other: str, what: str) -> None:

@@ -21,7 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with _held(temporary):
         try:
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors lets nobody but the owner read what it writes
             _flush(temporary)
             temporary.replace(path)
         except BaseException:

@@ -54,7 +54,7 @@ def stage_seconds(run: Path, comparison: float) -> dict[str, float]:
 
 
 def commit() -> str:
-    """Of the working tree that this code lies in; marked where it was changed."""
+    """Of the working tree that this code belongs to; marked where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = [subprocess.run([*git, *words], capture_output=True, text=True, timeout=10) for words in _QUESTIONS]
@@ -62,11 +62,15 @@ def commit() -> str:
         return "unknown"
     if any(answer.returncode for answer in run):
         return "unknown"
-    commit, changes = (answer.stdout.strip() for answer in run)
+    commit, changes, _ = (answer.stdout.strip() for answer in run)
     return f"{commit} with local changes" if changes else commit
 
 
-_QUESTIONS = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+_QUESTIONS = (
+    ["rev-parse", "--short=12", "HEAD"],
+    ["status", "--porcelain", "--untracked-files=no"],
+    ["ls-files", "--error-unmatch", Path(__file__).name],
+)
 
 
 def _hardware(device: torch.device) -> str:
