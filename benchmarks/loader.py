@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import Row, clock, floor, show
+from measure import Row, clock, floor, growth, show
 from torch.utils.data import DataLoader
 
 from unclip_pl.data.atomic import sha256
@@ -119,6 +119,23 @@ def rate(store: EmbeddingStore, batch_size: int, seconds: float = 4.0) -> float:
     return best
 
 
+def growth_with_rows(root: Path) -> Row:
+    """A pass over 10 k to 1 M pooled rows, the best of two, in batches of 4,096."""
+    counts, seconds = (10_000, 100_000, 1_000_000), []
+    for count in counts:
+        store = make_store(root / f"{count}", count // SHARD, 0, distinct=min(10, count // SHARD))
+        sampler = BlockShuffleSampler(store.blocks(Split.TRAIN), 4096)
+        loader = DataLoader(Batches(store.prior_batch), batch_size=None, sampler=sampler)
+        passes = []
+        for _ in range(2):
+            begin = clock()
+            for _batch in loader:
+                pass
+            passes.append(clock() - begin)
+        seconds.append(min(passes))
+    return growth("loader, a pass with rows (pooled)", counts, seconds)
+
+
 def opened(root: Path) -> tuple[int, float]:
     """A process of its own that opens a store and draws 300 batches.
 
@@ -175,7 +192,7 @@ def rows() -> list[Row]:
         (small, _), (large, _) = (opened(make_store(root / f"{n}", n, 12, distinct=1).path.parent) for n in (1, 100))
         note = f"{small / 2**20:.0f} and {large / 2**20:.0f} MiB anonymous after 300 batches of 256"
         measured.append(Row("loader: memory at 1 M rows over 10 k", large / small, None, "×", None, 1.2, note))
-        measured += paper_scale(root / "paper")
+        measured += [growth_with_rows(root / "growth"), *paper_scale(root / "paper")]
     torch.set_num_threads(threads)
     return measured
 

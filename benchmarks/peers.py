@@ -2,8 +2,6 @@
 dalle2-pytorch's modules, whose layers are other ones, with as many parameters.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,34 +13,19 @@ from torch.nn import functional as F
 from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.nn import prior
-from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.nn.text import cat_text, pad_text, repeat_text
 from unclip_pl.nn.unet import UNet
-from unclip_pl.types import DecoderBatch, TextFeatures
+from unclip_pl.types import DecoderBatch, PriorBatch, TextFeatures
 
 
-def stored_space(embed_dim: int, text_width: int, null_length: int = 2) -> str:
-    """A statistics file of made-up embeddings with an empty caption of two tokens, as every CLIP's is."""
-    g = torch.Generator().manual_seed(7)
-    null = TextFeatures(
-        tokens=torch.ones(1, null_length, dtype=torch.int64),
-        states=torch.randn(1, null_length, text_width, generator=g),
-        mask=torch.ones(1, null_length, dtype=torch.bool),
-        embed=torch.randn(1, embed_dim, generator=g),
-    )
-    path = Path(tempfile.mkdtemp()) / "statistics.safetensors"
-    moments = Moments.of(torch.randn(4 * embed_dim, embed_dim, generator=g))
-    write_statistics(path, moments=moments, null_text=null, fingerprint="benchmark")
-    return str(path)
-
-
-class KarloPrior:
+class KarloPrior(torch.nn.Module):
     """The first stage of diffusers' UnCLIPPipeline: text padded to the context, both halves of guidance in one batch.
 
     Its random weights are poured into ``net``.
     """
 
     def __init__(self, net: prior.PriorTransformer, steps: int, guidance: float) -> None:
+        super().__init__()
         blocks: Any = net.transformer.resblocks
         heads = blocks[0].attn.heads
         torch.manual_seed(1)
@@ -58,6 +41,24 @@ class KarloPrior:
             variance_type="fixed_small_log", num_train_timesteps=1000, clip_sample=False, prediction_type="sample"
         )
         self.scheduler.set_timesteps(steps)
+        self.noise = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+    def forward(self, x_t: Tensor, index: Tensor, text: TextFeatures) -> Tensor:
+        """z_i of captions that fill the context."""
+        return self.net(
+            x_t,
+            timestep=index,
+            proj_embedding=text.embed,
+            encoder_hidden_states=text.states,
+            attention_mask=text.mask,
+        ).predicted_image_embedding
+
+    def loss(self, batch: PriorBatch) -> Tensor:
+        """As in the library's training scripts."""
+        z_i = batch.image_embed
+        eps = torch.randn_like(z_i)
+        t = torch.randint(0, 1000, (len(eps),))
+        return F.mse_loss(self(self.noise.add_noise(z_i, eps, t), t, batch.text).float(), z_i)
 
     @torch.no_grad()
     def sample(self, text: TextFeatures, null: TextFeatures, generator: torch.Generator) -> Tensor:
@@ -68,14 +69,7 @@ class KarloPrior:
         x = torch.randn(n, text.embed.shape[1], generator=generator)
         times = self.scheduler.timesteps
         for i, t in enumerate(times):
-            out = self.net(
-                torch.cat([x] * 2),
-                timestep=t,
-                proj_embedding=both.embed,
-                encoder_hidden_states=both.states,
-                attention_mask=both.mask,
-            ).predicted_image_embedding
-            uncond, cond = out.chunk(2)
+            uncond, cond = self(torch.cat([x] * 2), t, both).chunk(2)
             out = uncond + self.guidance * (cond - uncond)
             before = None if i + 1 == len(times) else times[i + 1]
             x = self.scheduler.step(out, timestep=t, sample=x, generator=generator, prev_timestep=before).prev_sample
@@ -183,3 +177,26 @@ def dalle2_decoder(parameters: int, side: int, embed_dim: int, context_width: in
     width = min(widths, key=lambda dim: abs(sum(p.numel() for p in unet(dim).parameters()) - parameters))
     torch.manual_seed(1)
     return Decoder(unet(width), image_sizes=(side,), timesteps=1000, sample_timesteps=27, learned_variance=False)
+
+
+def dalle2_prior(parameters: int, dim: int, layers: int, heads: int, context_length: int) -> Any:
+    """dalle2-pytorch's DiffusionPrior of about that many parameters and our schedule: x0, embeddings scaled before."""
+    from dalle2_pytorch import DiffusionPrior, DiffusionPriorNetwork
+
+    def net(ff_mult: float) -> Any:
+        return DiffusionPriorNetwork(
+            dim=dim,
+            num_timesteps=1000,
+            max_text_len=context_length,
+            depth=layers,
+            heads=heads,
+            dim_head=dim // heads,
+            ff_mult=ff_mult,
+        )
+
+    multiples = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0)
+    ff_mult = min(multiples, key=lambda mult: abs(sum(p.numel() for p in net(mult).parameters()) - parameters))
+    torch.manual_seed(1)
+    return DiffusionPrior(
+        net(ff_mult), image_embed_dim=dim, timesteps=1000, text_cond_drop_prob=0.1, image_embed_scale=1.0
+    )

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 from measure import Row, expect_equal, faster, fastest, floor, flops, growth, show, side_by_side
-from peers import KarloPrior, stored_space
+from parts import stored_space
+from peers import KarloPrior
 from torch import Tensor
 from torch.nn import functional as F
 

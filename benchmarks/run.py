@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="names of scripts; all of them if none is given")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "benchmarks")
     options = parser.parse_args()
-    scripts = sorted(path for path in HERE.glob("*.py") if "show(rows)" in path.read_text() and path.stem != "run")
+    scripts = sorted(path for path in HERE.glob("*.py") if re.search(r"^ +show\(rows\)$", path.read_text(), re.M))
     chosen = [path for path in scripts if not options.only or path.stem in options.only]
     started, rows, floors, seconds, failed = time.perf_counter(), [], {}, {}, []
     for path in chosen:
