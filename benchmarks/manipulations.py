@@ -140,7 +140,7 @@ def interpolations(unclip: Unclip, latent: Latent, pixels: Tensor) -> list[Row]:
     for i in range(0, SHOWN, 2):
         first, second = latent.at(slice(i, i + 1)), latent.at(slice(i + 1, i + 2))
         for noise, label in (("inverted", "x_T interpolated as well"), ("fixed", "one x_T for all")):
-            path = unclip.interpolate(first, second, num=7, noise=noise)  # type: ignore[arg-type]
+            path = unclip.interpolate(first, second, num=7, noise=noise)
             rows.append((label, [pixels[i], *path, pixels[i + 1]]))
     return rows
 
@@ -181,7 +181,7 @@ def pairs(source: Path, style: str, size: int) -> tuple[list[str], Tensor, Tenso
     samples: dict[tuple[str, str], tuple[str, str, bytes]] = {}
     for path in sorted(source.glob("*.tar")):
         with tarfile.open(path) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+            files = {member.name: tar.extractfile(member).read() for member in tar}
         for name, data in files.items():
             if name.endswith(".json"):
                 extra = json.loads(data)
