@@ -111,6 +111,18 @@ def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
     assert not torch.equal(*seeing)
 
 
+def test_a_decoder_in_bfloat16_draws_the_same_but_for_rounding(mini_run: Path) -> None:
+    sampler, checkpoint = DDIM(4), "decoder/checkpoints/last.ckpt"
+    full, mixed = (
+        Decoder(checkpoint, 32, sampler, precision=precision).load(mini_run) for precision in ("32-true", "bf16-mixed")
+    )
+    z_i, text = torch.randn(2, full.task.space.embed_dim), full.null_text(2)
+    drawn = [decoder.decode(z_i, text, generator=torch.Generator().manual_seed(0)) for decoder in (full, mixed)]
+    assert drawn[1].dtype == torch.float32
+    assert not torch.equal(*drawn)
+    torch.testing.assert_close(*drawn, rtol=0, atol=0.05)
+
+
 def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_run: Path) -> None:
     checkpoint = "decoder/checkpoints/last.ckpt"
     with pytest.raises(ValueError, match="learned its variance"):

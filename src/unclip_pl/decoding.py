@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Decoder:
         guidance: scale; 1 is off.
         upsamplers: smallest first.
         drop_embedding: draws from the caption alone, z_i giving way to its null: what a prior is better than (§5.1).
+        precision: that the networks draw in; bf16-mixed is faster on a machine that multiplies in bfloat16.
     """
 
     #: Whether it was trained on raw embeddings, so that z_i must come with CLIP's own norm.
@@ -70,6 +71,7 @@ class Decoder:
         guidance: float = 2.0,
         upsamplers: Sequence[Upsampler] = (),
         drop_embedding: bool = False,
+        precision: Literal["32-true", "bf16-mixed"] = "32-true",
     ) -> None:
         self.checkpoint = checkpoint
         self.image_size = image_size
@@ -77,6 +79,7 @@ class Decoder:
         self.guidance = check_guidance(guidance)
         self.upsamplers = list(upsamplers)
         self.drop_embedding = drop_embedding
+        self.precision = precision
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         """Read the checkpoints."""
@@ -136,7 +139,8 @@ class Decoder:
         """
         device, n = image_embed.device, len(image_embed)
         scale = self.guidance if guidance is None else check_guidance(guidance)
-        denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
-        image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
-        return self.enlarge(image, generator=generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
+            image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
+            return self.enlarge(image, generator=generator)
