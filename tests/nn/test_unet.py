@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from unclip_pl.nn.text import TextTransformer, mix_text, pad_text
 from unclip_pl.nn.unet import UNet
+from unclip_pl.nn.unet_blocks import group_norm, resample, scale_shift_norm
 from unclip_pl.types import TextFeatures
 
 EMBED, WIDTH = 12, 10
@@ -155,6 +156,30 @@ def test_channels_last_is_the_same_function_and_comes_out_as_it_went_in(inputs: 
     last = net(x.to(memory_format=torch.channels_last), index, condition)
     assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, out)
+
+
+def test_resampling_by_hand_is_torchs_with_its_gradient() -> None:
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    for ours, torchs in (
+        (resample(x, "down"), F.avg_pool2d(x, 2)),
+        (resample(x, "up"), F.interpolate(x, scale_factor=2.0, mode="nearest")),
+    ):
+        torch.testing.assert_close(ours, torchs)
+        weight = torch.randn_like(ours)
+        torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, torchs)))
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_norm_with_scale_and_shift_is_the_norm_scaled_and_shifted(format: torch.memory_format) -> None:
+    norm = randomise(group_norm(4, 8)).double()
+    x = torch.randn(3, 8, 4, 4, dtype=torch.float64).contiguous(memory_format=format)
+    scale, shift = torch.randn(2, 3, 8, dtype=torch.float64)
+    inputs = [x.requires_grad_(), scale.requires_grad_(), shift.requires_grad_(), *norm.parameters()]
+    ours = scale_shift_norm(norm, x, scale, shift)
+    plain = norm(x) * (1 + scale)[..., None, None] + shift[..., None, None]
+    torch.testing.assert_close(ours, plain)
+    weight = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, plain)))
 
 
 def test_upsampler_has_no_attention_and_takes_any_size() -> None:

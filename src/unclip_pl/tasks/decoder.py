@@ -93,7 +93,8 @@ class DecoderTask(EmbeddingTask):
         condition = self.net.encode_condition(z_i, text, keep)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            out = self.net(x_t, self.diffusion.index(t), condition).to(x_t.dtype)  # guidance would enlarge bfloat16's steps
+            # In x_t's precision: guidance would enlarge bfloat16's steps.
+            out = self.net(x_t, self.diffusion.index(t), condition).to(x_t.dtype)
             if out.shape[1] == x_t.shape[1]:
                 return Denoised(self.diffusion.to_x0(out, x_t, t))
             F, frac_raw = out.chunk(2, dim=1)
