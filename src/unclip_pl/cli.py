@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from jsonargparse import ArgumentParser
 
 #: Errors that a user can mend: one line. Anything else is ours, and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, KeyError, yaml.YAMLError)
