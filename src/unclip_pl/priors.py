@@ -152,16 +152,16 @@ class DiffusionPrior(Prior):
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
     def _denoiser(self, text: TextFeatures) -> Denoise:
-        space, diffusion = self.task.space, self.task.diffusion
-        net = self.task.net
+        space, diffusion, net = self.task.space, self.task.diffusion, self.task.net
         prefix = net.encode_prefix(space.scale_text(text))
         if self.guidance != 1:
             null = net.encode_prefix(space.scale_text(space.null_text))
             prefix = prefix.cat(null.expand(len(text.embed)))
+        prefix = prefix.pad(prefix.mask.shape[1] + 3 * self.candidates)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
             index = diffusion.index(t)[:, None].expand(x_t.shape[:2])
-            return Denoised(diffusion.to_x0(net(x_t, index, prefix), x_t, t))
+            return Denoised(diffusion.to_x0(net(x_t, index, prefix, overwrite=True), x_t, t))
 
         whole = guided(denoise, self.guidance) if self.guidance != 1 else denoise
         return whole if self.x0_bound is None else clip_x0(whole, self.x0_bound)

@@ -56,6 +56,16 @@ def test_one_prefix_serves_every_step(net: PriorTransformer) -> None:
         torch.testing.assert_close(net(x_t, index, prefix)[:, 0], expected)
 
 
+def test_room_at_the_end_of_a_prefix_serves_every_step(net: PriorTransformer) -> None:
+    text, draws = captions(5, 2), 2
+    prefix = net.encode_prefix(text)
+    room = prefix.pad(prefix.mask.shape[1] + 3 * draws)
+    for seed in (1, 2, 3):
+        x_t, index = noised(2, draws, seed)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x_t, index, room, overwrite=True), net(x_t, index, prefix))
+
+
 def test_draws_of_a_caption_are_independent(net: PriorTransformer) -> None:
     """K draws in one call are K calls."""
     prefix, (x_t, index) = net.encode_prefix(captions(5, 2)), noised(2, 4)

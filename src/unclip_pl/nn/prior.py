@@ -53,22 +53,28 @@ class PriorTransformer(PrefixTransformer):
         _, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1])
         return Prefix(layers, keys)
 
-    def forward(self, x_t: Tensor, index: Tensor, prefix: Prefix) -> Tensor:
+    def forward(self, x_t: Tensor, index: Tensor, prefix: Prefix, *, overwrite: bool = False) -> Tensor:
         """Predicted z_i, (B, K, d), scaled as x_t: K independent draws for each of B captions.
 
         Args:
             x_t: (B, K, d) noised, scaled image embeddings z_i^(t).
             index: (B, K) 0-based timesteps, t·T − 1.
             prefix: of the B captions. A draw sees the caption and itself, never another draw.
+            overwrite: the prefix ends in room for 3·K tokens (:meth:`Prefix.pad`), which every call uses again: a
+                sampler need not copy the caption's keys at every step. No gradient passes there.
         """
         draws = index.shape[1]
+        seen, slot = prefix.mask, None
+        if overwrite:
+            slot = torch.arange(seen.shape[1], device=seen.device)[-3 * draws :]
+            seen = seen[:, : -3 * draws]
         time = self.time_embed(sinusoidal(index, self.width).to(x_t.dtype))
         query = self.prd_emb.expand_as(time)
         # Draw by draw the order is t, z_i^(t), query; kind by kind in memory, so that the queries stand together.
         tokens = torch.stack([time, self.clip_img_proj(x_t), query], dim=1)  # (B, 3, K, width)
         tokens = (tokens + self.suffix_positions[:, :, None]).flatten(1, 2)
-        mask = torch.cat([prefix.mask[:, None, None].expand(-1, -1, 3 * draws, -1), self._own(x_t)], dim=-1)
-        hidden, _ = self.transformer(tokens, mask, prefix.layers, start=2 * draws)
+        mask = torch.cat([seen[:, None, None].expand(-1, -1, 3 * draws, -1), self._own(x_t)], dim=-1)
+        hidden, _ = self.transformer(tokens, mask, prefix.layers, slot=slot, start=2 * draws)
         return self.out_proj(self.final_ln(hidden))
 
     @staticmethod
