@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 
 venv: $(VENV)/.installed ## the environment, in .venv
 
-quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (about half an hour on 2 cores)
+quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (some 20 minutes on 2 cores)
 	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart
 
 notebooks: venv ## run the notebooks again and keep their outputs; UNCLIP_RUN=… names a run other than the package's own
@@ -35,7 +35,7 @@ $(BENCH)/.installed: pyproject.toml
 	$(BENCH)/bin/python -m pip install --quiet --no-deps dalle2-pytorch==1.15.6
 	@touch $@
 
-bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torchmetrics, into results/benchmarks (20 minutes)
+bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torchmetrics, into results/benchmarks (25 minutes)
 	$(BENCH)/bin/python -W ignore benchmarks/run.py
 
 test: venv lint ## what CI runs

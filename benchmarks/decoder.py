@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from measure import Row, clock, expect_equal, faster, fastest, floor, flops, growth, show, side_by_side
-from parts import stored_space
+from parts import stored_space, training_step
 from peers import KarloDecoder, dalle2_decoder
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -58,19 +58,9 @@ def batch(side: int) -> DecoderBatch:
 def training(
     module: nn.Module, loss: Callable[[Any, DecoderBatch], Tensor], given: DecoderBatch, bf16: bool, format: Any
 ) -> Callable[[], None]:
-    """A training step of a copy of ``module``."""
-    module = copy.deepcopy(module).train().to(memory_format=format)
+    """A training step in a memory format."""
     given = given._replace(image=given.image.contiguous(memory_format=format))
-    optimizer = module.optimizer() if isinstance(module, DecoderTask) else torch.optim.AdamW(module.parameters())
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            value = loss(module, given)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(copy.deepcopy(module).to(memory_format=format), loss, given, bf16=bf16)
 
 
 def best_step(

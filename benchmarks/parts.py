@@ -1,7 +1,9 @@
 """The parts of configs/ with random weights, and made-up batches for them: no data and no CLIP have to be there."""
 
+import copy
 import inspect
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from torch import Tensor, nn
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.nn.codec import EmbeddingCodec
@@ -73,6 +76,23 @@ def build(name: str) -> Part:
     task = parser.instantiate_classes(parser.parse_object({"model": model})).model
     settings = {"_class_path": model["class_path"], **model["init_args"]}
     return Part(task, settings, clip, data["batch_size"], data.get("image_size", clip.image_size), config["trainer"])
+
+
+def training_step(
+    module: nn.Module, loss: Callable[[Any, Any], Tensor], given: Any, *, bf16: bool
+) -> Callable[[], None]:
+    """Forward, backward and AdamW of a copy of ``module``: a Task's own AdamW, else torch's."""
+    module = copy.deepcopy(module).train()
+    optimizer = module.optimizer() if isinstance(module, Task) else torch.optim.AdamW(module.parameters())
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(module, given)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _arguments(node: dict[str, Any]) -> Any:

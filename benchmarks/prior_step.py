@@ -5,13 +5,12 @@ Forward, backward and AdamW, every caption with all 77 tokens and one draw of no
 512 × 6, 77 + 4 tokens, CLIP of 512, which is also the only width dalle2-pytorch can have.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from measure import Row, expect_equal, faster, floor, flops, show, side_by_side
-from parts import stored_space
+from parts import stored_space, training_step
 from peers import KarloPrior, dalle2_prior
 from torch import Tensor, nn
 
@@ -29,23 +28,6 @@ def batch() -> PriorBatch:
     states, embed, image = (torch.randn(BATCH, *shape, generator=g) for shape in ((CONTEXT, D), (D,), (D,)))
     mask = torch.ones(BATCH, CONTEXT, dtype=torch.bool)
     return PriorBatch(image, TextFeatures(mask.long(), states, mask, embed))
-
-
-def training(
-    module: nn.Module, loss: Callable[[Any, PriorBatch], Tensor], given: PriorBatch, bf16: bool
-) -> Callable[[], None]:
-    """A training step of a copy of ``module``."""
-    module = copy.deepcopy(module).train()
-    optimizer = module.optimizer() if isinstance(module, DiffusionPriorTask) else torch.optim.AdamW(module.parameters())
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            value = loss(module, given)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def outputs_equal(task: DiffusionPriorTask, theirs: KarloPrior, given: PriorBatch) -> str:
@@ -79,7 +61,7 @@ def rows() -> list[Row]:
     sizes = f"{count_parameters(task.net) / 1e6:.1f} M parameters against {count_parameters(dalle2) / 1e6:.1f} M"
     measured = []
     for bf16 in (False, True):
-        steps = {name: training(*side, given, bf16) for name, side in sides.items()}
+        steps = {name: training_step(*side, given, bf16=bf16) for name, side in sides.items()}
         work = flops(steps["ours"])
         for name in ("diffusers", "dalle2-pytorch"):
             steps[name]()
