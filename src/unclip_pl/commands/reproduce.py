@@ -17,15 +17,21 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.progress import track
 
 from unclip_pl.checkpoint import previous_of
 from unclip_pl.cli import dispatch
 from unclip_pl.commands.plan import Stage, spell_out, work, write_out
+from unclip_pl.data.atomic import sha256
 from unclip_pl.data.sources import Shard, list_shards
+from unclip_pl.evaluation.cell import write_json
 from unclip_pl.evaluation.provenance import STAGES, commit
 from unclip_pl.evaluation.report import render
 from unclip_pl.evaluation.study_page import log_study, print_study, render_study
 from unclip_pl.pipeline import write_run
+
+#: In the run's folder: what the source's shards hold.
+SHARDS = "shards.json"
 
 
 def reproduce(
@@ -57,7 +63,7 @@ def reproduce(
     root.mkdir(parents=True, exist_ok=True)
     place = str(Path(source.replace("{run}", str(root))))
     places = {"{run}": str(root), "{source}": place, "{base}": base, "{results}": results, "{precision}": precision()}
-    shards = [] if "{run}" in source else [_state(shard) for shard in list_shards(source)]
+    shards = [] if "{run}" in source else _contents(list_shards(source), root / SHARDS)
     console = Console()
     if base:
         _bring_about(base, base_recipe, [] if "{run}" in source else ["--source", source])
@@ -111,7 +117,7 @@ class Recipe:
         stages: without matrices.
         root: the run's folder.
         places: what stands for ``{run}`` and its like.
-        shards: state of the source.
+        shards: what the source's hold.
     """
 
     def __init__(self, stages: dict[str, Stage], root: Path, places: dict[str, str], shards: list[str]) -> None:
@@ -247,11 +253,18 @@ def _fill(word: str, places: dict[str, str]) -> str:
     return word
 
 
-def _state(shard: Shard) -> str:
-    if shard.remote:
-        return f"{shard.name} {shard.stamp()}"
-    stat = shard.path.stat()
-    return f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
+def _contents(shards: list[Shard], notes: Path) -> list[str]:
+    """What shards hold, whatever their dates say: a copy is the same. Read through once, and again when touched."""
+    seen = json.loads(notes.read_text()) if notes.is_file() else {}
+    local: dict[str, dict[str, Any]] = {}
+    for shard in track([shard for shard in shards if not shard.remote], "Reading shards", transient=True):
+        stat = shard.path.stat()
+        now = {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+        known = seen.get(shard.name, {})
+        same = {name: known.get(name) for name in now} == now
+        local[shard.name] = now | {"sha256": known["sha256"] if same else sha256(shard.path)}
+    write_json(notes, local)
+    return [f"{shard.name} {shard.stamp() if shard.remote else local[shard.name]['sha256']}" for shard in shards]
 
 
 def _records(root: Path) -> dict[str, dict[str, Any]]:
