@@ -111,7 +111,7 @@ def write_study(folder: Path, seeds: int = 3) -> Path:
                 )
     best = folder / "best"
     best.mkdir(exist_ok=True)
-    trial = {"embed_fd": 0.01, "text_cos": 0.7}
+    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7}
     choice = {"prior": "diffusion", "learning_rates": {"0.001": trial}, "guidance": {"1": trial, "1.5": trial}}
     (best / "diffusion.json").write_text(json.dumps({**choice, "chosen": {"lr": 0.001, "guidance": 1.5}}))
     return folder

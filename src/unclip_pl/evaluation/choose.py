@@ -1,9 +1,11 @@
 """Which learning rate and which guidance a study uses for a prior, from validation embeddings alone.
 
-The rule, for every prior alike. Learning rate: the lowest ``embed_fd`` at guidance 1, so that nothing but what was
-learned counts. Guidance: of the scales whose ``embed_fd`` is at most 10 % above the lowest, the one whose samples lie
-nearest to their captions (mean z_i·z_t): the distribution first, then the caption. No decoder, judge or oracle has a
-say, and test data are out of reach: this is a validation, which gets validation batches.
+The rule, for every prior alike: the lowest Fréchet joint distance, the Fréchet distance of unit-norm pairs (z_i, z_t)
+(DeVries et al. 2019, arXiv 1907.08175, with the caption's embedding as the condition). It holds a prior both to the
+distribution of embeddings and to the captions; ``embed_fd``, of z_i alone, is blind to captions and would turn guidance
+down where samples still lie farther from their captions than the truth does. First the learning rate, at guidance 1, so
+that nothing but what was learned counts; then the guidance of that network. No decoder, judge or oracle has a say, and
+test data are out of reach: this is a validation, which gets validation batches.
 """
 
 from pathlib import Path
@@ -25,14 +27,12 @@ from unclip_pl.pipeline import check_clip
 from unclip_pl.priors import Prior
 from unclip_pl.types import PriorBatch
 
-#: How far above the lowest distance a guidance scale may lie.
-TOLERANCE = 0.1
-
 
 class Trial(NamedTuple):
     """One setting on the validation split."""
 
-    embed_fd: float
+    joint_fd: float  # of pairs (z_i, z_t): what decides
+    embed_fd: float  # of z_i alone
     text_cos: float  # mean z_i·z_t
 
 
@@ -97,9 +97,9 @@ class Choice(LightningModule):
         text = join_text([batch.text for batch in self._batches])
         pairs = PriorBatch(torch.cat([batch.image_embed for batch in self._batches]), text)
         rates = {rate: self._try(pairs, folder, 1.0, fingerprint) for rate, folder in self.weights.items()}
-        rate = min(rates, key=lambda name: rates[name].embed_fd)
+        rate = min(rates, key=lambda name: rates[name].joint_fd)
         scales = {scale: self._try(pairs, self.weights[rate], scale, fingerprint) for scale in self.guidance}
-        scale = choose_guidance(scales)
+        scale = min(scales, key=lambda name: scales[name].joint_fd)
         self._write(rates, rate, scales, scale)
         print(f"{self.name}: learning rate {rate}, guidance {scale:g}: {self.out}")
 
@@ -107,15 +107,19 @@ class Choice(LightningModule):
         self.prior.guidance = guidance  # type: ignore[attr-defined]
         self.prior.load(Path(folder), str(self.device))
         check_clip(fingerprint, self.prior.fingerprint, f"the prior in {folder}")
-        distance = FrechetDistance(self.clip.embed_dim).to(self.device)
+        width = self.clip.embed_dim
+        joint, alone = FrechetDistance(2 * width).to(self.device), FrechetDistance(width).to(self.device)
         cosines: list[Tensor] = []
         generator = torch.Generator().manual_seed(self.seed)
         for batch in self._batches:
-            z_i = self.prior.embed_batch(batch, generator=generator).float()
-            distance.update(F.normalize(batch.image_embed.float(), dim=-1), real=True)
-            distance.update(F.normalize(z_i, dim=-1), real=False)
-            cosines.append(F.cosine_similarity(z_i, batch.text.embed, dim=-1))
-        return Trial(distance.compute().item(), torch.cat(cosines).mean().item())
+            z_t = F.normalize(batch.text.embed.float(), dim=-1)
+            samples = self.prior.embed_batch(batch, generator=generator)
+            for z_i, real in ((batch.image_embed, True), (samples, False)):
+                z_i = F.normalize(z_i.float(), dim=-1)
+                alone.update(z_i, real=real)
+                joint.update(torch.cat([z_i, z_t], dim=-1), real=real)
+            cosines.append((z_i * z_t).sum(-1))
+        return Trial(joint.compute().item(), alone.compute().item(), torch.cat(cosines).mean().item())
 
     def _write(self, rates: dict[str, Trial], rate: str, scales: dict[float, Trial], scale: float) -> None:
         content = {
@@ -124,7 +128,6 @@ class Choice(LightningModule):
             "learning_rates": {name: trial._asdict() for name, trial in rates.items()},
             "guidance": {f"{value:g}": trial._asdict() for value, trial in scales.items()},
             "chosen": {"lr": float(rate), "guidance": scale},
-            "tolerance": TOLERANCE,
             "meta": provenance(self.device),
         }
         # The file that `reproduce` looks for comes last.
@@ -138,10 +141,3 @@ class Choice(LightningModule):
         path.parent.mkdir(parents=True, exist_ok=True)
         head = f"# Chosen on validation data, see {self.out.name}.\n"
         path.write_text(head + yaml.safe_dump({"model": {"init_args": init_args}}))
-
-
-def choose_guidance(trials: dict[float, Trial]) -> float:
-    """Of the scales within ``TOLERANCE`` of the lowest distance, the one with the highest mean z_i·z_t."""
-    limit = (1 + TOLERANCE) * min(trial.embed_fd for trial in trials.values())
-    near = {scale: trial.text_cos for scale, trial in trials.items() if trial.embed_fd <= limit}
-    return max(near, key=lambda scale: near[scale])
