@@ -17,7 +17,7 @@ from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.files import read_tensors
-from unclip_pl.nn.text import repeat_text
+from unclip_pl.nn.packed import packed
 from unclip_pl.streams import Streams
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
@@ -147,7 +147,8 @@ class DiffusionPrior(Prior):
         """Best of ``candidates`` samples. The caption is encoded once for all steps and candidates."""
         space, n = self.task.space, len(text.embed)
         x_T = noise_like(text.embed.new_empty(n, self.candidates, space.embed_dim), generator=generator)
-        z_i = self.sampler.sample(self._denoiser(text), x_T, generator=generator)
+        with packed(self.task.net):
+            z_i = self.sampler.sample(self._denoiser(text), x_T, generator=generator)
         z_i = space.unscale(z_i)
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
@@ -204,17 +205,17 @@ class ARPrior(Prior):
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Codes drawn one after another with cached keys and values, then decoded."""
         space, codec = self.task.space, self.task.codec
-        null = repeat_text(space.scale_text(space.null_text), len(text.embed)) if self.guidance != 1 else None
-        codes = self.task.net.generate(
-            space.scale_text(text),
-            values_of=codec.value_table,
-            unconditional=null,
-            guidance=self.guidance,
-            temperature=self.temperature,
-            dot_quantile=self.dot_quantile,
-            candidates=self.candidates,
-            generator=generator,
-        )  # (B, N, n)
+        with packed(self.task.net):
+            codes = self.task.net.generate(
+                space.scale_text(text),
+                values_of=codec.value_table,
+                unconditional=space.scale_text(space.null_text),
+                guidance=self.guidance,
+                temperature=self.temperature,
+                dot_quantile=self.dot_quantile,
+                candidates=self.candidates,
+                generator=generator,
+            )  # (B, N, n)
         z_i = codec.decode(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
         return best_of(z_i, text)
 
