@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip_pl.tasks.corruption import BSRDegradation, GaussianBlur, _Degradation, _gaussian, shrink
+from unclip_pl.tasks.corruption import (
+    BSRDegradation,
+    GaussianBlur,
+    LightBSRDegradation,
+    Sometimes,
+    _Degradation,
+    _gaussian,
+    shrink,
+)
 from unclip_pl.tasks.jpeg import jpeg
 
 
@@ -87,6 +95,31 @@ def test_bsr_loses_detail_but_not_the_picture() -> None:
     moved = [torch.corrcoef(torch.stack([draw.flatten(), shifted]))[0, 1].item() for draw in draws]
     assert all(there < here for there, here in zip(moved, likeness, strict=True))
     assert (draws - clean).square().mean() > 2 * (blurred - clean).square().mean()
+
+
+def test_the_light_variant_loses_less() -> None:
+    image = picture(128, 128).mul(2).sub(1).expand(24, -1, -1, -1)
+    clean = shrink(image, 4)
+    lost = [
+        (variant.degrade(image, 4, torch.Generator().manual_seed(0)) - clean).square().mean().item()
+        for variant in (LightBSRDegradation(), BSRDegradation())
+    ]
+    assert 0 < lost[0] < lost[1] / 2
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_sometimes_is_one_or_the_other_for_each_image(probability: float) -> None:
+    image = torch.cat([picture(16, 16, seed) for seed in range(40)]).mul(2).sub(1)
+    low = Sometimes(GaussianBlur(), probability).degrade(image, 2, torch.Generator().manual_seed(0))
+    clean, blurred = shrink(image, 2), GaussianBlur().degrade(image, 2)
+    is_clean, is_blurred = ((low - other).abs().amax((1, 2, 3)) < 1e-6 for other in (clean, blurred))
+    assert (is_clean ^ is_blurred).all()
+    assert is_blurred.float().mean() == pytest.approx(probability, abs=0.2)
+
+
+def test_sometimes_expects_a_probability() -> None:
+    with pytest.raises(ValueError, match=r"1\.5"):
+        Sometimes(GaussianBlur(), 1.5)
 
 
 def test_every_order_keeps_the_resize_behind_the_downsampling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,34 @@ class GaussianBlur(Corruption):
         return TF.gaussian_blur(shrink(image, factor), [self.kernel_size] * 2, [self.sigma] * 2)
 
 
+class Sometimes(Corruption):
+    """Another corruption on some of the images; the rest are only shrunk.
+
+    A network that has never seen a clean input takes a sample for a corrupted one, and undoes what was not done to it.
+    Cascaded diffusion (Ho et al. 2021) blurs half of the images; how many unCLIP does, the paper does not say.
+
+    Args:
+        corruption: of the images that are drawn.
+        probability: of each image to be one of them.
+
+    Raises:
+        ValueError: ``probability`` is not in [0, 1].
+    """
+
+    def __init__(self, corruption: Corruption, probability: float = 0.5) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"Expected 0 <= probability <= 1. Got {probability}.")
+        self.corruption = corruption
+        self.probability = probability
+
+    def degrade(self, image: Tensor, factor: int, generator: torch.Generator | None = None) -> Tensor:
+        """As :meth:`Corruption.degrade`."""
+        drawn = torch.rand(len(image), generator=generator, device="cpu") < self.probability
+        rows = drawn.nonzero()[:, 0].to(image.device)
+        low = shrink(image, factor)
+        return low.index_copy(0, rows, self.corruption.degrade(image[rows], factor, generator)) if len(rows) else low
+
+
 class BSRDegradation(Corruption):
     """The 256 → 1024 px upsampler's: blurs, resizes, noise and JPEG in random order (BSRGAN, Zhang et al. 2021).
 
@@ -61,8 +89,21 @@ class BSRDegradation(Corruption):
     def degrade(self, image: Tensor, factor: int, generator: torch.Generator | None = None) -> Tensor:
         """As :meth:`Corruption.degrade`."""
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        rows = [_Degradation(Random(seed + i), row, factor).run() for i, row in enumerate(image[:, None])]
+        rows = [self._way(Random(seed + i), row, factor).run() for i, row in enumerate(image[:, None])]
         return torch.cat(rows)
+
+    def _way(self, random: Random, image: Tensor, factor: int) -> "_Degradation":
+        return _Degradation(random, image, factor)
+
+
+class LightBSRDegradation(BSRDegradation):
+    """The milder variant of the same code: one blur of a quarter of the width, hardly any noise, JPEG of high quality.
+
+    Latent diffusion ships both. The paper does not say which it took.
+    """
+
+    def _way(self, random: Random, image: Tensor, factor: int) -> "_Degradation":
+        return _LightDegradation(random, image, factor)
 
 
 class _Degradation:
@@ -76,6 +117,9 @@ class _Degradation:
 
     JPEG_QUALITY = (30, 95)
     NOISE = (2, 25)  # standard deviation in 8-bit levels
+    BLURS = 2
+    WIDTH = 1.0  # of the blurs
+    RESIZE = 0.75  # probability that the downsampling is a plain resize
 
     def __init__(self, random: Random, image: Tensor, factor: int) -> None:
         self.random = random
@@ -88,7 +132,7 @@ class _Degradation:
         if self.factor == 4 and self.random.random() < 0.25:
             self.resize(self.x.shape[-2] // 2, self.x.shape[-1] // 2)
             self.factor = 2
-        order = [self.blur, self.blur, self.downsample, self.finish, self.noise, self.maybe_jpeg]
+        order = [*[self.blur] * self.BLURS, self.downsample, self.finish, self.noise, self.maybe_jpeg]
         self.random.shuffle(order)
         first, second = sorted((order.index(self.downsample), order.index(self.finish)))
         order[first], order[second] = self.downsample, self.finish
@@ -101,16 +145,16 @@ class _Degradation:
         """Isotropic, or longer one way than the other."""
         random, size = self.random, 2 * self.random.randint(2, 11) + 3
         if random.random() < 0.5:
-            spread = 4 + self.factor
+            spread = self.WIDTH * (4 + self.factor)
             angle, long, short = random.random() * pi, spread * random.random(), spread * random.random()
         else:
-            angle, long = 0.0, ((2 + 0.2 * self.factor) * random.random()) ** 2
+            angle, long = 0.0, (self.WIDTH * (2 + 0.2 * self.factor) * random.random()) ** 2
             short = long
         self.convolve(_gaussian(size, long, short, angle, self.x))
 
     def downsample(self) -> None:
         """A plain resize by up to twice the factor, or a Gaussian about every block's centre."""
-        if self.random.random() < 0.75:
+        if self.random.random() < self.RESIZE:
             scale = self.random.uniform(1, 2 * self.factor)
             self.resize(*(max(1, int(side / scale)) for side in self.x.shape[-2:]))
             return
@@ -157,6 +201,14 @@ class _Degradation:
         """Every colour by (k, k), the border's pixels repeated outside."""
         x = F.pad(self.x, [kernel.shape[0] // 2] * 4, mode="replicate").transpose(0, 1)  # (3, 1, H, H)
         self.x = F.conv2d(x, kernel[None, None], stride=stride).transpose(0, 1).clamp(0, 1)
+
+
+class _LightDegradation(_Degradation):
+    JPEG_QUALITY = (80, 95)
+    NOISE = (1, 2)
+    BLURS = 1
+    WIDTH = 0.25
+    RESIZE = 0.8
 
 
 def _gaussian(size: int, long: float, short: float, angle: float, like: Tensor, shift: float = 0.0) -> Tensor:
