@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from unclip_pl.nn.ar_prior import (
     ARLogits,
     ARPriorTransformer,
+    CosineHead,
     FourierCodeEmbedding,
     PerPositionHead,
     SharedHead,
@@ -21,7 +22,7 @@ from unclip_pl.nn.text import TextTransformer
 from unclip_pl.types import TextFeatures
 
 D, W, CONTEXT, N, BUCKETS, DOTS = 6, 10, 7, 5, 8, 4
-PARTS = [(FourierCodeEmbedding, SharedHead), (TableCodeEmbedding, PerPositionHead)]
+PARTS = [(FourierCodeEmbedding, SharedHead), (FourierCodeEmbedding, CosineHead), (TableCodeEmbedding, PerPositionHead)]
 
 
 def build(embedding: type = FourierCodeEmbedding, head: type = SharedHead) -> ARPriorTransformer:
@@ -276,6 +277,31 @@ def test_fourier_features_know_the_value_and_nothing_else() -> None:
     assert torch.equal(a, embedding(torch.ones(2, 3).long(), v, first=2))
     near, far = embedding(torch.zeros(1, 1).long(), torch.zeros(1, 1)), torch.full((1, 1), 1e-3)
     assert (embedding(torch.zeros(1, 1).long(), far) - near).norm() < 0.2 * near.norm()
+
+
+def test_a_cosine_series_of_the_rank() -> None:
+    """DCT-II: its terms are orthogonal, and with all of them every distribution can be said."""
+    head = CosineHead(width=3, code_length=2, buckets=16, terms=99)
+    assert head.cosines.shape == (15, 16)
+    torch.testing.assert_close(head.cosines @ head.cosines.T, torch.eye(15) * 16 / 15)
+    with torch.no_grad():
+        head.proj.weight.zero_()
+        head.proj.bias.copy_(torch.eye(15)[1])
+    rank = (torch.arange(16) + 0.5) / 16
+    torch.testing.assert_close(head(torch.randn(1, 2, 3))[0, 1], (2 / 15) ** 0.5 * torch.cos(2 * torch.pi * rank))
+
+
+def test_a_code_teaches_its_neighbours() -> None:
+    """After one step of gradient descent on one code, the nearer a bucket the likelier it has become."""
+    torch.manual_seed(0)
+    head, hidden = CosineHead(width=8, code_length=1, buckets=64, terms=8), torch.randn(1, 1, 8)
+    before = head(hidden)[0, 0]
+    torch.nn.functional.cross_entropy(before[None], torch.tensor([20])).backward()
+    with torch.no_grad():
+        torch.optim.SGD(head.parameters(), lr=0.1).step()
+        risen = head(hidden)[0, 0] - before
+    assert risen[18:23].min() > 0.5 * risen[20]
+    assert risen[20] > 5 * risen[40:].abs().max()
 
 
 def test_tables_know_the_position() -> None:

@@ -93,6 +93,34 @@ class SharedHead(CodeHead):
         return self.proj(hidden)
 
 
+class CosineHead(CodeHead):
+    """Logits as a cosine series over the buckets' ranks, one for all positions: a code teaches its neighbours too.
+
+    A free logit for each bucket learns from the few tokens that fall there. Small networks on little data then take
+    long to notice what a caption says of a code, or never do.
+
+    Args:
+        width: of the transformer.
+        code_length: not needed.
+        buckets: codes per position, in order of their values.
+        terms: of the series, the constant aside; more than ``buckets − 1`` have nothing to add and are left out.
+    """
+
+    cosines: Tensor
+
+    def __init__(self, width: int, code_length: int, buckets: int, terms: int = 64) -> None:
+        super().__init__()
+        order = torch.arange(1, min(terms, buckets - 1) + 1)
+        rank = (torch.arange(buckets) + 0.5) / buckets
+        self.proj = nn.Linear(width, len(order))
+        # Scaled so that the logits begin as those of a plain linear map do.
+        self.register_buffer("cosines", torch.cos(pi * order[:, None] * rank).mul((2 / len(order)) ** 0.5), False)
+
+    def forward(self, hidden: Tensor, first: int = 0) -> Tensor:
+        """See :class:`CodeHead`."""
+        return self.proj(hidden) @ self.cosines
+
+
 class PerPositionHead(CodeHead):
     """A linear map of its own for every position.
 
