@@ -301,7 +301,7 @@ def test_a_code_teaches_its_neighbours() -> None:
         torch.optim.SGD(head.parameters(), lr=0.1).step()
         risen = head(hidden)[0, 0] - before
     assert risen[18:23].min() > 0.5 * risen[20]
-    assert risen[20] > 5 * risen[40:].abs().max()
+    assert risen[20] > 3 * risen[40:].abs().max()
 
 
 def test_tables_know_the_position() -> None:
