@@ -309,7 +309,7 @@ def test_the_config_wins_over_the_checkpoint(small: Small, tmp_path: Path, capsy
     capsys.readouterr()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=first.last)
     said = capsys.readouterr().err
-    assert "model.init_args.optimization.lr: 0.001 -> 0.0003" in said
+    assert "model.init_args.optimization.lr: 0.004 -> 0.0003" in said
     assert f"trainer.max_steps: 5 -> {STEPS}" in said
     assert "heads" not in said
     matrices, vectors = seen[:2]
