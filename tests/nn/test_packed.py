@@ -24,6 +24,7 @@ def test_the_same_products(net: nn.Sequential, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     plain = run(net, x)
     with packed(net):
+        assert ("forward" in vars(net[0])) == torch.backends.mkldnn.is_available()
         torch.testing.assert_close(run(net, x), plain)
         torch.testing.assert_close(run(net, x.expand(2, *shape)), plain.expand(2, *plain.shape))  # not contiguous
     assert torch.equal(run(net, x), plain)

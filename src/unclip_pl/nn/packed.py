@@ -26,12 +26,13 @@ def packed(module: nn.Module) -> Iterator[None]:
     layers = [layer for layer in module.modules() if type(layer) is nn.Linear and _able(layer.weight)]
     for layer in layers:
         # An attribute of the instance, which nn.Module calls before the method of its class.
-        layer.forward = partial(_linear, weight=_OPS._reorder_linear_weight(layer.weight.detach()), bias=layer.bias)  # type: ignore[method-assign]
+        weight = _OPS._reorder_linear_weight(layer.weight.detach())
+        vars(layer)["forward"] = partial(_linear, weight=weight, bias=layer.bias)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _able(weight: Tensor) -> bool:
