@@ -57,9 +57,10 @@ def uncached(net: ARPriorTransformer, text: TextFeatures) -> Tensor:
 
     own = net.dot_embedding(draw(upper_quantile(net.dot_head(last(None)).softmax(-1), 0.5)[:, 0], generator=g))[:, None]
     for j in range(net.code_length):
-        code = draw(net.head(last(own), j)[:, 0].softmax(-1), generator=g)[:, None]
+        position = torch.tensor([j])
+        code = draw(net.head(last(own), position)[:, 0].softmax(-1), generator=g)[:, None]
         codes = torch.cat([codes, code], dim=1)
-        own = torch.cat([own, net.code_embedding(code, table[j][code], j)], dim=1)
+        own = torch.cat([own, net.code_embedding(code, table[j][code], position)], dim=1)
     return codes
 
 

@@ -53,7 +53,7 @@ class Part(NamedTuple):
         return batches[self.task.batch_type]
 
 
-def build(name: str) -> Part:
+def build(name: str, device: str = "cpu") -> Part:
     """The part of configs/NAME.yaml, linked to its CLIP as the command line would."""
     path = CONFIGS / f"{name}.yaml"
     config = yaml.safe_load(path.read_text())
@@ -73,7 +73,8 @@ def build(name: str) -> Part:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Task, "model")
     torch.manual_seed(0)
-    task = parser.instantiate_classes(parser.parse_object({"model": model})).model
+    with torch.device(device):  # billions of weights are drawn sooner on a GPU
+        task = parser.instantiate_classes(parser.parse_object({"model": model})).model.to(device)
     settings = {"_class_path": model["class_path"], **model["init_args"]}
     return Part(task, settings, clip, data["batch_size"], data.get("image_size", clip.image_size), config["trainer"])
 

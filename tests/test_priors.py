@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.ridge import fit_ridge, save_linear_prior
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.priors import (
     ARPrior,
@@ -19,8 +20,6 @@ from unclip_pl.priors import (
     TextEmbedding,
     TrueEmbedding,
     best_of,
-    fit_ridge,
-    save_linear_prior,
 )
 from unclip_pl.tasks import DiffusionPriorTask
 from unclip_pl.types import PriorBatch, TextFeatures

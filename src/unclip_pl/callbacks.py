@@ -24,22 +24,45 @@ class WarmupEMA(WeightAveraging):
     def __init__(self, decay: float = 0.9999) -> None:
         self.decay = decay
         # Buffers are statistics and fingerprints: copied, never averaged.
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(use_buffers=False)
+        self._updates = 0
         self._swapped = False
 
-    @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - warmup_decay(self.decay, int(num_averaged)))
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes room for the average.
+        """Makes room for the average, on the device that trains.
 
         Raises:
             ValueError: the network is sharded.
         """
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError("WarmupEMA copies whole networks: a sharded one takes unclip_pl.sharding.ShardedEMA.")
+        # The module is still on the CPU here. Left there, the average would fetch all weights at every step.
+        self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Moves the average after every optimizer step."""
+        if trainer.global_step > self._latest_update_step:
+            self.update(pl_module)
+            self._latest_update_step = trainer.global_step
+
+    @torch.no_grad()
+    def update(self, pl_module: LightningModule) -> None:
+        """Towards the weights as they are. Unlike torch's own, it waits for no device to say how often it has moved."""
+        average = self._average_model
+        assert average is not None
+        decay = warmup_decay(self.decay, self._updates) if self._updates else 0.0
+        torch._foreach_lerp_([*average.module.parameters()], [*pl_module.parameters()], 1 - decay)
+        for mine, yours in zip(average.module.buffers(), pl_module.buffers(), strict=True):
+            mine.copy_(yours)
+        average.n_averaged += 1
+        self._updates += 1
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the average back, and how often it has moved."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None:
+            self._updates = int(self._average_model.n_averaged)
 
     def _swap_models(self, pl_module: LightningModule) -> None:
         super()._swap_models(pl_module)

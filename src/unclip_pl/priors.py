@@ -3,11 +3,11 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.files import read_tensors
 from unclip_pl.nn.packed import packed
+from unclip_pl.nn.recorded import recorded
 from unclip_pl.streams import Streams
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
@@ -159,10 +160,11 @@ class DiffusionPrior(Prior):
             null = net.encode_prefix(space.scale_text(space.null_text))
             prefix = prefix.cat(null.expand(len(text.embed)))
         prefix = prefix.pad(prefix.mask.shape[1] + 3 * self.candidates)
+        step = recorded(partial(net, prefix=prefix, overwrite=True), text.embed.device)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
             index = diffusion.index(t)[:, None].expand(x_t.shape[:2])
-            return Denoised(diffusion.to_x0(net(x_t, index, prefix, overwrite=True), x_t, t))
+            return Denoised(diffusion.to_x0(step(x_t, index), x_t, t))
 
         whole = guided(denoise, self.guidance) if self.guidance != 1 else denoise
         return whole if self.x0_bound is None else clip_x0(whole, self.x0_bound)
@@ -252,31 +254,6 @@ class LinearPrior(Prior):
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """The regression's answer, renormalised; nothing is drawn."""
         return F.normalize(F.normalize(text.embed, dim=-1) @ self.weight.T + self.bias, dim=-1)
-
-
-def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight (d, d) and bias (d,) of argmin ‖Z_t Wᵀ + b − Z_i‖² / N + ridge·‖W‖², both sides unit-norm, in float64.
-
-    Args:
-        text_embed: (N, d).
-        image_embed: (N, d).
-        ridge: in units of the text embeddings' mean variance per coordinate.
-    """
-    x, y = F.normalize(text_embed.double(), dim=-1), F.normalize(image_embed.double(), dim=-1)
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x / len(x)
-    penalty = ridge * gram.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram + penalty, x.T @ y / len(x)).T
-    return weight, y_mean - weight @ x_mean
-
-
-def save_linear_prior(path: Path, weight: Tensor, bias: Tensor, *, fingerprint: str, seconds: float) -> None:
-    """Write what :class:`LinearPrior` reads, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    tensors = {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
-    save_file(tensors, temporary, {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"})
-    temporary.replace(path)
 
 
 class TextEmbedding(Prior):

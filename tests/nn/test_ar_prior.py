@@ -272,11 +272,12 @@ def test_draw_frequencies() -> None:
 
 def test_fourier_features_know_the_value_and_nothing_else() -> None:
     embedding = FourierCodeEmbedding(16, N, BUCKETS)
-    v = torch.randn(2, 3, generator=seeded(0))
-    a = embedding(torch.zeros(2, 3).long(), v)
-    assert torch.equal(a, embedding(torch.ones(2, 3).long(), v, first=2))
-    near, far = embedding(torch.zeros(1, 1).long(), torch.zeros(1, 1)), torch.full((1, 1), 1e-3)
-    assert (embedding(torch.zeros(1, 1).long(), far) - near).norm() < 0.2 * near.norm()
+    v, position = torch.randn(2, 3, generator=seeded(0)), torch.arange(3)
+    a = embedding(torch.zeros(2, 3).long(), v, position)
+    assert torch.equal(a, embedding(torch.ones(2, 3).long(), v, position + 2))
+    zero = torch.zeros(1, 1).long()
+    near, far = (embedding(zero, torch.full((1, 1), value), position[:1]) for value in (0.0, 1e-3))
+    assert (far - near).norm() < 0.2 * near.norm()
 
 
 def test_a_cosine_series_of_the_rank() -> None:
@@ -288,29 +289,32 @@ def test_a_cosine_series_of_the_rank() -> None:
         head.proj.weight.zero_()
         head.proj.bias.copy_(torch.eye(15)[1])
     rank = (torch.arange(16) + 0.5) / 16
-    torch.testing.assert_close(head(torch.randn(1, 2, 3))[0, 1], (2 / 15) ** 0.5 * torch.cos(2 * torch.pi * rank))
+    torch.testing.assert_close(
+        head(torch.randn(1, 2, 3), torch.arange(2))[0, 1], (2 / 15) ** 0.5 * torch.cos(2 * torch.pi * rank)
+    )
 
 
 def test_a_code_teaches_its_neighbours() -> None:
     """After one step of gradient descent on one code, the nearer a bucket the likelier it has become."""
     torch.manual_seed(0)
     head, hidden = CosineHead(width=8, code_length=1, buckets=64, terms=8), torch.randn(1, 1, 8)
-    before = head(hidden)[0, 0]
+    before = head(hidden, torch.arange(1))[0, 0]
     torch.nn.functional.cross_entropy(before[None], torch.tensor([20])).backward()
     with torch.no_grad():
         torch.optim.SGD(head.parameters(), lr=0.1).step()
-        risen = head(hidden)[0, 0] - before
+        risen = head(hidden, torch.arange(1))[0, 0] - before
     assert risen[18:23].min() > 0.5 * risen[20]
     assert risen[20] > 3 * risen[40:].abs().max()
 
 
 def test_tables_know_the_position() -> None:
     table, codes = TableCodeEmbedding(16, N, BUCKETS), torch.tensor([[3, 3, 1]])
-    whole = table(codes, codes.float())
+    position = torch.arange(N)
+    whole = table(codes, codes.float(), position[:3])
     assert not torch.equal(whole[0, 0], whole[0, 1])
-    torch.testing.assert_close(table(codes[:, 1:], codes[:, 1:].float(), first=1), whole[:, 1:])
+    torch.testing.assert_close(table(codes[:, 1:], codes[:, 1:].float(), position[1:3]), whole[:, 1:])
     head, hidden = PerPositionHead(16, N, BUCKETS), torch.randn(2, N, 16, generator=seeded(0))
-    torch.testing.assert_close(head(hidden[:, 2:4], first=2), head(hidden)[:, 2:4])
+    torch.testing.assert_close(head(hidden[:, 2:4], position[2:4]), head(hidden, position)[:, 2:4])
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"dot_quantile": 1.0}, {"candidates": 0}, {"guidance": 2.0}])

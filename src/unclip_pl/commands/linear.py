@@ -7,7 +7,7 @@ import torch
 
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
-from unclip_pl.priors import fit_ridge, save_linear_prior
+from unclip_pl.nn.ridge import fit_ridge, save_linear_prior
 
 
 def linear(source: str, store: str, out: str, *, ridge: float = 1e-2) -> None:

@@ -11,7 +11,7 @@ from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.evaluation.assemble import true_attributes
-from unclip_pl.priors import fit_ridge
+from unclip_pl.nn.ridge import fit_ridge
 from unclip_pl.shapes.render import ATTRIBUTES, VALUES
 
 #: Training images that a probe is fitted on.

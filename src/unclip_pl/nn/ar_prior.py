@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask
+from unclip_pl.nn.recorded import recorded
 from unclip_pl.nn.text import TextTransformer
 from unclip_pl.streams import Streams, fill_like
 from unclip_pl.types import TextFeatures
@@ -19,8 +20,8 @@ class CodeEmbedding(nn.Module, ABC):
     """How a code enters the transformer. Built by the network as ``CodeEmbedding(width, code_length, buckets)``."""
 
     @abstractmethod
-    def forward(self, codes: Tensor, values: Tensor, first: int = 0) -> Tensor:
-        """(B, m) codes ``first`` … ``first + m − 1`` and their buckets' values (unit variance) → (B, m, width)."""
+    def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """(B, m) codes at ``position`` (m,) and their buckets' values (unit variance) → (B, m, width)."""
 
 
 class FourierCodeEmbedding(CodeEmbedding):
@@ -40,8 +41,8 @@ class FourierCodeEmbedding(CodeEmbedding):
         self.register_buffer("frequency", 2 * pi * torch.logspace(-3, 4, frequencies, base=2.0))
         self.proj = nn.Linear(2 * frequencies + 1, width)
 
-    def forward(self, codes: Tensor, values: Tensor, first: int = 0) -> Tensor:
-        """See :class:`CodeEmbedding`; ``codes`` and ``first`` are not looked at."""
+    def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """See :class:`CodeEmbedding`; ``codes`` and ``position`` are not looked at."""
         angle = values[..., None] * self.frequency
         return self.proj(torch.cat([values[..., None], angle.cos(), angle.sin()], dim=-1))
 
@@ -61,9 +62,8 @@ class TableCodeEmbedding(CodeEmbedding):
         self.table = nn.Embedding(code_length * buckets, width)
         nn.init.normal_(self.table.weight, std=width**-0.5)
 
-    def forward(self, codes: Tensor, values: Tensor, first: int = 0) -> Tensor:
+    def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """See :class:`CodeEmbedding`; ``values`` are not looked at."""
-        position = torch.arange(first, first + codes.shape[1], device=codes.device)
         return self.table(codes + position * self.buckets)
 
 
@@ -71,8 +71,8 @@ class CodeHead(nn.Module, ABC):
     """How codes leave the transformer. Built by the network as ``CodeHead(width, code_length, buckets)``."""
 
     @abstractmethod
-    def forward(self, hidden: Tensor, first: int = 0) -> Tensor:
-        """(B, m, width) from which codes ``first`` … ``first + m − 1`` are read → logits (B, m, buckets)."""
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        """(B, m, width) from which the codes at ``position`` (m,) are read → logits (B, m, buckets)."""
 
 
 class SharedHead(CodeHead):
@@ -88,7 +88,7 @@ class SharedHead(CodeHead):
         super().__init__()
         self.proj = nn.Linear(width, buckets)
 
-    def forward(self, hidden: Tensor, first: int = 0) -> Tensor:
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         """See :class:`CodeHead`."""
         return self.proj(hidden)
 
@@ -116,7 +116,7 @@ class CosineHead(CodeHead):
         # Scaled so that the logits begin as those of a plain linear map do.
         self.register_buffer("cosines", torch.cos(pi * order[:, None] * rank).mul((2 / len(order)) ** 0.5), False)
 
-    def forward(self, hidden: Tensor, first: int = 0) -> Tensor:
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         """See :class:`CodeHead`."""
         return self.proj(hidden) @ self.cosines
 
@@ -136,10 +136,9 @@ class PerPositionHead(CodeHead):
         self.bias = nn.Parameter(torch.zeros(code_length, buckets))
         nn.init.normal_(self.weight, std=(3 * width) ** -0.5)  # nn.Linear's
 
-    def forward(self, hidden: Tensor, first: int = 0) -> Tensor:
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         """See :class:`CodeHead`."""
-        chosen = slice(first, first + hidden.shape[1])
-        return torch.einsum("bmw,mwv->bmv", hidden, self.weight[chosen]) + self.bias[chosen]
+        return torch.einsum("bmw,mwv->bmv", hidden, self.weight[position]) + self.bias[position]
 
 
 class ARLogits(NamedTuple):
@@ -244,13 +243,14 @@ class ARPriorTransformer(PrefixTransformer):
             values: (B, n) the codes' bucket values at unit variance.
         """
         prefix = self.prefix_tokens(text)
-        code_tokens = self.code_embedding(codes[:, :-1], values[:, :-1])
+        position = torch.arange(self.code_length, device=codes.device)
+        code_tokens = self.code_embedding(codes[:, :-1], values[:, :-1], position[:-1])
         suffix = torch.cat([self.dot_embedding(dot)[:, None], code_tokens], dim=1) + self.suffix_positions
         mask = causal_mask(F.pad(text.mask, (0, 1 + self.code_length), value=True))
         tokens = torch.cat([prefix, suffix], dim=1)
         hidden, _ = self.transformer(tokens, mask, start=prefix.shape[1] - 1)
         hidden = self.final_ln(hidden)  # (B, 1 + n, width)
-        return ARLogits(self.dot_head(hidden[:, 0]), self.head(hidden[:, 1:]))
+        return ARLogits(self.dot_head(hidden[:, 0]), self.head(hidden[:, 1:], position))
 
     def encode_prefix(self, text: TextFeatures) -> tuple[Tensor, Prefix]:
         """What is read at z_t, (B, width), and the captions' keys and values."""
@@ -304,17 +304,25 @@ class ARPriorTransformer(PrefixTransformer):
 
         p_dot = upper_quantile(distribution(self.dot_head(hidden)), dot_quantile)
         dot = draw(p_dot.repeat_interleave(candidates, dim=0), generator=generator)  # (B·candidates,)
-        token = self.dot_embedding(dot)[:, None]
         filled = prefix.mask.shape[1]
         cache = prefix.repeat(candidates).pad(filled + self.code_length)
-        slots = torch.arange(filled, filled + self.code_length, device=dot.device)
-        codes = torch.empty(len(dot), self.code_length, dtype=torch.int64, device=dot.device)
-        for j, slot in enumerate(slots.split(1)):
-            hidden = self._step(token.repeat(branches, 1, 1), cache, slot, j)
-            codes[:, j] = draw(distribution(self.head(hidden, j))[:, 0], generator=generator)
-            code = codes[:, j, None]
-            token = self.code_embedding(code, values_of[j][code], j)
-        return codes.unflatten(0, (-1, candidates))
+
+        def after(token: Tensor, position: Tensor) -> Tensor:
+            """Distribution (B·candidates, buckets) of the code at ``position`` (1,), which follows ``token``."""
+            hidden = self._step(token.repeat(branches, 1, 1), cache, filled + position, position)
+            return distribution(self.head(hidden, position))[:, 0]
+
+        def advance(code: Tensor, position: Tensor) -> Tensor:
+            """The same after the code (B·candidates, 1) before it."""
+            before = position - 1
+            return after(self.code_embedding(code, values_of[before][0][code], before), position)
+
+        first, *others = torch.arange(self.code_length, device=dot.device).split(1)
+        codes = [draw(after(self.dot_embedding(dot)[:, None], first), generator=generator)[:, None]]
+        step = recorded(advance, dot.device)
+        for position in others:
+            codes.append(draw(step(codes[-1], position), generator=generator)[:, None])
+        return torch.cat(codes, dim=1).unflatten(0, (-1, candidates))
 
     def _with_null(self, hidden: Tensor, prefix: Prefix, unconditional: TextFeatures) -> tuple[Tensor, Prefix]:
         """The empty caption's half of the batch appended: one prefix serves every caption."""
@@ -323,9 +331,10 @@ class ARPriorTransformer(PrefixTransformer):
         null = null.expand(rows) if len(null_hidden) == 1 else null
         return torch.cat([hidden, null_hidden.expand(rows, -1)]), prefix.cat(null)
 
-    def _step(self, token: Tensor, cache: Prefix, slot: Tensor, j: int) -> Tensor:
-        """Feeds one token (rows, 1, width), the j-th after z_t, into its slot of the cache; (rows, 1, width)."""
+    def _step(self, token: Tensor, cache: Prefix, slot: Tensor, position: Tensor) -> Tensor:
+        """Feeds the token (rows, 1, width) before code ``position`` (1,) into its slot (1,); (rows, 1, width)."""
         cache.mask.index_fill_(1, slot, True)
         mask = cache.mask[:, None, None]
-        hidden, _ = self.transformer(token + self.suffix_positions[:, j, None], mask, cache.layers, slot=slot)
+        token = token + self.suffix_positions[:, position]
+        hidden, _ = self.transformer(token, mask, cache.layers, slot=slot)
         return self.final_ln(hidden)

@@ -1,0 +1,33 @@
+"""Ridge regression in closed form, and the file that a linear prior is kept in."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (d, d) and bias (d,) of argmin ‖Z_t Wᵀ + b − Z_i‖² / N + ridge·‖W‖², both sides unit-norm, in float64.
+
+    Args:
+        text_embed: (N, d).
+        image_embed: (N, d).
+        ridge: in units of the text embeddings' mean variance per coordinate.
+    """
+    x, y = F.normalize(text_embed.double(), dim=-1), F.normalize(image_embed.double(), dim=-1)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x / len(x)
+    penalty = ridge * gram.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram + penalty, x.T @ y / len(x)).T
+    return weight, y_mean - weight @ x_mean
+
+
+def save_linear_prior(path: Path, weight: Tensor, bias: Tensor, *, fingerprint: str, seconds: float) -> None:
+    """Write what :class:`LinearPrior` reads, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    tensors = {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
+    save_file(tensors, temporary, {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"})
+    temporary.replace(path)

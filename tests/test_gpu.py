@@ -1,0 +1,61 @@
+"""What only a GPU can show. CI has none; run where torch finds one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unclip_pl.__main__ import main
+from unclip_pl.nn.recorded import recorded
+from unclip_pl.pipeline import Unclip
+from unclip_pl.tasks import Task
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_a_recorded_step_is_the_step() -> None:
+    """Also where it writes in place and reads what it wrote."""
+    memory, weight = torch.zeros(4, 8, device="cuda"), torch.randn(8, 8, device="cuda")
+
+    def step(x: Tensor, position: Tensor) -> Tensor:
+        memory.index_copy_(0, position, x @ weight)
+        return memory.sum(0)
+
+    replayed, expected = recorded(step, memory.device), torch.zeros(8, device="cuda")
+    for i in range(4):
+        x = torch.randn(1, 8, device="cuda")
+        expected = expected + (x @ weight)[0]
+        torch.testing.assert_close(replayed(x, torch.tensor([i], device="cuda")), expected)
+
+
+@pytest.mark.parametrize("part", ["clip", "prior", "ar_prior", "decoder", "upsampler"])
+def test_a_training_step_waits_for_no_device(
+    part: str, small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward, clipping, the optimizer and the average, in Lightning's loop."""
+    begin, end = Task.on_train_batch_start, Task.on_train_batch_end
+
+    def watch(self: Task, *args: Any) -> None:
+        begin(self, *args)
+        torch.cuda.set_sync_debug_mode("error" if self.global_step else "default")  # the first step sets things up
+
+    def rest(self: Task, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        end(self, *args)
+
+    monkeypatch.setattr(Task, "on_train_batch_start", watch)
+    monkeypatch.setattr(Task, "on_train_batch_end", rest)
+    more = "--trainer.precision bf16-mixed --trainer.gradient_clip_val 1.0 --trainer.log_every_n_steps 99"
+    assert main(["fit", *small(part, tmp_path, *more.split())]) == 0
+
+
+@pytest.mark.parametrize("prior", ["diffusion", "ar"])
+def test_pictures_are_those_of_the_cpu(prior: str, mini_run: Path) -> None:
+    here, there = (
+        Unclip.load(mini_run, device=device).generate(["a red star"], prior=prior, seed=1) for device in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(there.image_embed.cpu(), here.image_embed.cpu(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(there.images.cpu(), here.images.cpu(), atol=2e-2, rtol=0)
