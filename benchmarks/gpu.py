@@ -1,8 +1,8 @@
-"""On a GPU: how much of its arithmetic training steps reach, what the replayed samplers save, and that no step waits.
+"""On a GPU: how much of its arithmetic training steps reach, what the replayed samplers save, that no step waits.
 
-Not one of `make bench`'s, whose peers need not be there. Run `python benchmarks/gpu.py` where torch finds a GPU, with the
-names of some sections or none for all of them; it writes gpu.json and gpu.md into results/benchmarks. A step is forward,
-backward and fused AdamW in bfloat16 autocast on a batch that lies on the device, captions as long as the context.
+Not one of `make bench`'s, whose peers need not be there. Run `python benchmarks/gpu.py` where torch finds a GPU, with
+the names of some sections or none for all of them; it writes gpu.json and gpu.md into results/benchmarks. A step is
+forward, backward and fused AdamW in bfloat16 autocast, on a batch on the device, captions as long as the context.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from ar_decoding import captions, network, values
 from measure import Row, flops, table
 from parts import Part, build
 from rich.console import Console
+from run import commit
 from torch import Tensor, nn
 
 from unclip_pl.callbacks import WarmupEMA
