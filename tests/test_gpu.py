@@ -1,6 +1,6 @@
 """What only a GPU can show. CI has none; run where torch finds one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from unclip_pl.__main__ import main
 from unclip_pl.nn.recorded import recorded
 from unclip_pl.pipeline import Unclip
+from unclip_pl.resume import StepCheckpoint
 from unclip_pl.tasks import Task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,23 +32,30 @@ def test_a_recorded_step_is_the_step() -> None:
         torch.testing.assert_close(replayed(x, torch.tensor([i], device="cuda")), expected)
 
 
+@pytest.fixture(autouse=True)
+def _off() -> Iterator[None]:
+    """torch's alarm is the process's."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("part", ["clip", "prior", "ar_prior", "decoder", "upsampler"])
 def test_a_training_step_waits_for_no_device(
     part: str, small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, backward, clipping, the optimizer and the average, in Lightning's loop."""
-    begin, end = Task.on_train_batch_start, Task.on_train_batch_end
+    begin, save = Task.on_train_batch_start, StepCheckpoint.on_train_batch_end
 
     def watch(self: Task, *args: Any) -> None:
         begin(self, *args)
         torch.cuda.set_sync_debug_mode("error" if self.global_step else "default")  # the first step sets things up
 
-    def rest(self: Task, *args: Any) -> None:
+    def rest(self: StepCheckpoint, *args: Any) -> None:  # the last of the callbacks; to write a file, it has to wait
         torch.cuda.set_sync_debug_mode("default")
-        end(self, *args)
+        save(self, *args)
 
     monkeypatch.setattr(Task, "on_train_batch_start", watch)
-    monkeypatch.setattr(Task, "on_train_batch_end", rest)
+    monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", rest)
     more = "--trainer.precision bf16-mixed --trainer.gradient_clip_val 1.0 --trainer.log_every_n_steps 99"
     assert main(["fit", *small(part, tmp_path, *more.split())]) == 0
 

@@ -10,6 +10,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from unclip_pl.nn.layers import Block
+
 
 class WarmupEMA(WeightAveraging):
     """Exponential moving average with decay min(d, (1 + n) / (10 + n)) after n updates.
@@ -77,6 +79,21 @@ class WarmupEMA(WeightAveraging):
 def warmup_decay(decay: float, updates: int) -> float:
     """Of an average after that many updates: min(d, (1 + n) / (10 + n))."""
     return min(decay, (1 + updates) / (10 + updates))
+
+
+class CompiledBlocks(Callback):
+    """torch.compile of every transformer block by itself: what is alike shares a graph, so compiling takes a minute.
+
+    Worth it where a prior trains for hours on a GPU: ``--trainer.callbacks+=unclip_pl.callbacks.CompiledBlocks``.
+    U-Nets stay as they are: no two of their blocks are of one shape.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Parameters keep their names: a checkpoint does not know."""
+        torch._dynamo.config.recompile_limit = 64  # lengths of captions, the top layer, validation: each its own graph
+        for module in pl_module.modules():
+            if isinstance(module, Block):
+                module.compile()
 
 
 class StepProgressBar(TQDMProgressBar):

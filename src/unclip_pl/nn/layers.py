@@ -26,7 +26,7 @@ def sinusoidal(index: Tensor, width: int, max_period: float = 10_000.0) -> Tenso
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention, (B, heads, L, dim).
 
     By torch's fused kernels, but in bfloat16 on a CPU, where their backward pass takes up to three times as long as
@@ -35,9 +35,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     Args:
         query: (B, heads, L, dim).
         key, value: (B, heads, keys, dim).
-        mask: (B or 1, 1, L or 1, keys) bool, True where a query may look.
+        mask: (B or 1, 1, L or 1, keys) bool, True where a query may look; None for everywhere.
+        causal: the queries are the last L of the keys, and none looks behind itself. It takes the place of a mask.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+    fused = query.device.type != "cpu" or query.dtype != torch.bfloat16
+    if causal and fused and query.shape == key.shape:  # without a mask in memory, flash attention is at its best
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if causal:
+        length, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
+    if fused:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     batch, heads, _, dim = query.shape
     bias = query.new_zeros(1, 1, 1)
@@ -103,16 +110,18 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor, past: KeyValue | None, slot: Tensor | None, start: int
+        self, x: Tensor, mask: Tensor | None, past: KeyValue | None, slot: Tensor | None, start: int
     ) -> tuple[Tensor, KeyValue]:
         """See :meth:`Transformer.forward`."""
-        query, key, value = self.c_qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        parts = self.c_qkv(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         now = KeyValue(key, value)  # (B, heads, L, dim)
         if past is not None and slot is None:
             now = KeyValue(torch.cat([past.key, key], dim=2), torch.cat([past.value, value], dim=2))
         elif past is not None and slot is not None:
             now = KeyValue(past.key.index_copy_(2, slot, key), past.value.index_copy_(2, slot, value))
-        out = attend(query[:, :, start:], *now, mask[:, :, start:])
+        query = query[:, :, start:]
+        out = attend(query, *now, causal=True) if mask is None else attend(query, *now, mask[:, :, start:])
         return self.c_proj(out.transpose(1, 2).flatten(2)), now
 
 
@@ -140,7 +149,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, mask: Tensor, past: KeyValue | None, slot: Tensor | None, start: int
+        self, x: Tensor, mask: Tensor | None, past: KeyValue | None, slot: Tensor | None, start: int
     ) -> tuple[Tensor, KeyValue]:
         """See :meth:`Transformer.forward`."""
         out, now = self.attn(self.ln_1(x), mask, past, slot, start)
@@ -173,7 +182,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         past: tuple[KeyValue, ...] | None = None,
         *,
         slot: Tensor | None = None,
@@ -183,7 +192,8 @@ class Transformer(nn.Module):
 
         Args:
             x: (B, L, width) tokens, positions already added.
-            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present.
+            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present. None: at
+                itself and whatever came before.
             past: per layer, what went before. Without ``slot`` the present is appended to it.
             slot: (L,) int64; the present overwrites these positions of ``past`` in place, so that shapes stay static.
             start: the top layer answers only from this token on: nobody reads the others, only their keys.
@@ -255,6 +265,15 @@ class PrefixTransformer(nn.Module):
         states = self.text_enc_proj(self.token_states(text)) + positions[:, :length]
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
         return torch.cat([states, z_t], dim=1)
+
+    def close_prefix(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
+        """The same tokens, each z_t right behind the last real one of its text, and their mask (B, L + 1).
+
+        What is behind z_t is padding, which causality alone hides from all that is read.
+        """
+        tokens = self.prefix_tokens(text)
+        count, place = text.mask.sum(1, keepdim=True), torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.where((place < count)[..., None], tokens, tokens[:, -1:]), place <= count
 
 
 def causal_mask(keys: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, sinusoidal
+from unclip_pl.nn.layers import Prefix, PrefixTransformer, sinusoidal
 from unclip_pl.nn.text import without_states
 from unclip_pl.types import TextFeatures
 
@@ -48,10 +47,9 @@ class PriorTransformer(PrefixTransformer):
         """Keys and values of B captions, z_t scaled like z_i. Serves any number of calls and draws."""
         if not self.text_states:
             text = without_states(text)
-        tokens = self.prefix_tokens(text)
-        keys = F.pad(text.mask, (0, 1), value=True)  # (B, L + 1)
-        _, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1])
-        return Prefix(layers, keys)
+        tokens, mask = self.close_prefix(text)
+        _, layers = self.transformer(tokens, None, start=tokens.shape[1])
+        return Prefix(layers, mask)
 
     def forward(self, x_t: Tensor, index: Tensor, prefix: Prefix, *, overwrite: bool = False) -> Tensor:
         """Predicted z_i, (B, K, d), scaled as x_t: K independent draws for each of B captions.

@@ -43,9 +43,28 @@ class Condition(NamedTuple):
         return self._replace(context=context, mask=mask)
 
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the precision of what comes in.
+
+    Autocast would have it in float32 on a GPU and move several times the bytes, though its kernels take their sums in
+    float32 in any case.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, …) → the same."""
+        return self.scaled(x, self.num_groups, self.weight, self.bias)
+
+    def scaled(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+        """With other groups, weight and bias."""
+        if x.device.type == "cpu":
+            return F.group_norm(x, groups, weight, bias, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
+
+
+def group_norm(groups: int, channels: int) -> GroupNorm:
     """GroupNorm with the largest divisor of ``groups`` that divides ``channels`` as well."""
-    return nn.GroupNorm(gcd(groups, channels), channels)
+    return GroupNorm(gcd(groups, channels), channels)
 
 
 def zeroed(layer: M) -> M:
@@ -80,7 +99,7 @@ def _double(x: Tensor, dim: int) -> Tensor:
     return torch.stack((x, x), dim).flatten(dim - 1, dim)
 
 
-def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) · (1 + scale) + shift, of x (B, C, H, W), scale and shift (B, C).
 
     One pass over contiguous x, whose images stand side by side like so many channels: the norm's weight and bias take
@@ -90,7 +109,7 @@ def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor
     if not x.is_contiguous():
         return torch.addcmul(shift[..., None, None], norm(x), gain[..., None, None])
     weight, bias = (norm.weight * gain).flatten(), torch.addcmul(shift, norm.bias, gain).flatten()  # (B·C,)
-    return F.group_norm(x.flatten(0, 1)[None], len(x) * norm.num_groups, weight, bias, norm.eps).view_as(x)
+    return norm.scaled(x.flatten(0, 1)[None], len(x) * norm.num_groups, weight, bias).view_as(x)
 
 
 class ResBlock(nn.Module):
@@ -193,7 +212,7 @@ class SpatialAttention(nn.Module):
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, L, parts·C) to ``parts`` tensors (B, heads, L, head_channels), side by side within a head (Karlo)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(parts, dim=-1)
+        return tuple(part.transpose(1, 2) for part in x.unflatten(-1, (self.heads, -1)).chunk(parts, dim=-1))
 
 
 class Layer(nn.Module):
