@@ -204,10 +204,14 @@ def _packed(
         for job in jobs:
             found = before.get(job.path.name)
             waiting.append((found, None) if _is_done(job, found) else (None, pool.submit(_pack, job)))
-            if len(waiting) > 2 * num_workers:
+            while waiting and (len(waiting) > 2 * num_workers or _is_ready(waiting[0][1])):
                 yield _result(*waiting.popleft())
         while waiting:
             yield _result(*waiting.popleft())
+
+
+def _is_ready(future: Future[PackedShard] | None) -> bool:
+    return future is None or future.done()
 
 
 def _result(found: PackedShard | None, future: Future[PackedShard] | None) -> tuple[PackedShard, bool]:
