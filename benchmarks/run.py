@@ -82,10 +82,10 @@ PREAMBLE = """# Benchmarks
 
 Every ratio is of two sides timed in turns in one process, the fastest call of each, after their outputs were compared
 where both have the same weights. A target behind a ratio (≥) is how many times better ours is to be, behind a plain
-figure (≤) its limit. The GPU column is empty where none was at hand.
+figure (≤) its limit. What a GPU reaches is in `gpu.md`, by `benchmarks/gpu.py`.
 
-| what | ours | peer | unit | ratio | target | GPU | note |
-| --- | ---: | ---: | --- | ---: | ---: | --- | --- |
+| what | ours | peer | unit | ratio | target | note |
+| --- | ---: | ---: | --- | ---: | ---: | --- |
 """
 FLOORS = """
 What the machine does at best, by each script in its own run:
@@ -103,8 +103,8 @@ def write(out: Path, meta: dict[str, Any], rows: list[Row]) -> None:
     hardware = meta["hardware"] | {"gpu": meta["hardware"]["gpu"] or "no GPU"}
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     text = PREAMBLE.format(**hardware, commit=meta["commit"], versions=versions)
-    for *figures, note in map(cells, rows):
-        text += f"| {' | '.join([*figures, '', note])} |\n"
+    for row in map(cells, rows):
+        text += f"| {' | '.join(row)} |\n"
     text += FLOORS
     for name, best in meta["floor"].items():
         figures = [f"{best[key] / 1e9:.0f}" for key in ("matmul", "matmul_bf16", "memcpy")]
