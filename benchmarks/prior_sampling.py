@@ -60,7 +60,7 @@ def against_diffusers(prior_task: DiffusionPriorTask, batch: int, steps: int, ta
         return F.normalize(theirs.sample(scaled, null, torch.Generator().manual_seed(0)), dim=-1)
 
     equal = expect_equal(call(), peer(), 1e-4)
-    seconds = side_by_side({"ours": call, "diffusers": peer}, rounds=3)
+    seconds = side_by_side({"ours": call, "diffusers": peer}, rounds=2)
     speed = floor().flops(flops(call) / seconds["ours"])
     return faster(f"prior sampling, batch {batch}, {steps} steps", seconds, "diffusers", target, f"{equal}; {speed}")
 
@@ -80,7 +80,7 @@ def rows() -> list[Row]:
         "batch (25 steps)": [(n, 25, 1) for n in (4, 8, 16, 32)],
     }
     for index, (what, settings) in zip((1, 2, 0), grids.items(), strict=True):
-        seconds = [fastest(ours(sampler(prior_task, s, c), captions(b)), rounds=2) for b, s, c in settings]
+        seconds = [fastest(ours(sampler(prior_task, s, c), captions(b)), rounds=1) for b, s, c in settings]
         measured.append(growth(f"prior sampling with {what}", [setting[index] for setting in settings], seconds))
     return measured
 

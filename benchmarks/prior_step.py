@@ -65,7 +65,7 @@ def rows() -> list[Row]:
         work = flops(steps["ours"])
         for name in ("diffusers", "dalle2-pytorch"):
             steps[name]()
-        seconds = side_by_side(steps, rounds=4)
+        seconds = side_by_side(steps, rounds=6)
         speed = floor().flops(work / seconds["ours"], bf16=bf16)
         kind = "bf16" if bf16 else "float32"
         for peer, target, note in (("diffusers", 1.05, f"{equal}; {speed}"), ("dalle2-pytorch", 1.35, sizes)):

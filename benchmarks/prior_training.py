@@ -39,8 +39,8 @@ D, CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 192, 77, 192, 4, 6, 128
 ATTRIBUTES, VALUES, DRAWS = 16, 8, 4
 RATE = Optimization(lr=1e-3, weight_decay=6e-2, betas=(0.9, 0.96), eps=1e-6, warmup_steps=50)
 CLIP, DECAY = 1.0, 0.995
-STEPS, EVERY = 140, 20
-PATIENCE = 5  # times as long as ours, and we stop waiting for the peer
+STEPS, EVERY = 100, 25
+PATIENCE = 4.5  # times as long as ours, and we stop waiting for the peer
 
 
 class World:
