@@ -37,6 +37,34 @@ def test_sinusoidal_shapes_and_precision() -> None:
     assert sinusoidal(index.double(), 8).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 1, 4, 9])
+def test_causal_attention_needs_no_mask_in_memory(length: int, dtype: torch.dtype) -> None:
+    """Of all positions and of the last few."""
+    key, value = randn(3, 2, 9, 8, seed=1).to(dtype), randn(3, 2, 9, 8, seed=2).to(dtype)
+    query = randn(3, 2, 9, 8).to(dtype)[:, :, 9 - length :]
+    torch.testing.assert_close(
+        attend(query, key, value, causal=True), attend(query, key, value, seen(1, 9)[:, :, 9 - length :])
+    )
+
+
+def test_a_prefix_closed_up_is_the_same_prefix() -> None:
+    """Captions of different lengths: every key that may be seen, whatever order it stands in."""
+    torch.manual_seed(0)
+    net = PrefixTransformer(6, 10, 7, 3, 16, 3, 2).double()
+    count = torch.tensor([[7], [2], [1], [0]])
+    mask = torch.arange(7) < count
+    text = TextFeatures(mask.long(), randn(4, 7, 10), mask, randn(4, 6, seed=1))
+    keys = F.pad(mask, (0, 1), value=True)
+    _, plain = net.transformer(net.prefix_tokens(text), causal_mask(keys))
+    tokens, closed = net.causal_prefix(text)
+    _, causal = net.transformer(tokens, None)
+    assert closed.sum(1).tolist() == keys.sum(1).tolist() == [8, 3, 2, 1]
+    for ours, theirs in zip(causal, plain, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.transpose(1, 2)[closed], b.transpose(1, 2)[keys])
+
+
 @pytest.mark.parametrize("mask_shape", [None, (3, 1, 1, 9), (1, 1, 5, 9), (3, 1, 5, 9)])
 def test_attention_in_bfloat16_is_that_in_float32_to_its_rounding(mask_shape: tuple[int, ...] | None) -> None:
     """Outputs and gradients; masked keys get none of either."""

@@ -266,7 +266,7 @@ class PrefixTransformer(nn.Module):
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
         return torch.cat([states, z_t], dim=1)
 
-    def close_prefix(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
+    def causal_prefix(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
         """The same tokens, each z_t right behind the last real one of its text, and their mask (B, L + 1).
 
         What is behind z_t is padding, which causality alone hides from all that is read.

@@ -47,7 +47,7 @@ class PriorTransformer(PrefixTransformer):
         """Keys and values of B captions, z_t scaled like z_i. Serves any number of calls and draws."""
         if not self.text_states:
             text = without_states(text)
-        tokens, mask = self.close_prefix(text)
+        tokens, mask = self.causal_prefix(text)
         _, layers = self.transformer(tokens, None, start=tokens.shape[1])
         return Prefix(layers, mask)
 

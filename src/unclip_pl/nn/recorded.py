@@ -42,6 +42,6 @@ class _Recorded:
             self.step(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders pin memory meanwhile
             self.output = self.step(*self.inputs)
         self.graph = graph
