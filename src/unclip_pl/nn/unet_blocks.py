@@ -56,9 +56,9 @@ class GroupNorm(nn.GroupNorm):
 
     def scaled(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
         """With other groups, weight and bias."""
-        if x.device.type == "cpu":
+        if x.device.type != "cuda":
             return F.group_norm(x, groups, weight, bias, self.eps)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
 
 
