@@ -139,6 +139,24 @@ def test_rows_have_the_numbers_that_were_put_in(report: dict[str, Any]) -> None:
             assert value["mean"] == pytest.approx(mean + worse * apart, abs=0.3 * abs(apart))
 
 
+def test_a_run_that_had_to_wait_and_a_cell_of_few_captions_do_not_speak_for_all(tmp_path: Path) -> None:
+    """Seconds are a median with its range; the counts in the heading are the tables'."""
+    write_study(tmp_path)
+    path = tmp_path / "cells" / "best-ar-1.json"
+    cell = json.loads(path.read_text())
+    cell["arms"]["ar"]["training_seconds"] = 9000.0
+    path.write_text(json.dumps(cell))
+    curve = json.loads((tmp_path / "cells" / "best-diffusion-0.json").read_text())
+    curve |= {"group": "ablation/prediction/eps", "pictures": None}
+    curve["counts"] |= {"captions": 2, "many": 0}
+    (tmp_path / "cells" / "ablation-eps-9.json").write_text(json.dumps(curve))
+    report = study_report(read_study(tmp_path))
+    assert report["priors"]["ar"]["training_seconds"] == 132
+    assert report["priors"]["ar"]["training_seconds_range"] == [130, 9000]
+    assert report["meta"]["counts"]["captions"] == CAPTIONS
+    assert report["meta"]["counts"]["many"] == MANY
+
+
 def test_head_to_head_sees_who_is_better_and_the_paper_s_interval_is_the_narrower(report: dict[str, Any]) -> None:
     rates = report["head_to_head"]["win_rates"]
     for measure, higher in (("stated_match", True), ("residual", True), ("clip_score", True), ("recall", False)):

@@ -6,6 +6,7 @@ either prior saw the data in the same order, and its images start from the same 
 """
 
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from unclip_pl.evaluation.assemble import plain
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.study_claims import study_claims
-from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples, seed_interval
+from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples
 from unclip_pl.metrics.interval import Interval, mean_interval, sign_test
 
 #: Where a study's cells lie, and what was chosen on validation data, below its folder.
@@ -110,7 +111,9 @@ def study_report(study: Study) -> dict[str, Any]:
 def entry(arm: Arms) -> dict[str, Any]:
     """One row of the tables."""
     first = next(iter(arm.values()))
-    costs = {name: sum(cell[name] for cell in arm.values()) / len(arm) for name in COSTS}
+    # Seconds of several runs: one that had to wait for other work on the machine moves their mean, and no median.
+    costs = {name: statistics.median(cell[name] for cell in arm.values()) for name in COSTS}
+    seconds = [cell["training_seconds"] for cell in arm.values()]
     return {
         "class": first["class"],
         "reference": first["reference"],
@@ -118,7 +121,7 @@ def entry(arm: Arms) -> dict[str, Any]:
         "lr": first["lr"],
         "sampling": first["sampling"],
         "metrics": {name: plain(value) for name, value in metrics(arm).items()},
-        "training_seconds_interval": plain(seed_interval(torch.tensor([c["training_seconds"] for c in arm.values()]))),
+        "training_seconds_range": [min(seconds), max(seconds)],
         **costs,
     }
 
@@ -260,7 +263,8 @@ def _of_sam(cell: dict[str, Any]) -> bool:
 def meta(study: Study, report: dict[str, Any]) -> dict[str, Any]:
     """Where the numbers come from."""
     cells = study.cells
-    drawn = next((cell for cell in cells if cell["counts"]["captions"]), cells[0])
+    # Of the tables' rows; curves are measured on fewer captions.
+    drawn = max(cells, key=lambda cell: (cell["counts"]["captions"], cell["counts"]["many"]))
     hashes = {name: next(iter(arm.values()))["config_hash"] for name, arm in study.arms.items()}
     return {
         "training_seeds": min(len(report["priors"].get(name, {"seeds": []})["seeds"]) for name in RIVALS),

@@ -109,8 +109,8 @@ def study_costs(report: dict[str, Any]) -> Table:
     """What training and sampling took; how each row was trained and sampled."""
     rows = []
     for name, row in report["priors"].items():
-        seconds = row["training_seconds_interval"]
-        apart = f"± {seconds['high'] - seconds['mean']:.0f}" if seconds["high"] is not None else ""
+        low, high = row["training_seconds_range"]
+        apart = f"{low:.0f} to {high:.0f}" if high > low else ""
         rows.append(
             [
                 Cell(name, f"{len(row['seeds'])} training seeds" if row["training_steps"] else ""),
@@ -130,6 +130,10 @@ def study_costs(report: dict[str, Any]) -> Table:
         "evaluations", "MFLOP", "ms",
     ]  # fmt: skip
     notes = [
+        (
+            "training s",
+            "median, fastest and slowest of the training seeds: other work may have run beside them",
+        ),
         ("training TFLOP", "matrix products, attention included, forward and backward; a multiply-add is two"),
         ("evaluations, MFLOP, ms", "for one embedding, candidates and guidance included, on the hardware named above"),
     ]

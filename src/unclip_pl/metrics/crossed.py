@@ -72,16 +72,6 @@ def crossed_resamples(values: Tensor) -> Interval:
     )
 
 
-def seed_interval(values: Tensor) -> Interval:
-    """Student's interval of the mean of one number a training seed, (K,); NaN at both ends for K = 1."""
-    values = values.double()
-    mean, seeds = values.mean().item(), len(values)
-    if seeds < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = student_975(seeds - 1) * math.sqrt(_variance_of_mean(values))
-    return Interval(mean, mean - half, mean + half)
-
-
 def student_975(freedom: float) -> float:
     """97.5 % quantile of Student's t, to 1e-4, for any real degrees of freedom of at least 1.
 
