@@ -35,7 +35,7 @@ $(BENCH)/.installed: pyproject.toml
 	$(BENCH)/bin/python -m pip install --quiet --no-deps dalle2-pytorch==1.15.6
 	@touch $@
 
-bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torchmetrics, into results/benchmarks (20 minutes)
+bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torchmetrics, into results/benchmarks (some 20 minutes)
 	$(BENCH)/bin/python -W ignore benchmarks/run.py
 
 test: venv lint ## what CI runs

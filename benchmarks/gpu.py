@@ -13,19 +13,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from ar_decoding import captions, network, values
+from lightning import Trainer
 from measure import Row, cells, flops, table
 from parts import Part, build
 from rich.console import Console
 from run import commit
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 import unclip_pl.nn.ar_prior
 import unclip_pl.priors
-from unclip_pl.callbacks import CompiledBlocks, WarmupEMA
+from unclip_pl.callbacks import WarmupEMA, compile_blocks
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.tasks.base import count_parameters
 
@@ -89,7 +90,7 @@ def prior() -> list[Row]:
     part = build("prior/paper", "cuda")
     work = counted(part, 64)
     rows = [trained("prior/paper", part, n, n * work // 64) for n in (64, 128)]
-    CompiledBlocks().on_fit_start(None, part.task)  # type: ignore[arg-type]
+    compile_blocks(part.task)
     return rows + [trained("prior/paper", part, n, n * work // 64, "; CompiledBlocks") for n in (64, 128)]
 
 
@@ -134,9 +135,8 @@ def samplers() -> list[Row]:
         ),
     ):
         ours, drawn = seconds(call, 5), call()
-        recorded, module.recorded = module.recorded, lambda step, device: step  # type: ignore[attr-defined]
-        peer, again = seconds(call, 3), call()
-        module.recorded = recorded  # type: ignore[attr-defined]
+        with patch.object(module, "recorded", lambda step, device: step):
+            peer, again = seconds(call, 3), call()
         note = f"CUDA graph against launched kernels; the same to {(drawn.double() - again.double()).abs().max():.0e}"
         rows.append(Row(label, ours * 1e3, peer * 1e3, "ms", peer / ours, None, note))
     return rows
@@ -148,7 +148,7 @@ def waits() -> list[Row]:
     for name in ("clip", "prior", "ar_prior", "decoder", "upsampler"):
         part = build(f"{name}/tiny", "cuda")
         step, average = step_of(part.task, to_device(part.batch(8))), WarmupEMA()
-        average._average_model = AveragedModel(part.task)
+        average.setup(Trainer(accelerator="gpu", logger=False), part.task, "fit")
         step()
         found = 0
         torch.cuda.set_sync_debug_mode("error")

@@ -61,5 +61,6 @@ def test_compiled_blocks_say_the_same() -> None:
         trainer = Trainer(max_steps=4, accelerator="cpu", callbacks=callbacks, **quiet)
         trainer.fit(model, DataLoader([torch.randn(3, length, 16, generator=g) for length in (5, 7, 5, 6)], None))
         said.append(model.said)
+        assert all((block._compiled_call_impl is not None) == bool(callbacks) for block in model.net.resblocks)
         assert list(model.state_dict()) == names
     torch.testing.assert_close(*said)

@@ -7,7 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from unclip_pl.nn.layers import Block
@@ -90,10 +90,15 @@ class CompiledBlocks(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Parameters keep their names: a checkpoint does not know."""
-        torch._dynamo.config.recompile_limit = 64  # lengths of captions, the top layer, validation: each its own graph
-        for module in pl_module.modules():
-            if isinstance(module, Block):
-                module.compile()
+        compile_blocks(pl_module)
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Each transformer block in ``module``, in place, at its first call."""
+    torch._dynamo.config.recompile_limit = 64  # lengths of captions, the top layer, validation: each its own graph
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
 
 
 class StepProgressBar(TQDMProgressBar):

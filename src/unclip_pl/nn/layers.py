@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         Args:
             x: (B, L, width) tokens, positions already added.
             mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present. None: at
-                itself and whatever came before.
+                itself and whatever came before, for which the present must stand last: not with ``slot``.
             past: per layer, what went before. Without ``slot`` the present is appended to it.
             slot: (L,) int64; the present overwrites these positions of ``past`` in place, so that shapes stay static.
             start: the top layer answers only from this token on: nobody reads the others, only their keys.
