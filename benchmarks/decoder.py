@@ -107,16 +107,17 @@ def training_rows(ours: DecoderTask, theirs: KarloDecoder, side: int, rounds: in
         out = theirs(given.image, index, given.image_embed, given.text)
         equal = expect_equal(ours.net(given.image, index, condition), out, 1e-4)
     sides = losses(ours, side, theirs)
-    work = flops(training(*sides["ours"], given, False, torch.contiguous_format))
+    work = {name: flops(training(*pair, given, False, torch.contiguous_format)) for name, pair in sides.items()}
     found = {name: best_step(*pair, given) for name, pair in sides.items()}
     seconds = side_by_side({name: step for name, (_, step) in found.items()}, rounds)
     share = share_of_kernels(found["ours"][1])
-    speed = floor().flops(work / seconds["ours"], bf16="bf16" in found["ours"][0])
+    speed = floor().flops(work["ours"] / seconds["ours"], bf16="bf16" in found["ours"][0])
     notes = {
         "diffusers": f"{equal}; {found['ours'][0]} against {found['diffusers'][0]}; {speed}; "
         f"{share:.0%} of the time in convolution and matmul kernels",
         "dalle2-pytorch": f"{found['dalle2-pytorch'][0]}; {count_parameters(ours.net) / 1e6:.1f} M parameters "
-        f"against {count_parameters(sides['dalle2-pytorch'][0]) / 1e6:.1f} M",
+        f"against {count_parameters(sides['dalle2-pytorch'][0]) / 1e6:.1f} M, "
+        f"{work['ours'] / 1e9:.0f} GFLOP a step against {work['dalle2-pytorch'] / 1e9:.0f}",
     }
     targets = {"diffusers": 1.15, "dalle2-pytorch": 1.3}
     name = f"decoder training step, {side} px, batch {BATCH}, against "
@@ -154,13 +155,14 @@ def sampling_rows(ours: DecoderTask, theirs: KarloDecoder, side: int) -> list[Ro
     every = side_by_side(calls, rounds=1)
     best = {name: min(PRECISIONS, key=lambda how, name=name: every[name, how]) for name in sides}
     seconds = {name: every[name, how] for name, how in best.items()}
-    work = flops(lambda: draw("32-true"))
-    speed = floor().flops(work / seconds["ours"], bf16=best["ours"] == "bf16-mixed")
+    work = {name: flops(partial(call, "32-true")) for name, call in sides.items()}
+    speed = floor().flops(work["ours"] / seconds["ours"], bf16=best["ours"] == "bf16-mixed")
     name = f"decoder sampling, {side} px, batch {BATCH}, {STEPS} steps guided, against "
     notes = {
         "diffusers": f"{same:.1%} of the values equal to 1e-3 in float32; "
         f"{best['ours']} against {best['diffusers']}; {speed}",
-        "dalle2-pytorch": f"{best['dalle2-pytorch']}; as many parameters",
+        "dalle2-pytorch": f"{best['dalle2-pytorch']}; as many parameters, "
+        f"{work['ours'] / 1e9:,.0f} GFLOP against {work['dalle2-pytorch'] / 1e9:,.0f}",
     }
     targets = {"diffusers": 1.15, "dalle2-pytorch": 1.5}
     return [faster(name + peer, seconds, peer, targets[peer], note) for peer, note in notes.items()]
