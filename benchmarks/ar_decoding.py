@@ -19,7 +19,11 @@ D, CONTEXT, BATCH = 768, 77, 8
 
 def network(code_length: int) -> ARPriorTransformer:
     torch.manual_seed(0)
-    return ARPriorTransformer(D, D, CONTEXT, code_length, buckets=1024, width=256, layers=4, heads=4).eval()
+    net = ARPriorTransformer(D, D, CONTEXT, code_length, buckets=1024, width=256, layers=4, heads=4)
+    for head in (net.head, net.dot_head):
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)  # they start at zero, and then all codes are as likely
+    return net.eval()
 
 
 def captions() -> TextFeatures:

@@ -1,4 +1,5 @@
 from functools import partial
+from math import log
 from typing import Any
 
 import pytest
@@ -27,10 +28,14 @@ PARTS = [(FourierCodeEmbedding, SharedHead), (FourierCodeEmbedding, CosineHead),
 
 def build(embedding: type = FourierCodeEmbedding, head: type = SharedHead) -> ARPriorTransformer:
     torch.manual_seed(0)
-    net = ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, embedding, head).double()
-    with torch.no_grad():  # sharp enough for wrong logits to show in the codes
+    return sharpened(ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, embedding, head).double())
+
+
+def sharpened(net: ARPriorTransformer) -> ARPriorTransformer:
+    """With heads that start far from uniform: wrong logits are to show in the codes."""
+    with torch.no_grad():
         for parameter in [*net.head.parameters(), *net.dot_head.parameters()]:
-            parameter.mul_(4)
+            parameter.normal_(std=0.5)
     return net
 
 
@@ -56,6 +61,20 @@ def tokens(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def run(net: ARPriorTransformer, text: TextFeatures, dot: Tensor, codes: Tensor) -> ARLogits:
     return net(text, dot, codes, values(codes))
+
+
+@pytest.mark.parametrize(("embedding", "head"), PARTS)
+def test_a_fresh_network_says_nothing(embedding: type, head: type) -> None:
+    """Uniform logits, whose cross-entropy is ln(buckets); the first gradient goes to the heads alone, and to both."""
+    net = ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, embedding, head).double()
+    dot, codes = tokens(3)
+    logits = run(net, captions(4, 2, 6), dot, codes)
+    loss = F.cross_entropy(logits.codes.flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(loss.item(), log(BUCKETS))
+    torch.testing.assert_close(F.cross_entropy(logits.dot, dot).item(), log(DOTS))
+    (loss + F.cross_entropy(logits.dot, dot)).backward()
+    moved = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved == {"head", "dot_head"}
 
 
 @pytest.mark.parametrize(("embedding", "head"), PARTS)
@@ -106,7 +125,7 @@ def test_gradient_reaches_every_parameter(embedding: type, head: type) -> None:
 def test_a_text_transformer_of_its_own_reads_tokens_and_not_clips_states() -> None:
     torch.manual_seed(0)
     encoder = TextTransformer(12, 1, 2, context_length=CONTEXT, vocab_size=20)
-    net = ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, text_encoder=encoder).double()
+    net = sharpened(ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, text_encoder=encoder).double())
     text = captions(4, 2, 6)
     text = text._replace(tokens=torch.arange(18).view(3, 6) * text.mask)
     dot, codes = tokens(3)
@@ -314,6 +333,7 @@ def test_tables_know_the_position() -> None:
     assert not torch.equal(whole[0, 0], whole[0, 1])
     torch.testing.assert_close(table(codes[:, 1:], codes[:, 1:].float(), position[1:3]), whole[:, 1:])
     head, hidden = PerPositionHead(16, N, BUCKETS), torch.randn(2, N, 16, generator=seeded(0))
+    torch.nn.init.normal_(head.weight)
     torch.testing.assert_close(head(hidden[:, 2:4], position[2:4]), head(hidden, position)[:, 2:4])
 
 

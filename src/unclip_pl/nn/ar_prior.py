@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask
+from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, zeroed
 from unclip_pl.nn.recorded import recorded
 from unclip_pl.nn.text import TextTransformer
 from unclip_pl.streams import Streams, fill_like
@@ -68,7 +68,12 @@ class TableCodeEmbedding(CodeEmbedding):
 
 
 class CodeHead(nn.Module, ABC):
-    """How codes leave the transformer. Built by the network as ``CodeHead(width, code_length, buckets)``."""
+    """How codes leave the transformer. Built by the network as ``CodeHead(width, code_length, buckets)``.
+
+    Every bucket holds as many embeddings, so uniform logits are right as long as no caption is read, and every head
+    starts with them. From random ones the way there is to shrink the last norm's gain, and with it the gradient by
+    which the caption would be read: runs have stayed there for good.
+    """
 
     @abstractmethod
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ class SharedHead(CodeHead):
 
     def __init__(self, width: int, code_length: int, buckets: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, buckets)
+        self.proj = zeroed(nn.Linear(width, buckets))
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         """See :class:`CodeHead`."""
@@ -112,8 +117,8 @@ class CosineHead(CodeHead):
         super().__init__()
         order = torch.arange(1, min(terms, buckets - 1) + 1)
         rank = (torch.arange(buckets) + 0.5) / buckets
-        self.proj = nn.Linear(width, len(order))
-        # Scaled so that the logits begin as those of a plain linear map do.
+        self.proj = zeroed(nn.Linear(width, len(order)))
+        # Scaled so that logits are as large as those of a plain linear map with weights as large.
         self.register_buffer("cosines", torch.cos(pi * order[:, None] * rank).mul((2 / len(order)) ** 0.5), False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
@@ -132,9 +137,8 @@ class PerPositionHead(CodeHead):
 
     def __init__(self, width: int, code_length: int, buckets: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(code_length, width, buckets))
+        self.weight = nn.Parameter(torch.zeros(code_length, width, buckets))
         self.bias = nn.Parameter(torch.zeros(code_length, buckets))
-        nn.init.normal_(self.weight, std=(3 * width) ** -0.5)  # nn.Linear's
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         """See :class:`CodeHead`."""
@@ -224,7 +228,7 @@ class ARPriorTransformer(PrefixTransformer):
         self.buckets = buckets
         self.dot_buckets = dot_buckets
         self.dot_embedding = nn.Embedding(dot_buckets, width)
-        self.dot_head = nn.Linear(width, dot_buckets)
+        self.dot_head = zeroed(nn.Linear(width, dot_buckets))
         self.code_embedding = code_embedding(width, code_length, buckets)
         self.head = head(width, code_length, buckets)
         nn.init.normal_(self.dot_embedding.weight, std=width**-0.5)

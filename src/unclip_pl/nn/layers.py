@@ -5,13 +5,23 @@ Parameter names and the layout of the fused QKV (q, k, v side by side within eac
 
 from collections.abc import Callable
 from math import log
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.types import TextFeatures
+
+M = TypeVar("M", nn.Conv2d, nn.Linear)
+
+
+def zeroed(layer: M) -> M:
+    """Zero weights and bias: a residual branch that ends here starts as the identity (ADM), logits start uniform."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def sinusoidal(index: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:

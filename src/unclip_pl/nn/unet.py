@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.nn.layers import sinusoidal
+from unclip_pl.nn.layers import sinusoidal, zeroed
 from unclip_pl.nn.text import TextTransformer
-from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm, zeroed
+from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm
 from unclip_pl.types import TextFeatures
 
 __all__ = ["Condition", "ConditionEncoder", "UNet", "UpsamplerUNet"]

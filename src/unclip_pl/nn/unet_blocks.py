@@ -6,17 +6,16 @@ Every block keeps the memory format of its input, so a network in ``channels_las
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.nn.layers import attend
+from unclip_pl.nn.layers import attend, zeroed
 
 TimeMode = Literal["scale_shift", "additive"]
 Resample = Literal["none", "down", "up"]
-M = TypeVar("M", nn.Conv2d, nn.Linear)
 
 
 class Condition(NamedTuple):
@@ -65,14 +64,6 @@ class GroupNorm(nn.GroupNorm):
 def group_norm(groups: int, channels: int) -> GroupNorm:
     """GroupNorm with the largest divisor of ``groups`` that divides ``channels`` as well."""
     return GroupNorm(gcd(groups, channels), channels)
-
-
-def zeroed(layer: M) -> M:
-    """Zero weights and bias: the residual branch that ends here starts as the identity (ADM)."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 def resample(x: Tensor, mode: Resample) -> Tensor:
