@@ -101,8 +101,7 @@ class SharedHead(CodeHead):
 class CosineHead(CodeHead):
     """Logits as a cosine series over the buckets' ranks, one for all positions: a code teaches its neighbours too.
 
-    A free logit for each bucket learns from the few tokens that fall there. Small networks on little data then take
-    long to notice what a caption says of a code, or never do.
+    A free logit for each bucket learns from the few tokens alone that fall there, which is little where data are few.
 
     Args:
         width: of the transformer.
