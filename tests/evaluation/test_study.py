@@ -13,6 +13,7 @@ from unclip_pl.evaluation.report import Atlas
 from unclip_pl.evaluation.study import read_study, study_report
 from unclip_pl.evaluation.study_claims import FAILS, HOLDS, OPEN, verdict
 from unclip_pl.evaluation.study_page import log_study, render_study
+from unclip_pl.evaluation.study_tables import choice_table
 
 CAPTIONS, MANY, RESAMPLES = 40, 6, 20
 #: Mean of each per-caption measure for the diffusion prior, and how much less good the AR prior is.
@@ -164,6 +165,16 @@ def test_head_to_head_sees_who_is_better_and_the_paper_s_interval_is_the_narrowe
         assert rates[measure]["p"] < 0.01, measure
         assert rates[measure]["wins"] + rates[measure]["losses"] + rates[measure]["ties"] == 40
     assert {"mean", "low", "high", "normal", "wins", "losses", "ties", "p"} <= set(rates["vendi"])
+
+
+@pytest.mark.parametrize(("chosen", "end"), [(0.001, "smallest"), (0.002, None), (0.004, "largest")])
+def test_a_learning_rate_at_the_end_of_those_tried_is_named(chosen: float, end: str | None) -> None:
+    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7}
+    choice = {"prior": "ar", "learning_rates": dict.fromkeys(("0.004", "0.001", "0.002"), trial), "guidance": {}}
+    table = choice_table({"choices": [choice | {"chosen": {"lr": chosen, "guidance": 1.0}}]})
+    assert table is not None
+    told = [text for term, text in table.notes if term == "ar's learning rate"]
+    assert [text.split()[1] for text in told] == ([end] if end else [])
 
 
 def test_curves_are_sorted_and_hold_an_interval_at_every_point(report: dict[str, Any]) -> None:

@@ -171,8 +171,7 @@ def html_figure(name: str, figures: dict[str, bytes], captions: dict[str, str] =
 
 GRID_NOTE = (
     "Each row starts from the same noise. Left to right: the true image, one image for each prior, and what the "
-    "decoder "
-    "makes of the true embedding when it sees no caption."
+    "decoder makes of the true embedding when it sees no caption."
 )
 
 

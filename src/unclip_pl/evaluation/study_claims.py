@@ -65,8 +65,8 @@ def _realism(report: dict[str, Any]) -> StudyClaim:
         "Photorealism: the diffusion prior's images are preferred",
         "48.9 against 47.1 %: +1.8 ± 4.4 points",
         "An exact oracle measures how far an image is from anything the renderer draws, where the paper asked "
-        "humans. The "
-        "decoder is shared, so only what the embedding asks for differs. Without an oracle nobody can say.",
+        "humans. The decoder is shared, so only what the embedding asks for differs. Without an oracle nobody can "
+        "say.",
     )
 
 
@@ -76,9 +76,8 @@ def _caption(report: dict[str, Any]) -> StudyClaim:
         ("stated_match", "clip_score"),
         "Caption similarity: the diffusion prior's images are preferred",
         "45.3 against 41.1 %: +4.2 ± 4.2 points",
-        "Stated attributes are read back where there is an oracle, else a judge CLIP scores; most captions are "
-        "ties, which "
-        "draw the rate to a half.",
+        "Stated attributes are read back where there is an oracle, else a judge CLIP scores; most captions are ties, "
+        "which draw the rate to a half.",
     )
 
 
@@ -89,8 +88,7 @@ def _diversity(report: dict[str, Any]) -> StudyClaim:
         "Diversity: the diffusion prior's images are preferred",
         "70.5 against 62.6 %: +7.9 ± 4.1 points",
         "Where the true distribution is known, diverse means distributed as it is; a prior can also be too diverse, "
-        "which "
-        "humans beside a grid cannot see. Guidance chosen on validation data costs either prior diversity.",
+        "which humans beside a grid cannot see. Guidance chosen on validation data costs either prior diversity.",
     )
 
 
@@ -130,8 +128,7 @@ def _compute(report: dict[str, Any]) -> StudyClaim:
     ]
     why = (
         "Matched: equally many samples, parameters within 10 %. A training FLOP count includes attention. How the "
-        "quality "
-        "of either grows with more compute is not measured, only this budget."
+        "quality of either grows with more compute is not measured, only this budget."
     )
     if any(name not in report["priors"] for name in names):
         return StudyClaim(claim, source, paper, UNMEASURED, OPEN, why)
@@ -185,9 +182,8 @@ def _caption_only(report: dict[str, Any]) -> StudyClaim:
     return _apart(
         report, "fd_judge", "need/caption only", "need/z_t in place of z_i",
         "The caption alone, z_i dropped, draws worst of all", "§5.1, Fig. 8", "shown, no number",
-        "z_i is dropped from a tenth of training only, and kept from captions of which half are dropped as well: "
-        "this arm had "
-        "the least training, here as in the paper.", above=True,
+        "z_i is dropped from a tenth of training only, and kept from captions of which half are dropped "
+        "as well: this arm had the least training, here as in the paper.", above=True,
     )  # fmt: skip
 
 
@@ -221,8 +217,7 @@ def _best_of_two(report: dict[str, Any]) -> StudyClaim:
         report, "best of 2", ("probe_match", "embed_fd"),
         "Keeping the sample with the larger z_i·z_t of two improves quality", "§2.2", "said, no number",
         "Read as caption match where attributes are known. It makes samples of one caption more alike, which a "
-        "distance "
-        "between distributions may not forgive.",
+        "distance between distributions may not forgive.",
     )  # fmt: skip
 
 
@@ -250,8 +245,7 @@ def _prior_guidance(report: dict[str, Any]) -> StudyClaim:
         report, "prior guidance, diffusion", ("embed_fd",),
         "Guiding the prior hurts", "§5.5", "said of aesthetic quality, no number",
         "Aesthetics are not measured: this is the distribution of embeddings at guidance 1 against 2. Caption match "
-        "may well "
-        "rise meanwhile, see the curve.",
+        "may well rise meanwhile, see the curve.",
     )  # fmt: skip
 
 

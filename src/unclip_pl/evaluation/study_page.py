@@ -47,8 +47,7 @@ GRID = (
 )  # fmt: skip
 GRID_NOTE = (
     "First training seed. Left to right: the true image; through one decoder, each prior at its best, a linear map, "
-    "z_t in "
-    "place of z_i, the true z_i; through decoders of one budget, the arms without a prior and with one."
+    "z_t in place of z_i, the true z_i; through decoders of one budget, the arms without a prior and with one."
 )
 
 

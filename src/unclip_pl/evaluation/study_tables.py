@@ -7,26 +7,18 @@ from unclip_pl.evaluation.tables import Cell, Table, metric_cell, sampled_by, sh
 
 #: How to read the report's intervals; it stands in the report itself.
 STATISTICS = (
-    "Every interval is 95 % and covers both what another training seed and what other captions would change. "
-    "Captions are "
-    "crossed with training seeds (every trained prior answers the same ones), so the variance of a mean is that of "
-    "a two-way "
-    "random-effects analysis: A + B − R, with A the variance of the seeds' means over the number of seeds, B that "
-    "of the "
-    "captions' means over the number of captions, R the residual mean square over both; Student's t with "
-    "Satterthwaite's "
-    "degrees of freedom. For Fréchet distances and what is measured between embeddings, B and R come from bootstrap "
-    "resamples "
-    "of the captions, the same for every cell. Every training seed is sampled with noise of its own, so another "
-    "sampling "
-    "seed's part lies in A and R. Comparisons are paired: seed k of either prior saw the data in the same order, "
-    "and their "
-    "images of a caption start from the same decoder noise. Precision, recall, density and coverage: as means over "
-    "images, "
-    "the nearest-neighbour balls taken as given. Win rates: ties count half; in brackets the interval over seeds and "
-    "captions, beside it the paper's normal approximation over captions alone. The sign test is exact, over "
-    "captions, of the "
-    "mean over training seeds; ties are set aside. Nothing is corrected for how many comparisons there are."
+    "Every interval is 95 % and covers both what another training seed and what other captions would change. Captions "
+    "are crossed with training seeds (every trained prior answers the same ones), so the variance of a mean is that "
+    "of a two-way random-effects analysis: A + B − R, with A the variance of the seeds' means over the number of "
+    "seeds, B that of the captions' means over the number of captions, R the residual mean square over both; "
+    "Student's t with Satterthwaite's degrees of freedom. For Fréchet distances and what is measured between "
+    "embeddings, B and R come from bootstrap resamples of the captions, the same for every cell. Every training seed "
+    "is sampled with noise of its own, so another sampling seed's part lies in A and R. Comparisons are paired: seed "
+    "k of either prior saw the data in the same order, and their images of a caption start from the same decoder "
+    "noise. Precision, recall, density and coverage: as means over images, the nearest-neighbour balls taken as "
+    "given. Win rates: ties count half; in brackets the interval over seeds and captions, beside it the paper's "
+    "normal approximation over captions alone. The sign test is exact, over captions, of the mean over training "
+    "seeds; ties are set aside. Nothing is corrected for how many comparisons there are."
 )
 RULE = (
     "Matched: the same CLIP, data, decoder, samples seen, batch size and schedule, parameters within 10 %, guidance 1; "
@@ -36,16 +28,13 @@ RULE = (
     "alike; embed_fd, of z_i alone, does not see captions. No test data, judge or oracle has a say."
 )
 COSINE = (
-    "A cosine to the true embedding rewards collapse: for unit-norm z with m = E[z | caption], a sample of the "
-    "truth reaches "
-    "‖m‖² on average, the mean itself ‖m‖. So it is read beside the cosine between two samples of a caption, which "
-    "is ‖m‖² "
-    "for a calibrated prior: cos to true = cos between samples = (cos of the mean)²."
+    "A cosine to the true embedding rewards collapse: for unit-norm z with m = E[z | caption], a sample of the truth "
+    "reaches ‖m‖² on average, the mean itself ‖m‖. So it is read beside the cosine between two samples of a caption, "
+    "which is ‖m‖² for a calibrated prior: cos to true = cos between samples = (cos of the mean)²."
 )
 LIMITS = (
     "Limits: small pictures and data, small networks trained on few samples, an oracle or a judge CLIP in place of "
-    "human "
-    "raters, one CLIP and one decoder for all priors. What scale would change is not in any interval here."
+    "human raters, one CLIP and one decoder for all priors. What scale would change is not in any interval here."
 )
 
 
@@ -143,8 +132,13 @@ def study_costs(report: dict[str, Any]) -> Table:
 def choice_table(report: dict[str, Any]) -> Table | None:
     """Every trial on validation data."""
     rows = []
+    notes = [("bold", "what was chosen")]
     for choice in report["choices"]:
         chosen = choice["chosen"]
+        tried = sorted(map(float, choice["learning_rates"]))
+        if len(tried) > 1 and chosen["lr"] in (tried[0], tried[-1]):
+            end = "smallest" if chosen["lr"] == tried[0] else "largest"
+            notes.append((f"{choice['prior']}'s learning rate", f"the {end} tried: one beyond might be better still"))
         for kind, trials, taken in (
             ("learning rate", choice["learning_rates"], chosen["lr"]),
             ("guidance", choice["guidance"], chosen["guidance"]),
@@ -154,7 +148,7 @@ def choice_table(report: dict[str, Any]) -> Table | None:
                 numbers = f"{trial['joint_fd']:.4f}", f"{trial['embed_fd']:.4f}", f"{trial['text_cos']:.3f}"
                 rows.append([Cell(choice["prior"]), Cell(kind), *(Cell(x, best=best) for x in (value, *numbers))])
     head = ["prior", "setting", "value", "joint_fd ↓", "embed_fd ↓", "mean z_i·z_t"]
-    return Table("Chosen on validation data", head, rows, [("bold", "what was chosen")]) if rows else None
+    return Table("Chosen on validation data", head, rows, notes) if rows else None
 
 
 def study_claim_table(report: dict[str, Any]) -> Table:
@@ -213,9 +207,8 @@ def _cost(report: dict[str, Any]) -> str:
     training = ours["training_flops"] / theirs["training_flops"]
     drawing = ours["flops_per_embedding"] / max(1, theirs["flops_per_embedding"])
     return (
-        f"After equally many samples the diffusion prior has cost {training:.2f} times the AR prior's training "
-        f"FLOPs, and "
-        f"costs {drawing:.1f} times as many for an embedding."
+        f"After equally many samples the diffusion prior has cost {training:.2f} times the AR prior's training FLOPs, "
+        f"and costs {drawing:.1f} times as many for an embedding."
     )
 
 
