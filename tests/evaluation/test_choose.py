@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.choose import Choice
+from unclip_pl.evaluation.choose import Choice, Trial, best
 from unclip_pl.priors import Prior, TextEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
@@ -67,9 +67,18 @@ def test_the_closest_network_and_then_the_guidance_that_fits_its_captions(
     assert scales["1"]["joint_fd"] < min(scales["0.5"]["joint_fd"], scales["4"]["joint_fd"])
     assert all(trial["joint_fd"] > trial["embed_fd"] for trial in scales.values())  # a projection brings sets closer
     assert found["chosen"] == {"lr": 0.002, "guidance": 1.0}
+    assert scales["0.5"]["retrieval_r10"] < 0.5 < scales["1"]["retrieval_r10"]
     assert found["captions"] == 48
     assert [guidance for _, guidance in prior.loaded] == [1, 1, 0.5, 1, 4]
     assert {Path(folder).parent for folder, _ in prior.loaded} == {tmp_path / "w"}  # not below the run of the CLIP
+
+
+def test_who_does_not_read_captions_is_out_of_the_running() -> None:
+    """The case that was met: samples surer than right, so that another caption's embedding fits the joint better."""
+    trials = {"blind": Trial(0.276, 0.069, 0.03, 0.03), "a": Trial(0.285, 0.080, 0.80, 0.40)}
+    assert best(trials) == "a"
+    assert best({**trials, "b": Trial(0.280, 0.080, 0.80, 0.21)}) == "b"  # reads them well enough: the distance decides
+    assert best({"blind": trials["blind"]}) == "blind"
 
 
 def test_what_was_chosen_is_a_config_to_lay_over_others(batches: list[EvaluationBatch], tmp_path: Path) -> None:

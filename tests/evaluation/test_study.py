@@ -112,7 +112,7 @@ def write_study(folder: Path, seeds: int = 3) -> Path:
                 )
     best = folder / "best"
     best.mkdir(exist_ok=True)
-    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7}
+    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7, "retrieval_r10": 0.4}
     choice = {"prior": "diffusion", "learning_rates": {"0.001": trial}, "guidance": {"1": trial, "1.5": trial}}
     (best / "diffusion.json").write_text(json.dumps({**choice, "chosen": {"lr": 0.001, "guidance": 1.5}}))
     return folder
@@ -169,7 +169,7 @@ def test_head_to_head_sees_who_is_better_and_the_paper_s_interval_is_the_narrowe
 
 @pytest.mark.parametrize(("chosen", "end"), [(0.001, "smallest"), (0.002, None), (0.004, "largest")])
 def test_a_learning_rate_at_the_end_of_those_tried_is_named(chosen: float, end: str | None) -> None:
-    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7}
+    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7, "retrieval_r10": 0.4}
     choice = {"prior": "ar", "learning_rates": dict.fromkeys(("0.004", "0.001", "0.002"), trial), "guidance": {}}
     table = choice_table({"choices": [choice | {"chosen": {"lr": chosen, "guidance": 1.0}}]})
     assert table is not None
