@@ -12,7 +12,6 @@ from unclip_pl.evaluation.scores import (
     embedding_scores,
     frechet_scores,
     open_captions,
-    share_interval,
     stated_indices,
     states_unseen_pair,
     win_rates,
@@ -50,15 +49,6 @@ def test_gap_of_one_value_is_its_distance_less_that_of_true_draws() -> None:
     assert caption_gap(always, stated) == pytest.approx(0.5 - expected)
     assert caption_gap(even, stated) == pytest.approx(-expected)
     assert math.isnan(caption_gap(always, {**stated, "size": "small"}))
-
-
-def test_wilson_holds_the_share_and_does_not_vanish() -> None:
-    for share in (0.0, 0.3, 1.0):
-        mean, low, high = share_interval(share, 50)
-        assert mean == share
-        assert 0 <= low <= share <= high <= 1
-        assert high - low > 0.05
-    assert share_interval(0.5, 10**6).high - 0.5 == pytest.approx(1.96 * 0.5e-3, rel=1e-3)
 
 
 def test_calibrated_samples_have_equal_cosines() -> None:

@@ -1,5 +1,6 @@
 """A study's report, from cells whose truth is known."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 from unclip_pl.commands.report import report as draw_again
 from unclip_pl.evaluation.report import Atlas
-from unclip_pl.evaluation.study import read_study, study_report
-from unclip_pl.evaluation.study_claims import FAILS, HOLDS, OPEN, verdict
+from unclip_pl.evaluation.study import of_share, read_study, study_report
+from unclip_pl.evaluation.study_claims import FAILS, HOLDS, OPEN, study_claims, verdict
 from unclip_pl.evaluation.study_page import log_study, render_study
 from unclip_pl.evaluation.study_tables import choice_table
+from unclip_pl.metrics.interval import Interval
 
 CAPTIONS, MANY, RESAMPLES = 40, 6, 20
 #: Mean of each per-caption measure for the diffusion prior, and how much less good the AR prior is.
@@ -167,6 +169,71 @@ def test_head_to_head_sees_who_is_better_and_the_paper_s_interval_is_the_narrowe
     assert {"mean", "low", "high", "normal", "wins", "losses", "ties", "p"} <= set(rates["vendi"])
 
 
+def test_a_difference_is_that_of_the_means_beside_it_at_the_seeds_that_both_have(tmp_path: Path) -> None:
+    for seed in range(4):
+        write_cell(tmp_path, f"d-{seed}", "matched", seed, {"diffusion": arm("diffusion", seed)})
+    for seed in range(2):
+        write_cell(tmp_path, f"r-{seed}", "reference", seed, {"linear": arm("linear", seed, 0.3)})
+    report = study_report(read_study(tmp_path))
+    for measure in ("stated_match", "fd_judge", "cos_true"):
+        pair = report["differences"][measure]["linear - diffusion"]
+        assert pair["mean"] == pytest.approx(pair["first"] - pair["second"])
+        whole = report["priors"]["diffusion"]["metrics"][measure]["mean"]
+        assert pair["second"] != pytest.approx(whole, rel=1e-9)  # of four seeds: not what is compared
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "captions", "expected"),
+    [(0.99, 0.97, 1.01, 40, (0.97, 1.0)), (0.0, -0.1, 0.1, 40, (0.0, 0.1)), (0.5, 0.5, 0.5, 40, (0.5, 0.5)),
+     (1.0, 1.0, 1.0, 36, (36 / (36 + 1.959964**2), 1.0)), (0.0, 0.0, 0.0, 36, (0.0, 1.959964**2 / (36 + 1.959964**2)))],
+)  # fmt: skip
+def test_an_interval_of_shares_ends_where_shares_do_and_no_spread_is_no_certainty(
+    mean: float, low: float, high: float, captions: int, expected: tuple[float, float]
+) -> None:
+    found = of_share(Interval(mean, low, high), captions)
+    assert found == pytest.approx((mean, *expected))
+
+
+def test_spaces_of_different_clips_are_compared_by_attributes_alone(report: dict[str, Any]) -> None:
+    line = next(line for line in report["ablations"] if line["title"] == "SAM")
+    assert list(line["measures"]) == ["probe_match"]
+
+
+def _decided(report: dict[str, Any], **moved: tuple[float, float]) -> str:
+    """The verdict on compute, with some differences moved."""
+    changed = copy.deepcopy(report)
+    for measure, (low, high) in moved.items():
+        pair = changed["differences"][measure]["diffusion (matched) - ar (matched)"]
+        pair |= {"low": low, "high": high}
+    claims = {claim["claim"]: claim for claim in study_claims(changed)}
+    return claims["The diffusion prior needs less training compute"]["verdict"]
+
+
+def test_less_compute_needs_nothing_worse_and_something_better(report: dict[str, Any]) -> None:
+    level = {"stated_match": (-1, 1), "clip_score": (-1, 1), "fd_judge": (-1, 1), "embed_fd": (-1, 1)}
+    assert _decided(report) == HOLDS
+    assert _decided(report, **level) == OPEN
+    assert _decided(report, **{**level, "fd_judge": (-2, -1)}) == HOLDS
+    assert _decided(report, **{**level, "clip_score": (-2, -1)}) == OPEN  # cheaper and worse: two things pull two ways
+    assert _decided(report, **{**level, "fd_judge": (-2, -1), "clip_score": (-2, -1)}) == OPEN
+
+
+def test_the_top_half_is_best_where_it_beats_every_other_share(report: dict[str, Any]) -> None:
+    def decided(*differences: tuple[float, float]) -> str:
+        lines = [
+            {"title": f"dot token above 50 or {x} %", "other": f"0.{x}", "seeds": [1, 2],
+             "measures": {"embed_fd": {"difference": {"mean": 0.0, "low": low, "high": high}}}}
+            for x, (low, high) in zip((70, 85, 95), differences, strict=True)
+        ]  # fmt: skip
+        claims = {claim["claim"]: claim for claim in study_claims({**report, "ablations": lines})}
+        return claims["The dot-product token is best drawn from its top half"]["verdict"]
+
+    better, level, worse = (-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0)
+    assert decided(better, better, better) == HOLDS
+    assert decided(level, better, better) == OPEN
+    assert decided(better, better, worse) == FAILS
+
+
 @pytest.mark.parametrize(("chosen", "end"), [(0.001, "smallest"), (0.002, None), (0.004, "largest")])
 def test_a_learning_rate_at_the_end_of_those_tried_is_named(chosen: float, end: str | None) -> None:
     trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7, "retrieval_r10": 0.4}
@@ -210,7 +277,8 @@ def test_every_claim_has_a_verdict_and_a_reason(report: dict[str, Any]) -> None:
     assert claims["Predicting z_i itself is better than predicting the noise"]["verdict"] == HOLDS
     assert claims["A prior is better than feeding the decoder the text embedding"]["verdict"] == HOLDS
     assert claims["A linear map is the prior with the lower FID"]["verdict"] == FAILS
-    assert claims["CLIP trained with SAM spans a space of drastically lower rank"]["verdict"] == HOLDS
+    assert claims["CLIP trained with SAM spans a space of drastically lower rank"]["verdict"] == OPEN  # one CLIP a side
+    assert "12.0 with, 20.0 without" in claims["CLIP trained with SAM spans a space of drastically lower rank"]["ours"]
     assert claims["The diffusion prior needs less training compute"]["verdict"] == HOLDS
 
 
@@ -230,7 +298,9 @@ def test_prior_against_itself_is_even(tmp_path: Path) -> None:
     report = study_report(read_study(tmp_path))
     assert {rate["mean"] for rate in report["head_to_head"]["win_rates"].values()} == {0.5}
     assert {rate["p"] for rate in report["head_to_head"]["win_rates"].values()} == {1.0}
-    assert report["differences"]["embed_fd"]["diffusion - ar"] == {"mean": 0, "low": 0, "high": 0}
+    pair = report["differences"]["embed_fd"]["diffusion - ar"]
+    assert (pair["mean"], pair["low"], pair["high"]) == (0, 0, 0)
+    assert pair["first"] == pair["second"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unclip_pl.metrics.interval import mean_interval, recentred_interval, win_rate
+from unclip_pl.metrics.interval import mean_interval, recentred_interval, share_interval, win_rate
 
 
 def test_mean_interval_covers_the_truth_19_times_in_20() -> None:
@@ -15,6 +15,15 @@ def test_mean_interval_shrinks_with_the_root_of_the_captions() -> None:
     values = torch.randn(6400, generator=torch.Generator().manual_seed(0))
     few, many = mean_interval(values[:1600]), mean_interval(values)
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(2, rel=0.1)
+
+
+def test_wilson_holds_the_share_and_does_not_vanish() -> None:
+    for share in (0.0, 0.3, 1.0):
+        mean, low, high = share_interval(share, 50)
+        assert mean == share
+        assert 0 <= low <= share <= high <= 1
+        assert high - low > 0.05
+    assert share_interval(0.5, 10**6).high - 0.5 == pytest.approx(1.96 * 0.5e-3, rel=1e-3)
 
 
 def test_more_seeds_of_the_same_captions_are_not_more_captions() -> None:

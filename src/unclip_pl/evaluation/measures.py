@@ -167,8 +167,8 @@ MEASURES: dict[str, Measure] = {
         "Embeddings",
         "cos of the mean",
         "neither",
-        "Cosine of the mean of a caption's samples and the true embedding. Calibrated: its square is cos to true, as "
-        "the number of samples grows.",
+        "Cosine of the mean of a caption's S samples and the true embedding. Calibrated: its square is cos to true, as "
+        "S grows; S times that, over 1 + (S − 1) · cos between samples, with few.",
     ),
     "calibration_gap": Measure(
         "Embeddings",

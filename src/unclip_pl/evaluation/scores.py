@@ -22,7 +22,7 @@ from unclip_pl.metrics.clip_score import clip_scores, retrieval_ranks
 from unclip_pl.metrics.diversity import diversity_gap, intra_caption_cosine, vendi
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.metrics.frechet import frechet_resamples
-from unclip_pl.metrics.interval import NORMAL_975, Interval, mean_interval, recentred_interval, win_rate
+from unclip_pl.metrics.interval import Interval, mean_interval, recentred_interval, share_interval, win_rate
 from unclip_pl.metrics.neighbours import precision_recall
 from unclip_pl.nn.text import cat_text
 from unclip_pl.shapes.captions import PHRASES, TEMPLATES, conditional, fill, parse
@@ -99,14 +99,6 @@ def neighbour_scores(real: Tensor, fake: Tensor) -> dict[str, Interval]:
         name: share_interval(float(getattr(scores, name)), len(fake)) for name in ("precision", "recall", "coverage")
     }
     return shares | {"density": Interval(float(scores.density), math.nan, math.nan)}
-
-
-def share_interval(share: float, n: int) -> Interval:
-    """Wilson's interval of a share of n, which stays inside [0, 1] and does not vanish at its ends."""
-    z2 = NORMAL_975**2 / n
-    centre = (share + z2 / 2) / (1 + z2)
-    half = NORMAL_975 * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
-    return Interval(share, min(share, centre - half), max(share, centre + half))
 
 
 def diversity_scores(view: View, captions: Sequence[str], samples: int) -> dict[str, Tensor]:

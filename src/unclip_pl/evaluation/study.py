@@ -6,6 +6,7 @@ either prior saw the data in the same order, and its images start from the same 
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from unclip_pl.evaluation.assemble import plain
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.study_claims import study_claims
 from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples
-from unclip_pl.metrics.interval import Interval, mean_interval, sign_test
+from unclip_pl.metrics.interval import Interval, mean_interval, share_interval, sign_test
 
 #: Where a study's cells lie, and what was chosen on validation data, below its folder.
 CELLS, BEST = "cells", "best"
@@ -27,9 +28,12 @@ RIVALS = ("diffusion", "ar")
 SAMPLED_ABLATIONS = (
     ("best of 2", "candidates", "diffusion", "2", "1"),
     ("dot token", "dot quantile", "ar", "0.5", "0"),
+    ("dot token above 50 or 70 %", "dot quantile", "ar", "0.5", "0.7"),
+    ("dot token above 50 or 85 %", "dot quantile", "ar", "0.5", "0.85"),
     ("dot token above 50 or 95 %", "dot quantile", "ar", "0.5", "0.95"),
     ("prior guidance, diffusion", "prior guidance", "diffusion", "1", "2"),
     ("prior guidance, ar", "prior guidance", "ar", "1", "2"),
+    ("analytic variance, 2 steps", "sampling steps", ("analytic", "fixed"), "2", "2"),
     ("analytic variance, 8 steps", "sampling steps", ("analytic", "fixed"), "8", "8"),
 )
 #: What training decides: cells of a group ``ablation/TITLE/ARM``, the paper's arm and another.
@@ -38,6 +42,8 @@ TRAINED_ABLATIONS = (
     ("text tokens", "tokens and z_t", "z_t alone"),
     ("SAM", "with SAM", "without SAM"),
 )
+#: Arms in spaces of different CLIPs: distances and cosines there have different units, so what attributes say is left.
+COMPARABLE = {"SAM": ("probe_match",)}
 COSTS = (
     "parameters", "training_steps", "training_samples", "training_seconds", "training_flops", "evaluations",
     "flops_per_embedding", "seconds_per_embedding",
@@ -129,9 +135,20 @@ def entry(arm: Arms) -> dict[str, Any]:
 def metrics(arm: Arms) -> dict[str, Interval]:
     """Every measure with an interval over training seeds and captions."""
     first = next(iter(arm.values()))
-    found = {name: crossed_interval(_whole(stacked(arm, "values", name))) for name in first["values"]}
+    values = {name: _whole(stacked(arm, "values", name)) for name in first["values"]}
+    found = {name: crossed_interval(numbers) for name, numbers in values.items()}
     found |= {name: crossed_resamples(stacked(arm, "resamples", name)) for name in first["resamples"]}
+    shares = [name for name in found if MEASURES[name].percent]
+    found |= {name: of_share(found[name], values[name].shape[1] if name in values else 0) for name in shares}
     return {name: found[name] for name in MEASURES if name in found}
+
+
+def of_share(interval: Interval, captions: int) -> Interval:
+    """Inside [0, 1]; where every caption was answered alike, Wilson's over captions: no spread is no certainty."""
+    mean, low, high = interval
+    if captions > 1 and low == high and mean in (0.0, 1.0):
+        return share_interval(mean, captions)
+    return Interval(mean, low if math.isnan(low) else max(0.0, low), high if math.isnan(high) else min(1.0, high))
 
 
 def stacked(arm: Arms, kind: str, name: str) -> Tensor:
@@ -159,26 +176,49 @@ def shared(a: Arms, b: Arms) -> tuple[Arms, Arms]:
     return {seed: a[seed] for seed in seeds}, {seed: b[seed] for seed in seeds}
 
 
-def difference(a: Arms, b: Arms, name: str) -> Interval | None:
-    """Of a measure, a less b, paired by training seed and caption; None where they share no seed or number."""
+class Pair(NamedTuple):
+    """A measure of two arms, at the training seeds and captions that both have."""
+
+    first: Tensor  # (K, C), or (K, 1 + R) of a bootstrap
+    second: Tensor
+    resampled: bool
+
+    def difference(self) -> Interval:
+        """First less second, paired by training seed and caption."""
+        return (crossed_resamples if self.resampled else crossed_interval)(self.first - self.second)
+
+    def means(self) -> dict[str, float | None]:
+        """Of either side, of nothing but what is compared: their difference is the difference."""
+        sides = {"first": self.first, "second": self.second}
+        means = {name: (x[:, 0] if self.resampled else x).mean().item() for name, x in sides.items()}
+        return {name: value if math.isfinite(value) else None for name, value in means.items()}
+
+
+def paired(a: Arms, b: Arms, name: str) -> Pair | None:
+    """A measure of both arms; None where they share no seed or number."""
     a, b = shared(a, b)
     if not a:
         return None
-    first, second = next(iter(a.values())), next(iter(b.values()))
-    if name in first["values"] and name in second["values"]:
-        return crossed_interval(_whole(stacked(a, "values", name) - stacked(b, "values", name)))
-    if name in first["resamples"] and name in second["resamples"]:
-        return crossed_resamples(stacked(a, "resamples", name) - stacked(b, "resamples", name))
-    return None
+    kinds = [kind for kind in ("values", "resamples") if all(name in next(iter(arm.values()))[kind] for arm in (a, b))]
+    if not kinds:
+        return None
+    first, second = stacked(a, kinds[0], name), stacked(b, kinds[0], name)
+    if kinds[0] == "resamples":
+        return Pair(first, second, resampled=True)
+    both = _whole(torch.cat([first, second]))
+    return Pair(both[: len(first)], both[len(first) :], resampled=False)
 
 
 def differences(rows: dict[str, Arms]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Paired differences of every two rows, of the measures that the claims speak of."""
-    wanted = ("fd_judge", "embed_fd", "stated_match", "clip_score", "residual", "diversity_gap", "cos_true", "recall")
+    """Paired differences of every two rows, and both means, of the measures that the claims speak of."""
+    wanted = (
+        "fd_judge", "embed_fd", "stated_match", "clip_score", "residual", "diversity_gap", "vendi", "recall",
+        "cos_true",
+    )  # fmt: skip
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in wanted:
-        pairs = {f"{a} - {b}": difference(rows[a], rows[b], name) for a in rows for b in rows if a != b}
-        found[name] = {pair: plain(interval) for pair, interval in pairs.items() if interval is not None}
+        pairs = {f"{a} - {b}": paired(rows[a], rows[b], name) for a in rows for b in rows if a != b}
+        found[name] = {label: plain(pair.difference()) | pair.means() for label, pair in pairs.items() if pair}
     return found
 
 
@@ -200,7 +240,10 @@ def duel(first: Arms, second: Arms) -> dict[str, Any] | None:
             continue
         wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
         test = sign_test(ours, theirs)
-        rates[name] = plain(crossed_interval(wins)) | {"normal": plain(mean_interval(wins)), **test._asdict()}
+        rates[name] = plain(of_share(crossed_interval(wins), 0)) | {
+            "normal": plain(mean_interval(wins)),
+            **test._asdict(),
+        }
     return {"first": RIVALS[0], "second": RIVALS[1], "seeds": len(first), "win_rates": rates}
 
 
@@ -236,22 +279,20 @@ def ablations(arms: dict[str, Arms]) -> list[dict[str, Any]]:
 def ablation(title: str, ours: str, theirs: str, a: Arms, b: Arms) -> dict[str, Any]:
     """The two arms and their paired difference, for every measure that both have."""
     a, b = shared(a, b)
-    both = metrics(a).keys() & metrics(b).keys() if a else set()
+    first, second = (metrics(arm) if arm else {} for arm in (a, b))
     measures = {
-        name: {
-            "paper": plain(metrics(a)[name]),
-            "other": plain(metrics(b)[name]),
-            "difference": plain(apart),
-        }
-        for name in MEASURES
-        if name in both and (apart := difference(a, b, name)) is not None
+        name: {"paper": plain(first[name]), "other": plain(second[name]), "difference": plain(pair.difference())}
+        for name in COMPARABLE.get(title, tuple(MEASURES))
+        if name in first and name in second and (pair := paired(a, b, name))
     }
     return {"title": title, "paper": ours, "other": theirs, "seeds": sorted(a), "measures": measures}
 
 
 def spaces(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How many directions each CLIP's embeddings use: the study's own, and those of the SAM ablation."""
-    found = {"the study's CLIP": next((cell["space"] for cell in cells if not _of_sam(cell)), None)}
+    own = [cell for cell in cells if not _of_sam(cell)]
+    most = max(own, key=lambda cell: cell["counts"]["rows"], default=None)  # embeddings: the more, the better known
+    found = {"the study's CLIP": most and most["space"]}
     found |= {cell["group"].rpartition("/")[2]: cell["space"] for cell in cells if _of_sam(cell)}
     return {name: space for name, space in found.items() if space}
 

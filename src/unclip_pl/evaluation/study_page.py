@@ -59,6 +59,7 @@ def render_study(folder: Path) -> dict[str, Any]:
     """
     study = read_study(folder)
     report = study_report(study)
+    report["meta"]["name"] = folder.resolve().name
     figures, atlas = study_plots(report), _grid(folder, study)
     pictures = folder / "plots"
     pictures.mkdir(exist_ok=True)
@@ -122,8 +123,9 @@ def _head(report: dict[str, Any]) -> str:
     meta, counts = report["meta"], report["meta"]["counts"]
     drawn = f"{counts['captions']:,} of them drawn, " if counts["captions"] else ""
     return (
-        f"{meta['training_seeds']} training seeds of either prior, {meta['cells']} cells; {counts['rows']:,} held-out "
-        f"captions, {drawn}{counts['many_samples']} images of each of {counts['many']} for diversity. "
+        f"{meta['name']}: {meta['training_seeds']} training seeds of either prior, {meta['cells']} cells; "
+        f"{counts['rows']:,} held-out captions, {drawn}{counts['many_samples']} images of each of {counts['many']} for "
+        f"diversity. "
         f"{'; '.join(meta['hardware'])}. Commit {', '.join(meta['commits'])}."
     )
 
@@ -188,7 +190,7 @@ def _page(report: dict[str, Any], figures: dict[str, bytes], atlas: Atlas | None
         body += [figure("calibration")] if table.title == "Embeddings" else []
     body += ["<h2>Curves</h2>", *(figure(curve_file(title)) for title in report["curves"])] if report["curves"] else []
     body += ["<h2>How it was made</h2>", f"<p class=soft>{_provenance(report, _code)}</p>"]
-    return document(TITLE, body)
+    return document(f"{TITLE} ({report['meta']['name']})", body)
 
 
 def _provenance(report: dict[str, Any], code: Callable[[str], str]) -> str:

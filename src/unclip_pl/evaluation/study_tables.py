@@ -3,26 +3,33 @@
 from typing import Any
 
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.evaluation.study_claims import UNMEASURED
 from unclip_pl.evaluation.tables import Cell, Table, metric_cell, sampled_by, short_count
 
 #: How to read the report's intervals; it stands in the report itself.
 STATISTICS = (
     "Every interval is 95 % and covers both what another training seed and what other captions would change. Captions "
     "are crossed with training seeds (every trained prior answers the same ones), so the variance of a mean is that "
-    "of a two-way random-effects analysis: A + B − R, with A the variance of the seeds' means over the number of "
-    "seeds, B that of the captions' means over the number of captions, R the residual mean square over both; "
-    "Student's t with Satterthwaite's degrees of freedom. For Fréchet distances and what is measured between "
-    "embeddings, B and R come from bootstrap resamples of the captions, the same for every cell. Every training seed "
-    "is sampled with noise of its own, so another sampling seed's part lies in A and R. Comparisons are paired: seed "
-    "k of either prior saw the data in the same order, and their images of a caption start from the same decoder "
-    "noise. Precision, recall, density and coverage: as means over images, the nearest-neighbour balls taken as "
-    "given. Win rates: ties count half; in brackets the interval over seeds and captions, beside it the paper's "
-    "normal approximation over captions alone. The sign test is exact, over captions, of the mean over training "
-    "seeds; ties are set aside. Nothing is corrected for how many comparisons there are."
+    "of a two-way random-effects analysis: A + B − R, and never less than A or B, with A the variance of the seeds' "
+    "means over the number of seeds, B that of the captions' means over the number of captions, R the residual mean "
+    "square over both; Student's t with Satterthwaite's degrees of freedom. For Fréchet distances and what is measured "
+    "between embeddings, B and R come from bootstrap resamples of the captions, the same for every cell; of a distance "
+    "near zero they vary more than the distance does, which makes its intervals rather too wide. Every training seed "
+    "is sampled with noise of its own, so another sampling seed's part lies in A and R. What was fitted once (the "
+    'linear map, either decoder of "Is a prior needed?", the text and true embeddings) has sampling seeds alone: its '
+    "interval holds no other training. Comparisons are paired: seed k of either prior saw the data in the same order, "
+    "and their images of a caption start from the same decoder noise. Precision, recall, density and coverage: as "
+    "means over images, the nearest-neighbour balls taken as given. Win rates: ties count half; in brackets the "
+    "interval over seeds and captions, beside it the paper's normal approximation over captions alone. The sign test "
+    "is exact, over captions, of the mean over training seeds; ties are set aside. A share that every caption agrees "
+    "on has Wilson's interval over captions. Nothing is corrected for how many comparisons there are."
 )
 RULE = (
     "Matched: the same CLIP, data, decoder, samples seen, batch size and schedule, parameters within 10 %, guidance 1; "
-    "the peak learning rate is each prior's own, the one of those tried with the lowest joint_fd at guidance 1. At its "
+    "the peak learning rate is each prior's own, the one of those tried with the lowest joint_fd at guidance 1. "
+    "Ablations of training keep the learning rate of the prior that they ablate. As in the paper, and tuned for "
+    "neither, are the better of two samples of the diffusion prior, its 64 steps, and the AR prior's dot-product token "
+    "from the top half; the diffusion prior's loss draws several noise levels a caption, which its FLOPs hold. At its "
     "best: the same networks at the guidance with the lowest joint_fd. joint_fd is the Fréchet distance of pairs "
     "(z_i, z_t), on validation embeddings, of a network of another training seed than the study's, for either prior "
     "alike; embed_fd, of z_i alone, does not see captions. Out of the running is a setting whose samples find their "
@@ -32,7 +39,9 @@ RULE = (
 COSINE = (
     "A cosine to the true embedding rewards collapse: for unit-norm z with m = E[z | caption], a sample of the truth "
     "reaches ‖m‖² on average, the mean itself ‖m‖. So it is read beside the cosine between two samples of a caption, "
-    "which is ‖m‖² for a calibrated prior: cos to true = cos between samples = (cos of the mean)²."
+    "which is ‖m‖² for a calibrated prior: cos to true = cos between samples, and less of it than that is a prior "
+    "surer than right. Such a prior may read better than the ceiling: its samples say what captions say more plainly "
+    "than true embeddings do."
 )
 LIMITS = (
     "Limits: small pictures and data, small networks trained on few samples, an oracle or a judge CLIP in place of "
@@ -77,7 +86,9 @@ def ablation_table(report: dict[str, Any]) -> Table | None:
         for line in report["ablations"]
     ]
     head = ["ablation", *(f"Δ {MEASURES[name].heading}" for name in there)]
-    notes = [("Δ", "the paper's choice less the other, paired by training seed and caption")]
+    notes = [("Δ", "the paper's choice less the other, paired by training seed and caption; bold where 0 lies outside")]
+    if any(line["title"] == "SAM" for line in report["ablations"]):
+        notes.append(("SAM", "two CLIPs: distances and cosines in different spaces are not compared"))
     return Table("Ablations", head, rows, notes) if rows else None
 
 
@@ -108,9 +119,9 @@ def study_costs(report: dict[str, Any]) -> Table:
                 Cell(sampled_by(row["sampling"])),
                 Cell(f"{row['lr']:g}" if row["lr"] else "–"),
                 Cell(short_count(row["parameters"])),
-                Cell(f"{row['training_samples']:,.0f}"),
-                Cell(f"{row['training_seconds']:.0f}", apart),
-                Cell(f"{row['training_flops'] / 1e12:,.1f}"),
+                Cell(f"{row['training_samples']:,.0f}" if row["training_steps"] else "–"),
+                Cell(f"{row['training_seconds']:.0f}" if row["training_steps"] else "–", apart),
+                Cell(f"{row['training_flops'] / 1e12:,.1f}" if row["training_steps"] else "–"),
                 Cell(f"{row['evaluations']:,.0f}"),
                 Cell(f"{row['flops_per_embedding'] / 1e6:,.1f}"),
                 Cell(f"{1e3 * row['seconds_per_embedding']:.2f}"),
@@ -125,6 +136,7 @@ def study_costs(report: dict[str, Any]) -> Table:
             "training s",
             "median, fastest and slowest of the training seeds: other work may have run beside them",
         ),
+        ("–", "a closed form, or nothing to train"),
         ("training TFLOP", "matrix products, attention included, forward and backward; a multiply-add is two"),
         ("evaluations, MFLOP, ms", "for one embedding, candidates and guidance included, on the hardware named above"),
     ]
@@ -187,7 +199,8 @@ def _quality(report: dict[str, Any]) -> str:
         for prior, value in sorted(found.items(), key=lambda item: -item[1]["mean"])
         if value["low"] is not None
     )
-    return f"{measure.label.capitalize()}{', %' if measure.percent else ''}, best first: {listed}."
+    heading = measure.label[0].upper() + measure.label[1:]  # CLIP stays CLIP
+    return f"{heading}{', %' if measure.percent else ''}, best first: {listed}."
 
 
 def _duel(report: dict[str, Any]) -> str:
@@ -230,7 +243,9 @@ def _verdicts(report: dict[str, Any]) -> str:
     for claim in report["claims"]:
         counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
     listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items(), key=lambda x: -x[1]))
-    return f"Verdicts on {len(report['claims'])} claims: {listed}."
+    unmeasured = sum(claim["ours"] == UNMEASURED for claim in report["claims"])
+    aside = f", {unmeasured} of them not measured" if unmeasured else ""
+    return f"Verdicts on {len(report['claims'])} claims, the paper's and two about it: {listed}{aside}."
 
 
 def _share(rate: dict[str, Any]) -> Cell:

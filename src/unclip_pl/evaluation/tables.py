@@ -43,6 +43,10 @@ def metric_tables(report: dict[str, Any]) -> list[Table]:
             for prior, entry in priors.items()
         ]
         notes = [(MEASURES[name].label, MEASURES[name].what) for name in names]
+        if any(best.values()) and not tables:
+            notes.append(
+                ("bold", "of the priors that see the caption alone, those whose interval reaches the best mean")
+            )
         if names:
             tables.append(Table(group, ["prior", *(MEASURES[name].heading for name in names)], rows, notes))
     return tables

@@ -38,6 +38,14 @@ def mean_interval(values: Tensor) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def share_interval(share: float, n: int) -> Interval:
+    """Wilson's interval of a share of n, which stays inside [0, 1] and does not vanish at its ends."""
+    z2 = NORMAL_975**2 / n
+    centre = (share + z2 / 2) / (1 + z2)
+    half = NORMAL_975 * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
+    return Interval(share, min(share, centre - half), max(share, centre + half))
+
+
 def win_rate(ours: Tensor, theirs: Tensor) -> Interval:
     """How often ``ours`` is the larger of two scores of one caption, ties half a win each (GLIDE, app. A.1).
 
