@@ -27,7 +27,7 @@ class Table(NamedTuple):
 def metric_tables(report: dict[str, Any]) -> list[Table]:
     """One table for each group of measures that was measured: priors × measures."""
     priors = report["priors"]
-    tables = []
+    tables: list[Table] = []
     for group in GROUPS:
         names = [
             name
