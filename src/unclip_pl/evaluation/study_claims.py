@@ -223,7 +223,7 @@ def _x0(report: dict[str, Any]) -> StudyClaim:
     return _ablated(
         report, "prediction", ("embed_fd",),
         "Predicting z_i itself is better than predicting the noise", "§2.2", "said, no number",
-        "Same network, data, noise levels and steps.",
+        "Same network, data, noise levels, steps and learning rate; the rate was chosen for x0.",
     )  # fmt: skip
 
 
