@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from unclip_pl.commands.report import report as draw_again
+from unclip_pl.evaluation.plots import colors
 from unclip_pl.evaluation.report import Atlas
 from unclip_pl.evaluation.study import of_share, read_study, study_report
 from unclip_pl.evaluation.study_claims import FAILS, HOLDS, OPEN, study_claims, verdict
 from unclip_pl.evaluation.study_page import log_study, render_study
+from unclip_pl.evaluation.study_plots import _distinct
 from unclip_pl.evaluation.study_tables import choice_table
 from unclip_pl.metrics.interval import Interval
 
@@ -242,6 +244,14 @@ def test_a_learning_rate_at_the_end_of_those_tried_is_named(chosen: float, end: 
     assert table is not None
     told = [text for term, text in table.notes if term == "ar's learning rate"]
     assert [text.split()[1] for text in told] == ([end] if end else [])
+
+
+def test_a_matched_row_that_says_the_same_is_drawn_once_and_colours_stay(report: dict[str, Any]) -> None:
+    one = copy.deepcopy(report)
+    one["priors"]["diffusion (matched)"]["metrics"]["embed_fd"]["mean"] += 0.001
+    rows = _distinct(one)
+    assert set(one["priors"]) - set(rows["priors"]) == {"ar (matched)"}
+    assert colors(rows) == {name: color for name, color in colors(one).items() if name != "ar (matched)"}
 
 
 def test_curves_are_sorted_and_hold_an_interval_at_every_point(report: dict[str, Any]) -> None:

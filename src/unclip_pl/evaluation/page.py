@@ -49,7 +49,8 @@ td b { font-weight: 700; }
 .tag.disagrees, .tag.does-not-hold { background: #fdecea; color: #a40e26; border-color: #f3c4be; }
 .scroll { overflow-x: auto; }
 .grid td, .grid th { border: 0; padding: 2px; text-align: center; vertical-align: middle; }
-.grid th { padding-bottom: .35rem; } .grid td:first-child { text-align: left; padding-right: .9rem; font-size: .86rem;
+.grid th { padding-bottom: .35rem; max-width: calc(var(--cell) + .5rem); }
+.grid td:first-child { text-align: left; padding-right: .9rem; font-size: .86rem;
   line-height: 1.3; max-width: 15rem; } .grid td img { display: block; width: var(--cell); height: var(--cell);
   image-rendering: pixelated; border-radius: 3px; }
 .grid tr.first td { padding-top: .9rem; } .grid .caption { font-size: .9rem; font-style: italic; }

@@ -18,6 +18,8 @@ DPI = 170
 def colors(report: dict[str, Any]) -> dict[str, str]:
     """One for each prior; the ceiling is grey."""
     names = [name for name, entry in report["priors"].items() if not entry["reference"]]
+    # A study's matched rows last: the others keep their colours where those are not drawn.
+    names.sort(key=lambda name: name.endswith("(matched)"))
     own = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     return {name: own.get(name, REFERENCE) for name in report["priors"]}
 

@@ -224,7 +224,7 @@ def _cost(report: dict[str, Any]) -> str:
     drawing = ours["flops_per_embedding"] / max(1, theirs["flops_per_embedding"])
     return (
         f"After equally many samples the diffusion prior has cost {training:.2f} times the AR prior's training FLOPs, "
-        f"and costs {drawing:.1f} times as many for an embedding."
+        f"and costs {drawing:.1f} times as many for an embedding, both without guidance."
     )
 
 
