@@ -5,7 +5,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from unclip_pl.evaluation.measures import MEASURES
-from unclip_pl.evaluation.plots import FAINT, INK, PALETTE, clean, draw_calibration, draw_metrics, new_figure, to_png
+from unclip_pl.evaluation.plots import (
+    FAINT,
+    INK,
+    PALETTE,
+    clean,
+    colors,
+    draw_calibration,
+    draw_metrics,
+    new_figure,
+    to_png,
+)
 
 #: What a curve shows, in the order of its panels; those that it has.
 SHOWN = ("stated_match", "clip_score", "fd_judge", "embed_fd", "probe_match", "text_cos", "calibration_gap", "cos_true")
@@ -23,7 +33,7 @@ def study_plots(report: dict[str, Any]) -> dict[str, bytes]:
     if report["ablations"]:
         drawn["ablations"] = _ablations(report)
     for title, series in report["curves"].items():
-        drawn[curve_file(title)] = _curve(title, series)
+        drawn[curve_file(title)] = _curve(title, series, colors(report))
     return {name: to_png(figure) for name, figure in drawn.items()}
 
 
@@ -66,14 +76,15 @@ def _duels(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _curve(title: str, series: dict[str, Any]) -> Figure:
-    """A panel for each measure, a line for each series, its interval as a band."""
+def _curve(title: str, series: dict[str, Any], priors: dict[str, str]) -> Figure:
+    """A panel for each measure, a line for each series, its interval as a band; priors keep their colours."""
     there = [name for name in SHOWN if any(name in measures for measures in series.values())][:PANELS]
     figure = new_figure(3.3 * len(there), 2.7)
     for place, name in enumerate(there):
         axes, measure = figure.add_subplot(1, len(there), place + 1), MEASURES[name]
         scale = 100 if measure.percent else 1
-        for color, (label, measures) in zip(PALETTE, series.items(), strict=False):
+        for free, (label, measures) in zip(PALETTE, series.items(), strict=False):
+            color = priors.get(label, free)
             points = [point for point in measures.get(name, []) if point["mean"] is not None]
             x, mean = [point["x"] for point in points], [scale * point["mean"] for point in points]
             low, high = ([scale * (p[k] if p[k] is not None else p["mean"]) for p in points] for k in ("low", "high"))
