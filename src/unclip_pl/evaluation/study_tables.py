@@ -244,7 +244,7 @@ def _verdicts(report: dict[str, Any]) -> str:
         counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
     listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items(), key=lambda x: -x[1]))
     unmeasured = sum(claim["ours"] == UNMEASURED for claim in report["claims"])
-    aside = f", {unmeasured} of them not measured" if unmeasured else ""
+    aside = f"; {unmeasured} could not be measured" if unmeasured else ""
     return f"Verdicts on {len(report['claims'])} claims, the paper's and two about it: {listed}{aside}."
 
 
