@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning import LightningModule
-from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
@@ -122,18 +121,14 @@ class Choice(LightningModule):
         check_clip(fingerprint, self.prior.fingerprint, f"the prior in {folder}")
         width = self.clip.embed_dim
         joint, alone = FrechetDistance(2 * width).to(self.device), FrechetDistance(width).to(self.device)
-        drawn: list[Tensor] = []
         generator = torch.Generator().manual_seed(self.seed)
-        for batch in self._batches:
-            z_t = F.normalize(batch.text.embed.float(), dim=-1)
-            sampled = self.prior.embed_batch(batch, generator=generator)
-            for z_i, real in ((batch.image_embed, True), (sampled, False)):
-                z_i = F.normalize(z_i.float(), dim=-1)
-                alone.update(z_i, real=real)
-                joint.update(torch.cat([z_i, z_t], dim=-1), real=real)
-            drawn.append(z_i)
-        samples, true = torch.cat(drawn), torch.cat([batch.image_embed.float() for batch in self._batches])
-        z_t = F.normalize(torch.cat([batch.text.embed.float() for batch in self._batches]), dim=-1)
+        drawn = torch.cat([self.prior.embed_batch(batch, generator=generator) for batch in self._batches])
+        samples, true, z_t = (
+            F.normalize(embeds.float(), dim=-1) for embeds in (drawn, pairs.image_embed, pairs.text.embed)
+        )
+        for z_i, real in ((true, True), (samples, False)):
+            alone.update(z_i, real=real)
+            joint.update(torch.cat([z_i, z_t], dim=-1), real=real)
         found = (retrieval_ranks(samples, true) < 10).float().mean().item()
         return Trial(joint.compute().item(), alone.compute().item(), (samples * z_t).sum(-1).mean().item(), found)
 

@@ -240,7 +240,7 @@ def duel(first: Arms, second: Arms) -> dict[str, Any] | None:
             continue
         wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
         test = sign_test(ours, theirs)
-        rates[name] = plain(of_share(crossed_interval(wins), 0)) | {
+        rates[name] = plain(of_share(crossed_interval(wins), wins.shape[1])) | {
             "normal": plain(mean_interval(wins)),
             **test._asdict(),
         }

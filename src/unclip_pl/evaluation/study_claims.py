@@ -107,7 +107,7 @@ def _apart(
 ) -> StudyClaim:  # fmt: skip
     """By the paired difference a − b of two rows; further (measure, a, b) are shown."""
     difference = report["differences"].get(measure, {}).get(f"{a} - {b}")
-    if difference is None:
+    if difference is None or difference["mean"] is None:
         return StudyClaim(claim, source, paper, UNMEASURED, OPEN, why)
     told = [_told(report, *line) for line in ((measure, a, b), *also)]
     return StudyClaim(claim, source, paper, ". ".join(filter(None, told)), verdict(difference, above=above), why)
@@ -116,7 +116,7 @@ def _apart(
 def _told(report: dict[str, Any], measure: str, a: str, b: str) -> str:
     """Both means, at the training seeds that both rows have, and their difference."""
     pair = report["differences"].get(measure, {}).get(f"{a} - {b}")
-    if pair is None:
+    if pair is None or pair["mean"] is None:
         return ""
     first, second = (f"{name.rpartition('/')[2]} {pair[key]:.4f}" for name, key in ((a, "first"), (b, "second")))
     return f"{measure}: {first}, {second}, difference {_signed(pair)}"
@@ -244,7 +244,8 @@ def _dot_half(report: dict[str, Any]) -> StudyClaim:
     )  # fmt: skip
     why = "Judged by the embeddings' distribution: it holds where the top half is better than every other share."
     lines = [line for line in report["ablations"] if line["title"].startswith("dot token above 50 or")]
-    differences = {line["other"]: line["measures"]["embed_fd"]["difference"] for line in lines}
+    measured = {line["other"]: line["measures"]["embed_fd"] for line in lines if "embed_fd" in line["measures"]}
+    differences = {other: measure["difference"] for other, measure in measured.items()}
     if not differences:
         return StudyClaim(claim, source, paper, UNMEASURED, OPEN, why)
     found = {verdict(difference, above=False) for difference in differences.values()}
