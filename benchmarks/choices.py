@@ -25,10 +25,10 @@ from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion import Ancestral
-from unclip_pl.evaluation.provenance import provenance
+from unclip_pl.generation.priors import DiffusionPrior
+from unclip_pl.generation.provenance import provenance
 from unclip_pl.metrics import FrechetDistance, RetrievalRecall
 from unclip_pl.nn.codec import EmbeddingCodec
-from unclip_pl.priors import DiffusionPrior
 from unclip_pl.tasks import ClipTask, load_task
 
 OUT = Path(__file__).parent.parent / "results" / "choices"

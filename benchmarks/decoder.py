@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from unclip_pl.diffusion import Ancestral
+from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.nn.unet import UNet
-from unclip_pl.pipeline import Decoder
 from unclip_pl.tasks import DecoderTask
 from unclip_pl.tasks.base import count_parameters
 from unclip_pl.types import DecoderBatch, TextFeatures

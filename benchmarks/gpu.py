@@ -24,11 +24,11 @@ from rich.console import Console
 from run import commit
 from torch import Tensor
 
+import unclip_pl.generation.priors
 import unclip_pl.nn.ar_prior
-import unclip_pl.priors
-from unclip_pl.callbacks import WarmupEMA, compile_blocks
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.tasks.base import count_parameters
+from unclip_pl.training.callbacks import WarmupEMA, compile_blocks
 
 DEVICE = torch.device("cuda")
 #: Dense bfloat16 by the datasheet of an H100 or H200 in an SXM module, FLOP/s: what MFU is a share of.
@@ -114,7 +114,7 @@ def samplers() -> list[Row]:
     """CUDA graphs in the samplers of both priors, against the same steps launched one kernel at a time."""
     net, text, table_of_values = network(319).to(DEVICE), to_device(captions()), values(319).to(DEVICE)
     part = build("prior/small", "cuda")
-    prior = unclip_pl.priors.DiffusionPrior("", Ancestral(64), guidance=2.0)
+    prior = unclip_pl.generation.priors.DiffusionPrior("", Ancestral(64), guidance=2.0)
     prior.task = part.task.eval()
     given = to_device(part.batch(8)).text
 
@@ -131,7 +131,7 @@ def samplers() -> list[Row]:
         (
             "prior sampling, batch 8, 64 steps guided, 2 candidates, 512 × 12",
             lambda: prior.embed(given, generator=generator()),
-            unclip_pl.priors,
+            unclip_pl.generation.priors,
         ),
     ):
         ours, drawn = seconds(call, 5), call()

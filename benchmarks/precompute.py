@@ -15,12 +15,12 @@ from measure import Row, clock, faster, floor, flops, growth, show
 from PIL import Image
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data.pack import write_shards
 from unclip_pl.data.precompute import embed_share, finish
-from unclip_pl.data.samples import Sample, shapes_samples
 from unclip_pl.data.shards import index_shard, read_span
 from unclip_pl.data.sources import list_shards
 from unclip_pl.data.transforms import load_square, to_pixels
+from unclip_pl.packing.pack import write_shards
+from unclip_pl.packing.samples import Sample, shapes_samples
 
 IMAGES, SHARD, BATCH = 128, 64, 32
 SHAPES = 1000  # of a shard

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral
+from unclip_pl.generation.priors import DiffusionPrior
 from unclip_pl.nn.prior import PriorTransformer
-from unclip_pl.priors import DiffusionPrior
 from unclip_pl.tasks import DiffusionPriorTask
 from unclip_pl.types import TextFeatures
 

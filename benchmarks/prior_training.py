@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from unclip_pl.callbacks import WarmupEMA
 from unclip_pl.commands.reproduce import precision
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.text import pad_text
 from unclip_pl.tasks import DiffusionPriorTask
 from unclip_pl.tasks.base import Optimization, count_parameters
+from unclip_pl.training.callbacks import WarmupEMA
 from unclip_pl.types import PriorBatch, TextFeatures
 
 D, CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 192, 77, 192, 4, 6, 128

@@ -15,8 +15,8 @@ from measure import Row, clock, show
 from parts import build
 
 from unclip_pl.clip import ClipSpec
+from unclip_pl.generation.pipeline import write_run
 from unclip_pl.interop.runs import write_checkpoint
-from unclip_pl.pipeline import write_run
 
 COMMAND = [sys.executable, "-m", "unclip_pl"]
 
@@ -35,8 +35,8 @@ def make_run(root: Path) -> None:
         root,
         {
             "clip": {"name": clip.name, "pretrained": clip.pretrained},
-            "decoder": {"class_path": "unclip_pl.pipeline.Decoder", "init_args": decoder},
-            "priors": {"diffusion": {"class_path": "unclip_pl.priors.DiffusionPrior", "init_args": prior}},
+            "decoder": {"class_path": "unclip_pl.generation.pipeline.Decoder", "init_args": decoder},
+            "priors": {"diffusion": {"class_path": "unclip_pl.generation.priors.DiffusionPrior", "init_args": prior}},
         },
     )
 

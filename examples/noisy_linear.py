@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion.process import noise_like
-from unclip_pl.priors import LinearPrior, Prior
+from unclip_pl.generation.priors import LinearPrior, Prior
 from unclip_pl.streams import Streams
 from unclip_pl.types import TextFeatures
 

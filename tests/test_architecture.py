@@ -77,7 +77,7 @@ def test_the_ground_knows_no_trainer(path: Path) -> None:
 
 def test_the_test_can_fail(tmp_path: Path) -> None:
     upward = tmp_path / "bad.py"
-    upward.write_text("from unclip_pl.evaluation import report\nimport lightning")
+    upward.write_text("from unclip_pl.report import report\nimport lightning")
     assert {"unclip_pl.evaluation", "lightning"} <= imported(upward)
     assert RANK["evaluation"] > RANK["nn"]
 

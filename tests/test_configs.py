@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from unclip_pl.__main__ import main
 from unclip_pl.data.shards import index_shard
-from unclip_pl.resume import StepCheckpoint
 from unclip_pl.tasks import Task, load_task
-from unclip_pl.trainer_cli import LINKS, build
+from unclip_pl.training.cli import LINKS, build
+from unclip_pl.training.resume import StepCheckpoint
 from unclip_pl.types import TextFeatures
 
 SLURM = "configs/trainer/slurm.yaml"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from unclip_pl.__main__ import main
+from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.nn.recorded import recorded
-from unclip_pl.pipeline import Unclip
-from unclip_pl.resume import StepCheckpoint
 from unclip_pl.tasks import Task
+from unclip_pl.training.resume import StepCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -27,7 +27,7 @@ from unclip_pl.clip.encoder import architecture
 from unclip_pl.nn.ar_prior import ARPriorTransformer
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet
-from unclip_pl.sharding import units
+from unclip_pl.training.sharding import units
 from unclip_pl.types import TextFeatures
 
 ROOT = Path(__file__).parent.parent
@@ -290,9 +290,9 @@ def test_the_settings_are_appendix_cs(part: Part) -> None:
     assert trainer["max_steps"] == part.steps
     assert given.keys() == part.optimization.keys()  # nothing that the paper does not have
     callbacks = {callback["class_path"]: callback.get("init_args", {}) for callback in trainer["callbacks"]}
-    assert callbacks["unclip_pl.sharding.ShardedEMA"] == {"decay": part.ema}
-    assert "unclip_pl.sharding.ActivationCheckpointing" in callbacks
-    assert trainer["strategy"] == {"class_path": "unclip_pl.sharding.FullySharded"}
+    assert callbacks["unclip_pl.training.sharding.ShardedEMA"] == {"decay": part.ema}
+    assert "unclip_pl.training.sharding.ActivationCheckpointing" in callbacks
+    assert trainer["strategy"] == {"class_path": "unclip_pl.training.sharding.FullySharded"}
 
 
 def test_the_shapes_are_table_3s() -> None:

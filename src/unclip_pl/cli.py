@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from unclip_pl.errors import InputError, MissingFileError
+
 #: Errors that a user can mend: one line. Anything else is ours, and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, KeyError, yaml.YAMLError)
 #: The same, of a class whose import would take seconds.
@@ -121,7 +123,7 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
             if words and words[0] in ("-h", "--help"):
                 print(f"usage: {program} {{{names}}} [OPTIONS]   ({program} {next(iter(entry))} --help for more)")
                 return None
-            raise ValueError(
+            raise InputError(
                 f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}."
             )
         return call(f"{program} {words[0]}", entry[words[0]], words[1:])
@@ -147,12 +149,12 @@ def train(words: list[str]) -> Any:
     """``fit``, ``validate``, ``test`` or ``predict`` by LightningCLI."""
     from lightning import LightningDataModule, LightningModule
 
-    from unclip_pl.trainer_cli import UnclipCLI
+    from unclip_pl.training.cli import UnclipCLI
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     missing = [
         words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config" and not Path(words[i + 1]).is_file()
     ]
     if missing:
-        raise FileNotFoundError(f"No config at {missing[0]}: expected a YAML file, such as those under configs/.")
+        raise MissingFileError(f"No config at {missing[0]}: expected a YAML file, such as those under configs/.")
     return UnclipCLI(LightningModule, LightningDataModule, args=words)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from unclip_pl.errors import InputError
+
 #: One generator, or one for each row: a row then draws the same whatever batch it stands in, on whichever rank.
 Streams = torch.Generator | Sequence[torch.Generator]
 
@@ -22,7 +24,7 @@ def fill_like(x: Tensor, fill: Callable[[Tensor, torch.Generator | None], object
     """
     each = [streams] if streams is None or isinstance(streams, torch.Generator) else streams
     if len(x) % len(each):
-        raise ValueError(f"Expected one generator, or one for each row. Got {len(each)} for {len(x)} rows.")
+        raise InputError(f"Expected one generator, or one for each row. Got {len(each)} for {len(x)} rows.")
     source = x.device if each[0] is None else each[0].device
     out = torch.empty(x.shape, dtype=x.dtype, device=source)
     for rows, generator in zip(out.unflatten(0, (len(each), -1)), each, strict=True):

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from unclip_pl.__main__ import main
-from unclip_pl.pictures import CELL, GAP
-from unclip_pl.pipeline import Unclip
+from unclip_pl.generation.pictures import CELL, GAP
+from unclip_pl.generation.pipeline import Unclip
 
 
 @pytest.fixture(autouse=True, scope="module")

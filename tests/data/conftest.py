@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec, build_clip
-from unclip_pl.data.pack import write_shards
 from unclip_pl.data.precompute import precompute
-from unclip_pl.data.samples import Sample
+from unclip_pl.packing.pack import write_shards
+from unclip_pl.packing.samples import Sample
 
 
 def make_samples(count: int, prefix: str = "s", seed: int = 0) -> list[Sample]:

@@ -21,15 +21,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from unclip_pl import cli
-from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.clip.encoder import ClipSpec, build_clip
-from unclip_pl.data.pack import Form, read_packed, write_shards
 from unclip_pl.data.precompute import precompute
 from unclip_pl.data.sampler import RowBatch
-from unclip_pl.data.samples import Sample
 from unclip_pl.data.shards import decode_entries, index_shard
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.files import read_checkpoint
 from unclip_pl.nn.space import EmbeddingSpace
+from unclip_pl.packing.pack import Form, read_packed, write_shards
+from unclip_pl.packing.samples import Sample
 
 CONFIG = """\
 # a comment, as a user would write it

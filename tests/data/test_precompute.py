@@ -14,15 +14,15 @@ import torch
 from unclip_pl.__main__ import main
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data import embed as module
-from unclip_pl.data.atomic import replacing
 from unclip_pl.data.features import map_features, read_contents, read_moments
 from unclip_pl.data.manifest import read_manifest
-from unclip_pl.data.pack import Sample, write_shards
 from unclip_pl.data.precompute import deal, embed_share, finish, pending, precompute
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.sources import Shard
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.files import replacing
 from unclip_pl.nn.space import EmbeddingSpace, Moments
+from unclip_pl.packing.pack import Sample, write_shards
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.diffusion.process import noise_like
+from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.priors import Prior
 from unclip_pl.nn.text import repeat_text
-from unclip_pl.pipeline import Decoder
-from unclip_pl.priors import Prior
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import draw_attributes, render
 from unclip_pl.streams import Streams

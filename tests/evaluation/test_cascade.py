@@ -14,7 +14,7 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Stage
 from unclip_pl.commands.reproduce import reproduce
 from unclip_pl.evaluation.cascade import CascadeEvaluation, tiles_of
-from unclip_pl.pipeline import Decoder
+from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
 

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.cell import Cell, settings_hash, spectrum, training_config
-from unclip_pl.evaluation.report import Atlas
-from unclip_pl.pipeline import Decoder
-from unclip_pl.priors import Prior, TextEmbedding, TrueEmbedding
+from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.priors import Prior, TextEmbedding, TrueEmbedding
+from unclip_pl.report.report import Atlas
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.choose import Choice, Trial, best
-from unclip_pl.priors import Prior, TextEmbedding
+from unclip_pl.generation.priors import Prior, TextEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 

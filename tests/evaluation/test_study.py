@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from unclip_pl.commands.report import report as draw_again
-from unclip_pl.evaluation.plots import colors
-from unclip_pl.evaluation.report import Atlas
 from unclip_pl.evaluation.study import of_share, read_study, study_report
 from unclip_pl.evaluation.study_claims import FAILS, HOLDS, OPEN, study_claims, verdict
-from unclip_pl.evaluation.study_page import log_study, render_study
-from unclip_pl.evaluation.study_plots import _distinct
-from unclip_pl.evaluation.study_tables import choice_table
 from unclip_pl.metrics.interval import Interval
+from unclip_pl.report.plots import colors
+from unclip_pl.report.report import Atlas
+from unclip_pl.report.study_page import log_study, render_study
+from unclip_pl.report.study_plots import _distinct
+from unclip_pl.report.study_tables import choice_table
 
 CAPTIONS, MANY, RESAMPLES = 40, 6, 20
 #: Mean of each per-caption measure for the diffusion prior, and how much less good the AR prior is.

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
+from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.priors import Prior, TrueEmbedding
 from unclip_pl.nn.text import cat_text
-from unclip_pl.pipeline import Decoder
-from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 CLIP, JUDGE = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")

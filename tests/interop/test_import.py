@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from unclip_pl.__main__ import main
 from unclip_pl.clip import ClipSpec
+from unclip_pl.generation.pipeline import Unclip, read_run
 from unclip_pl.nn.text import cat_text, pad_text, repeat_text
-from unclip_pl.pipeline import Unclip, read_run
 from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task
 
 D, CONTEXT, CONTEXT_WIDTH = 64, 16, 48

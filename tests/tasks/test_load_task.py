@@ -9,13 +9,13 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
+from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.priors import DiffusionPrior
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet
-from unclip_pl.pipeline import Decoder
-from unclip_pl.priors import DiffusionPrior
-from unclip_pl.resume import CheckpointFiles
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
-from unclip_pl.trainer_cli import only_plain
+from unclip_pl.training.cli import only_plain
+from unclip_pl.training.resume import CheckpointFiles
 
 
 def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ EVIL = "evil_module_of_a_test.Net"
         {"diffusion": {"class_path": "unclip_pl.diffusion.GaussianDiffusion", "init_args": {"schedule": EVIL}}},
         {"diffusion": {"class_path": "subprocess.Popen", "dict_kwargs": {"args": ["touch", "sprung"]}}},
         {"diffusion": {"class_path": "unclip_pl.cli.dispatch", "init_args": {"words": ["pack"]}}},
-        {"diffusion": {"class_path": "unclip_pl.evaluation.provenance.subprocess.Popen"}},
+        {"diffusion": {"class_path": "unclip_pl.generation.provenance.subprocess.Popen"}},
         {"optimization": {"lr": {"class_path": EVIL}}},
         {"_class_path": EVIL},
         {"_class_path": "torch.nn.Linear"},
@@ -112,7 +112,7 @@ def test_a_checkpoint_does_not_say_what_is_called(
     assert "evil_module_of_a_test" not in sys.modules
 
 
-@pytest.mark.parametrize("net", ["unclip_pl.trainer_cli.UnclipCLI", "unclip_pl.nn.unet.UNet", 3, None])
+@pytest.mark.parametrize("net", ["unclip_pl.training.cli.UnclipCLI", "unclip_pl.nn.unet.UNet", 3, None])
 def test_a_class_of_ours_in_the_wrong_place(net: Any, mini_run: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["net"] = {"class_path": net} if isinstance(net, str) else net

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.diffusion import Ancestral, GaussianDiffusion
 from unclip_pl.diffusion.process import Prediction
+from unclip_pl.generation.priors import DiffusionPrior
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
-from unclip_pl.priors import DiffusionPrior
 from unclip_pl.tasks import DiffusionPriorTask
 from unclip_pl.types import PriorBatch, TextFeatures
 

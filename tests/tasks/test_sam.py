@@ -11,10 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unclip_pl.sharding import FullySharded
 from unclip_pl.tasks import ClipTask
 from unclip_pl.tasks.base import Task
 from unclip_pl.tasks.sam import check_strategy, perturbed
+from unclip_pl.training.sharding import FullySharded
 
 RHO, LR = 0.3, 0.05
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from unclip_pl.bundle import exists, inside, read_content
-from unclip_pl.checkpoint import check_archive, read_checkpoint
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import check_archive, read_checkpoint
+from unclip_pl.generation.bundle import exists, inside, read_content
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,11 @@ def architecture(name: str) -> dict[str, Any]:
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: a local-dir CLIP is a folder with open_clip_config.json.")
+            raise MissingFileError(f"{path} does not exist: a local-dir CLIP is a folder with open_clip_config.json.")
         return json.loads(path.read_text())["model_cfg"]
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ValueError(f"Expected a CLIP architecture that open_clip knows, or local-dir:PATH. Got {name!r}.")
+        raise InputError(f"Expected a CLIP architecture that open_clip knows, or local-dir:PATH. Got {name!r}.")
     return config
 
 
@@ -81,7 +82,7 @@ def _with_tag(name: str, tag: str) -> Any:
     except RuntimeError as error:
         if "download" not in str(error):
             raise
-        raise OSError(
+        raise InputError(
             f"The weights {tag!r} of {name} are not in the cache and could not be downloaded: go online once, or give "
             f"a file of them as clip.pretrained. ({' '.join(str(error).split()):.200})"
         ) from error
@@ -89,19 +90,19 @@ def _with_tag(name: str, tag: str) -> Any:
 
 def _load_weights(model: nn.Module, path: str) -> None:
     if not exists(path):
-        raise FileNotFoundError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
+        raise MissingFileError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)
         # by open_clip, plain tensors only
         state = read_checkpoint(path)["state_dict"] if inside(path) else load_state_dict(path)
     except Exception as error:
-        raise ValueError(f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}).") from error
+        raise InputError(f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}).") from error
     if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
-        raise ValueError(
+        raise InputError(
             f"{path} does not fit this CLIP architecture: {len(missing)} keys missing ({missing[:3]}…), "
             f"{len(unexpected)} unexpected ({unexpected[:3]}…)."
         )
@@ -321,6 +322,6 @@ def _require_clips_own_text(name: str) -> None:
     text = architecture(name)["text_cfg"]
     foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
     if foreign:
-        raise ValueError(
+        raise InputError(
             f"Expected a CLIP with CLIP's own tokenizer. Got {name!r}, whose text is {foreign}'s: take another one."
         )

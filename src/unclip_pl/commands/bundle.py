@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unclip_pl.bundle import STATE, Member, some_rows, write_bundle
-from unclip_pl.checkpoint import read_checkpoint
 from unclip_pl.clip import ClipEncoder
-from unclip_pl.data.atomic import replacing
 from unclip_pl.data.features import map_features
 from unclip_pl.data.manifest import read_manifest
-from unclip_pl.evaluation.provenance import STAGES, commit
-from unclip_pl.pipeline import RUN, read_run
+from unclip_pl.errors import InputError
+from unclip_pl.files import read_checkpoint, replacing
+from unclip_pl.generation.bundle import STATE, Member, some_rows, write_bundle
+from unclip_pl.generation.pipeline import RUN, read_run
+from unclip_pl.generation.provenance import STAGES, commit
 
 #: What sampling needs of a checkpoint, beside its weights.
 KEPT = ("hyper_parameters", "global_step", "train_seconds", "posterior_mse")
@@ -38,7 +38,7 @@ def bundle(paths: list[str], out: str = "") -> None:
         out: safetensors file to write; without it, the run's folder with that ending.
     """
     if len(paths) != 1:
-        raise ValueError(f"Expected one run, such as: unclip bundle runs/quickstart. Got {len(paths)}.")
+        raise InputError(f"Expected one run, such as: unclip bundle runs/quickstart. Got {len(paths)}.")
     root = Path(paths[0])
     run = read_run(root)
     description = json.loads((root / RUN).read_text())

@@ -31,7 +31,7 @@ def edit(
         device: where to compute.
     """
     with Studio(run, device) as studio:
-        from unclip_pl.manipulation import check_thetas
+        from unclip_pl.generation.manipulation import check_thetas
 
         check_thetas(thetas)
         unclip, given = studio.unclip, studio.open(pictures)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from unclip_pl.clip import ClipSpec
+from unclip_pl.errors import InputError
 from unclip_pl.interop.files import read_karlo
 from unclip_pl.interop.runs import write_karlo
 
@@ -22,7 +23,7 @@ def karlo(
         clip: the CLIP that conditions Karlo: OpenAI's ViT-L/14, downloaded by open_clip unless a file is named.
     """
     if not paths:
-        raise ValueError(
+        raise InputError(
             "Expected Karlo's files, or diffusers' folder, such as: unclip import karlo DIR --out runs/karlo."
         )
     files = read_karlo(paths)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from unclip_pl.commands.studio import Studio
+from unclip_pl.errors import InputError
 
 #: How a row is called.
 LABELS: dict[Literal["inverted", "fixed"], str] = {"inverted": "x_T interpolated as well", "fixed": "one x_T for all"}
@@ -35,9 +36,9 @@ def interpolate(
         device: where to compute.
     """
     if len(pictures) != 2:
-        raise ValueError(f"Expected two image files. Got {len(pictures)}.")
+        raise InputError(f"Expected two image files. Got {len(pictures)}.")
     if num < 2:
-        raise ValueError(f"Expected num >= 2, for the two ends. Got {num}.")
+        raise InputError(f"Expected num >= 2, for the two ends. Got {num}.")
     with Studio(run, device) as studio:
         unclip, given = studio.unclip, studio.open(pictures)
         latent = unclip.invert(given.pixels, steps=steps, guidance=guidance, progress=studio.bar("inverting"))

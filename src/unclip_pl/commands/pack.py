@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from tqdm import tqdm
 
-from unclip_pl.data.pack import Form, pack_shards, require_good
-from unclip_pl.data.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
 from unclip_pl.data.transforms import Encoding
+from unclip_pl.packing.pack import Form, pack_shards, require_good
+from unclip_pl.packing.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
 from unclip_pl.shapes.render import Split
 
 

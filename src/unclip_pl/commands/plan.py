@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from unclip_pl.errors import InputError
+
 
 @dataclass
 class Stage:
@@ -48,7 +50,7 @@ def write_out(stages: dict[str, Stage]) -> dict[str, Stage]:
             wanted = [_fill_in(need, own) for need in stage.needs]
             unknown = {need for need in wanted if not (values.get(need) or need in before)}
             if unknown:
-                raise ValueError(f"Stage {name!r} needs {sorted(unknown)}. Expected stages that stand before it.")
+                raise InputError(f"Stage {name!r} needs {sorted(unknown)}. Expected stages that stand before it.")
             needs = [n for need in wanted for n, theirs in values.get(need, [(need, {})]) if _agree(own, theirs)]
             values[name].append((full, own))
             written[full] = replace(stage, run=_fill_in(stage.run, own), needs=needs, matrix={})

@@ -10,6 +10,7 @@ from typing import Any
 
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.data.precompute import embed_share, finish
+from unclip_pl.errors import InputError
 
 
 def precompute(
@@ -71,7 +72,7 @@ def _fabric(accelerator: str, devices: int, num_nodes: int) -> Any:
     world_size = devices * num_nodes
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     if world_size == 1 and started > 1:
-        raise ValueError(
+        raise InputError(
             f"Expected --devices times --num_nodes to be the {started} processes that were started. Got 1."
         )
     # Nothing but the end is waited for, and that for as long as the largest share takes.

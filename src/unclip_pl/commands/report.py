@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from unclip_pl.evaluation.report import print_summary, render
 from unclip_pl.evaluation.study import CELLS
-from unclip_pl.evaluation.study_page import print_study, render_study
+from unclip_pl.report.report import print_summary, render
+from unclip_pl.report.study_page import print_study, render_study
 
 
 def report(run: str = "runs/quickstart") -> None:

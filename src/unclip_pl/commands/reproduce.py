@@ -19,16 +19,15 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from unclip_pl.checkpoint import previous_of
 from unclip_pl.cli import dispatch
 from unclip_pl.commands.plan import Stage, spell_out, work, write_out
-from unclip_pl.data.atomic import sha256
 from unclip_pl.data.sources import Shard, list_shards
-from unclip_pl.evaluation.cell import write_json
-from unclip_pl.evaluation.provenance import STAGES, commit
-from unclip_pl.evaluation.report import render
-from unclip_pl.evaluation.study_page import log_study, print_study, render_study
-from unclip_pl.pipeline import write_run
+from unclip_pl.errors import MissingFileError
+from unclip_pl.files import previous_of, sha256, write_json
+from unclip_pl.generation.pipeline import write_run
+from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.report.report import render
+from unclip_pl.report.study_page import log_study, print_study, render_study
 
 #: In the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
@@ -193,9 +192,7 @@ def _bring_about(base: str, recipe: str, words: list[str]) -> None:
     if (Path(base) / "run.json").is_file():
         return
     if not recipe:
-        raise FileNotFoundError(
-            f"No run at {base}: expected one that this recipe builds on, or base_recipe to make it."
-        )
+        raise MissingFileError(f"No run at {base}: expected one that this recipe builds on, or base_recipe to make it.")
     dispatch(["reproduce", "--config", recipe, "--run", base, *words])
 
 
@@ -211,7 +208,7 @@ def _digest(content: Any) -> str:
 def resolved(path: Path) -> Any:
     """A YAML file's content with the files that it names by relative path put in their place."""
     if not path.is_file():
-        raise FileNotFoundError(f"No config at {path}: expected a YAML file, such as those under configs/.")
+        raise MissingFileError(f"No config at {path}: expected a YAML file, such as those under configs/.")
 
     def inline(node: Any) -> Any:
         if isinstance(node, dict):

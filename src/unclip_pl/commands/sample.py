@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unclip_pl.commands.studio import Studio
+from unclip_pl.errors import InputError, MissingFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unclip_pl.pictures import Row
+    from unclip_pl.generation.pictures import Row
 
 
 def sample(
@@ -52,11 +53,11 @@ def sample(
     """
     texts = [*captions, *(_lines(prompts) if prompts else [])]
     if not texts and not from_embedding:
-        raise ValueError('Expected a caption, such as: unclip sample "a large red star on a navy background".')
+        raise InputError('Expected a caption, such as: unclip sample "a large red star on a navy background".')
     if from_embedding and (candidates is not None or prior_guidance is not None):
-        raise ValueError("Expected --from_embedding, which asks no prior, or settings of a prior. Got both.")
+        raise InputError("Expected --from_embedding, which asks no prior, or settings of a prior. Got both.")
     if Path(out).suffix not in ("", ".png"):
-        raise ValueError(f"Expected out to be a .png file, or a folder. Got {out}.")
+        raise InputError(f"Expected out to be a .png file, or a folder. Got {out}.")
     facts: dict[str, object] = {"guidance": guidance}
     with Studio(run, device) as studio:
         unclip = studio.unclip
@@ -122,17 +123,17 @@ def _layout(
 def _lines(path: str) -> list[str]:
     """Captions of a text file, one a line; empty lines do not count."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No prompts at {path}: expected a text file with a caption a line.")
+        raise MissingFileError(f"No prompts at {path}: expected a text file with a caption a line.")
     texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
-        raise ValueError(f"Expected a caption a line in {path}. Got none.")
+        raise InputError(f"Expected a caption a line in {path}. Got none.")
     return texts
 
 
 def _embeddings(studio: Studio, path: str) -> "Tensor":
     """What ``unclip predict`` wrote, of this run's CLIP."""
-    from unclip_pl.nn.files import read_tensors
-    from unclip_pl.pipeline import check_clip
+    from unclip_pl.files import read_tensors
+    from unclip_pl.generation.pipeline import check_clip
 
     tensors, metadata = read_tensors(path, ["image_embed"], what="embeddings", command="unclip predict")
     check_clip(studio.unclip.clip.fingerprint, metadata.get("fingerprint", ""), path)

@@ -13,15 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unclip_pl.pictures import Pictures, Row
-    from unclip_pl.pipeline import Unclip
+    from unclip_pl.generation.pictures import Pictures, Row
+    from unclip_pl.generation.pipeline import Unclip
 
 
 class Studio(AbstractContextManager["Studio"]):
     """A context: the run is there and the bars stand while it is open.
 
     Args:
-        run: to draw with, see :func:`~unclip_pl.pipeline.find_run`.
+        run: to draw with, see :func:`~unclip_pl.generation.pipeline.find_run`.
         device: where to compute.
     """
 
@@ -43,7 +43,7 @@ class Studio(AbstractContextManager["Studio"]):
         self.bars.start()
         try:
             reading = self.bars.add_task(f"reading {self.run or 'the run'}", total=None)
-            from unclip_pl.pipeline import Unclip
+            from unclip_pl.generation.pipeline import Unclip
 
             self.unclip = Unclip.load(self.run, self.device)
             self.bars.update(reading, total=1, completed=1)
@@ -70,9 +70,9 @@ class Studio(AbstractContextManager["Studio"]):
         """Pictures at the larger of CLIP's size and the decoder's; says what was done to them.
 
         Raises:
-            ValueError: none, or one that cannot be read; see :func:`~unclip_pl.pictures.open_pictures`.
+            ValueError: none, or one that cannot be read; see :func:`~unclip_pl.generation.pictures.open_pictures`.
         """
-        from unclip_pl.pictures import open_pictures
+        from unclip_pl.generation.pictures import open_pictures
 
         pictures = open_pictures(paths, max(self.unclip.clip.image_size, self.unclip.decoder.image_size))
         for path, note in zip(paths, pictures.notes, strict=True):
@@ -87,20 +87,20 @@ class Studio(AbstractContextManager["Studio"]):
     @cached_property
     def origin(self) -> dict[str, str]:
         """The run, and the commit of this code; of a bundle the weights' too."""
-        from unclip_pl.evaluation.provenance import commit
+        from unclip_pl.generation.provenance import commit
 
         run, trained, _ = self.unclip.origin
         return {"run": run, "commit": commit()} | ({"trained at commit": trained} if trained else {})
 
     def save(self, path: str, image: "Tensor", facts: dict[str, object]) -> None:
         """An image (3, H, H) as a PNG that carries what made it: the facts, and :attr:`origin`."""
-        from unclip_pl.pictures import save_png, to_image
+        from unclip_pl.generation.pictures import save_png, to_image
 
         save_png(to_image(image), path, facts | self.origin)
 
     def save_grid(self, path: str, rows: Sequence["Row"], columns: Sequence[str], facts: dict[str, object]) -> None:
         """A grid, likewise."""
-        from unclip_pl.pictures import grid, save_png
+        from unclip_pl.generation.pictures import grid, save_png
 
         save_png(grid(rows, columns), path, facts | self.origin)
         self.say(f"wrote {path}")

@@ -17,6 +17,7 @@ from unclip_pl.data.precompute import pending, precompute
 from unclip_pl.data.sampler import Blocks, BlockShuffleSampler, EvaluationSampler, RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import STATISTICS, EmbeddingStore
+from unclip_pl.errors import InputError
 from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, UpsamplerBatch
 
 #: Missing shards that one rank may embed while the others wait in a barrier.
@@ -191,7 +192,7 @@ class UnclipDataModule(ResumableDataModule):
         """
         missing = pending(self.source, self.store, self.fingerprint)
         if world_size > 1 and len(missing) > allowed:
-            raise ValueError(
+            raise InputError(
                 f"{len(missing)} shards of {self.source} have no embeddings in {self.store}, and {world_size} "
                 f"processes cannot wait for one to make them: run `unclip precompute --source {self.source} "
                 f"--store {self.store} --clip.name {self.clip.name} --clip.pretrained '{self.clip.pretrained}'` first."
@@ -222,7 +223,7 @@ class UnclipDataModule(ResumableDataModule):
     def _evaluation(self, split: Split) -> DataLoader[Any]:
         rows = self.embeddings.rows(split)
         if not len(rows):
-            raise ValueError(
+            raise InputError(
                 f"Expected {split.name.lower()} images in {self.source}. Got none: shards called "
                 f"{split.name.lower()}-*.tar hold them."
             )
@@ -240,7 +241,7 @@ class UnclipDataModule(ResumableDataModule):
         wanted = getattr(task, "batch_type", None)
         if wanted not in makers:
             names = ", ".join(kind.__name__ for kind in makers)
-            raise ValueError(f"Expected {type(task).__name__}.batch_type to be one of {names}. Got {wanted!r}.")
+            raise InputError(f"Expected {type(task).__name__}.batch_type to be one of {names}. Got {wanted!r}.")
         return makers[wanted]
 
 

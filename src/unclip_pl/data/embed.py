@@ -13,12 +13,13 @@ from torch import Tensor
 
 from unclip_pl.clip.encoder import ClipEncoder
 from unclip_pl.data.ahead import ahead
-from unclip_pl.data.atomic import sha256
 from unclip_pl.data.features import Contents, ShardFeatures, moments_of, offsets_of, pack_texts, write_features
 from unclip_pl.data.manifest import ShardRecord, tool_version
 from unclip_pl.data.shards import Entry, ShardIndex, Split, decode_entries, index_shard
 from unclip_pl.data.sources import Shard
 from unclip_pl.data.transforms import to_pixels
+from unclip_pl.errors import InputError
+from unclip_pl.files import sha256
 
 #: Batches that wait decoded while CLIP is busy.
 DEPTH = 2
@@ -171,7 +172,7 @@ def _embed_captions(
 def _half(values: Tensor, shard: Shard) -> np.ndarray:
     half = values.to("cpu", torch.float16)
     if not half.isfinite().all():
-        raise ValueError(f"CLIP gave values for {shard} that are not finite in float16: check its weights.")
+        raise InputError(f"CLIP gave values for {shard} that are not finite in float16: check its weights.")
     return half.numpy()
 
 

@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from unclip_pl.data.atomic import replacing
 from unclip_pl.data.manifest import ShardRecord
 from unclip_pl.data.shards import encode_text
+from unclip_pl.errors import InputError
+from unclip_pl.files import replacing
 from unclip_pl.nn.space import Moments
 
 _DTYPES = {"F16": "<f2", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1"}
@@ -103,7 +104,7 @@ def write_features(path: Path, contents: Contents, record: ShardRecord, opened_n
         try:
             save_file(contents.tensors(), temporary, metadata={_HEAD: head})  # one entry: of several the order varies
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise InputError(f"{path} cannot be written: {error}") from error
         os.utime(temporary, ns=(opened_ns, opened_ns))
 
 
@@ -148,7 +149,7 @@ def map_features(path: Path) -> ShardFeatures:
             arrays[name] = view.reshape(header[name]["shape"])
         return ShardFeatures(**arrays)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is missing or damaged ({error!r}): run `unclip precompute`, which makes it again."
         ) from error
 

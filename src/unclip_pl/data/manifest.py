@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unclip_pl.data.atomic import replacing, sha256
 from unclip_pl.data.shards import Split, split_of_file
 from unclip_pl.data.sources import UNKNOWN, Shard
+from unclip_pl.errors import InputError
+from unclip_pl.files import replacing, sha256
 
 NAME = "manifest.jsonl"
 
@@ -90,7 +91,7 @@ def read_manifest(store: Path) -> dict[str, ShardRecord]:
         try:
             record = ShardRecord(**_completed(json.loads(line)))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number} is no shard record ({error}): delete the manifest and run `unclip precompute`, "
                 "which makes it again from the files beside it."
             ) from error
@@ -109,7 +110,7 @@ def require_one_clip(store: Path, records: Iterable[ShardRecord], fingerprint: s
     """Raise ValueError where the store holds another CLIP's embeddings."""
     foreign = sorted({record.clip for record in records} - {fingerprint})
     if foreign:
-        raise ValueError(
+        raise InputError(
             f"Embeddings in {store} were made by CLIP {foreign[0]!r}, but this run uses {fingerprint!r}. Run "
             "`unclip precompute` with another --store for it (and name that as data.store), or change the clip."
         )

@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unclip_pl.data.samples import Picture, Sample
 from unclip_pl.data.shards import MAX_IMAGE, MAX_TEXT, encode_text
 from unclip_pl.data.transforms import BadSample, Encoding, center_square, decode_image, scale_shorter, suffix_of
+from unclip_pl.errors import InputError
+from unclip_pl.packing.samples import Picture, Sample
 
 _FORMAT: dict[Encoding, str] = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -30,11 +31,11 @@ class Form(NamedTuple):
     def check(self) -> None:
         """Raise ValueError where no image can have this form."""
         if self.size is None and self.resize != "square":
-            raise ValueError(f"Expected a size to resize to ({self.resize}). Got none: give --size.")
+            raise InputError(f"Expected a size to resize to ({self.resize}). Got none: give --size.")
         if self.size is not None and not 0 < self.size <= 8192:
-            raise ValueError(f"Expected a size of 1 to 8192 pixels. Got {self.size}.")
+            raise InputError(f"Expected a size of 1 to 8192 pixels. Got {self.size}.")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"Expected a quality of 1 to 100. Got {self.quality}.")
+            raise InputError(f"Expected a quality of 1 to 100. Got {self.quality}.")
 
 
 def members_of(sample: Sample, form: Form) -> list[tuple[str, bytes]]:

@@ -14,6 +14,7 @@ from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, read_span
 from unclip_pl.data.sources import list_shards
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
+from unclip_pl.errors import InputError
 from unclip_pl.types import ClipBatch
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class PairStore:
         if skipped:
             log.warning("%s: skipped %d sample(s): %s", source, skipped.total(), dict(skipped))
         if not self.entries:
-            raise ValueError(f"Expected images with captions in {source}. Got no usable sample: {dict(skipped)}.")
+            raise InputError(f"Expected images with captions in {source}. Got no usable sample: {dict(skipped)}.")
         self.splits = np.array([entry.split for _, entry in self.entries], np.uint8)
         captions = list(dict.fromkeys(caption for _, entry in self.entries for caption in entry.captions))
         place = {caption: row for row, caption in enumerate(captions)}
@@ -101,7 +102,7 @@ class PairStore:
                 continue
             good.append(place)
         if not images:
-            raise ValueError(f"Expected readable images in {self.entries[rows[0]][0]}. Got a whole batch of bad ones.")
+            raise InputError(f"Expected readable images in {self.entries[rows[0]][0]}. Got a whole batch of bad ones.")
         # Others in their places: ranks exchange their batches, which have to be of one size.
         again = np.resize(np.arange(len(good)), len(rows))
         return torch.stack(images)[torch.from_numpy(again)], np.array(good)[again]

@@ -15,12 +15,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data.atomic import replacing
 from unclip_pl.data.embed import embed_shards, features_file
 from unclip_pl.data.features import map_features, moments_of, read_contents, read_moments, read_record
 from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip, write_manifest
 from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.data.store import STATISTICS
+from unclip_pl.errors import InputError
+from unclip_pl.files import replacing
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.types import TextFeatures
 
@@ -116,7 +117,7 @@ def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: f
     records = [record for record in found.values() if record]
     if len(records) < len(shards):
         missing = [str(shard) for shard, record in found.items() if not record]
-        raise ValueError(
+        raise InputError(
             f"{len(missing)} of {len(shards)} shards have no embeddings in {folder}, such as {missing[0]}: "
             "run `unclip precompute` again."
         )
@@ -194,12 +195,12 @@ def _require_good(source: str, records: list[ShardRecord], max_bad_fraction: flo
     named = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     good, bad = sum(record.images for record in records), reasons.total()
     if good == 0:
-        raise ValueError(
+        raise InputError(
             f"Expected images with captions in {source}. Got no usable sample in {len(records)} shard(s)"
             f" ({named or 'they are empty'}): a sample is key.png or .jpg or .webp, with key.txt or key.json beside it."
         )
     if bad > max_bad_fraction * (good + bad):
-        raise ValueError(
+        raise InputError(
             f"{bad} of {good + bad} samples of {source} are bad ({named}), more than max_bad_fraction = "
             f"{max_bad_fraction}. What is embedded is kept: mend the shards, or run `unclip precompute` with a larger "
             "--max_bad_fraction."

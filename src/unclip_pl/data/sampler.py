@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from unclip_pl.errors import InputError
+
 #: Rows of a block, neighbours in one shard.
 BLOCK = 256
 
@@ -106,7 +108,7 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
     ) -> None:
         rows = int(blocks.lengths.sum())
         if rows < batch_size * world_size:
-            raise ValueError(
+            raise InputError(
                 f"Expected at least batch_size × ranks = {batch_size} × {world_size} training images. Got {rows}: "
                 "lower data.batch_size."
             )
@@ -165,7 +167,7 @@ class EvaluationSampler(DistributedSampler[RowBatch]):
 
     def __init__(self, rows: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         if len(rows) < world_size:
-            raise ValueError(
+            raise InputError(
                 f"Expected at least one image for each of {world_size} processes. Got {len(rows)}: evaluate on fewer "
                 "processes, or more images."
             )

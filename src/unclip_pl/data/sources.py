@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from unclip_pl.errors import InputError, MissingFileError
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 #: What file systems call the mark by which two versions of a file differ, the surest first.
 _MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
@@ -52,7 +54,7 @@ class Shard(NamedTuple):
             ValueError: it is not local.
         """
         if self.remote:
-            raise ValueError(f"Expected local shards, whose images can be read in any order. Got {self}: download it.")
+            raise InputError(f"Expected local shards, whose images can be read in any order. Got {self}: download it.")
         return Path(self.address)
 
     def stamp(self) -> Stamp:
@@ -82,7 +84,7 @@ class Shard(NamedTuple):
             starts, ends = [offset for offset, _ in spans], [offset + size for offset, size in spans]
             found = _asked(self, lambda system, path: system.cat_ranges([path] * len(spans), starts, ends))
         if any(len(data) != size for data, (_, size) in zip(found, spans, strict=True)):
-            raise OSError(f"Parts of {self} cannot be read: it was cut short, or its server gives whole files only.")
+            raise InputError(f"Parts of {self} cannot be read: it was cut short, or its server gives whole files only.")
         return found
 
     @contextmanager
@@ -118,8 +120,8 @@ def _asked(shard: Shard, question: Any) -> Any:
     except Exception as error:  # each file system has errors of its own
         # fsspec's HTTP says "not found" also where no server answered, and gives the reason as the cause
         if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, OSError):
-            raise FileNotFoundError(f"Shard {shard} does not exist.") from error
-        raise OSError(f"Shard {shard} cannot be read: {type(error).__name__}: {error}") from error
+            raise MissingFileError(f"Shard {shard} does not exist.") from error
+        raise InputError(f"Shard {shard} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def list_shards(source: str) -> list[Shard]:
@@ -139,14 +141,14 @@ def list_shards(source: str) -> list[Shard]:
     match = _remote_matches if "://" in source else _local_matches
     shards = [Shard(found) for pattern in _expand(source) for found in match(pattern)]
     if not shards:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"No shards at {source!r}: expected a folder of .tar files, a glob, or a range such as "
             "train-{000000..000012}.tar. `unclip pack` makes them."
         )
     shards.sort(key=lambda shard: shard.name)
     for one, other in pairwise(shards):
         if one.name == other.name:
-            raise ValueError(f"Expected shards of different names. Got {one} and {other}: rename one of them.")
+            raise InputError(f"Expected shards of different names. Got {one} and {other}: rename one of them.")
     return shards
 
 
@@ -165,7 +167,7 @@ def _local_matches(pattern: str) -> Sequence[str]:
     if has_magic(pattern):
         return glob(pattern)
     if not path.is_file():
-        raise FileNotFoundError(f"Shard {pattern} does not exist.")
+        raise MissingFileError(f"Shard {pattern} does not exist.")
     return [pattern]
 
 

@@ -20,6 +20,7 @@ from unclip_pl.data.sampler import BLOCK, Blocks, RowBatch
 from unclip_pl.data.shards import Split, parse_json
 from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
+from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, TextFeatures, UpsamplerBatch
 
 STATISTICS = "statistics.safetensors"
@@ -206,7 +207,7 @@ class EmbeddingStore:
                 try:
                     images[place] = load_square(data, self.image_size)
                 except BadSample as error:
-                    raise ValueError(
+                    raise InputError(
                         f"{error} at byte {offset} of {shard}, which was whole when it was embedded: "
                         "run `unclip precompute` again."
                     ) from error
@@ -222,7 +223,7 @@ class EmbeddingStore:
         records = read_manifest(self.path)
         missing = [shard.name for shard in self.shards if shard.name not in records]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"Expected embeddings of all {len(self.shards)} shards of {self.source} in {self.path}. {len(missing)} "
                 f"are missing, such as {missing[0]}: run `unclip precompute` for it."
             )
@@ -230,9 +231,9 @@ class EmbeddingStore:
         for shard in self.shards:
             record = records[shard.name]
             if record.file not in files:
-                raise FileNotFoundError(f"{self.path / record.file} is gone: run `unclip precompute`.")
+                raise MissingFileError(f"{self.path / record.file} is gone: run `unclip precompute`.")
             if not shard.remote and not record.describes(shard, self.path / record.file):
-                raise ValueError(
+                raise InputError(
                     f"{shard} is not the file that was embedded as {self.path / record.file}: run `unclip precompute` "
                     "again, which embeds what has changed."
                 )
@@ -269,7 +270,7 @@ def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
         and _lies_in(features.json_size, record.source_size)
     )
     if not agree:
-        raise ValueError(
+        raise InputError(
             f"{path}: expected {record.images} images and {record.captions} captions as in the manifest. Got {images} "
             f"and {captions}, or columns that do not fit each other: run `unclip precompute --verify true`."
         )

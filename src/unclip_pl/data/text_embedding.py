@@ -5,10 +5,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.data.atomic import replacing
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
+from unclip_pl.files import replacing
 from unclip_pl.nn.space import EmbeddingSpace, Moments, write_statistics
 
 STATISTICS = "text-statistics.safetensors"

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.schedule import widen
+from unclip_pl.errors import InputError
 
 
 class PosteriorMSE:
@@ -24,7 +25,7 @@ class PosteriorMSE:
 
     def __init__(self, steps: int = 1000, buckets: int = 50) -> None:
         if not 1 <= buckets <= steps:
-            raise ValueError(f"Expected 1 <= buckets <= steps. Got buckets={buckets}, steps={steps}.")
+            raise InputError(f"Expected 1 <= buckets <= steps. Got buckets={buckets}, steps={steps}.")
         self.steps = steps
         self.buckets = buckets
         self.reset()
@@ -53,6 +54,6 @@ class PosteriorMSE:
         total, index, count = self.sums.cpu().double().numpy()
         seen = count > 0
         if not seen.any():
-            raise ValueError("Expected errors of a trained network. Got none: call update(t, mse) first.")
+            raise InputError("Expected errors of a trained network. Got none: call update(t, mse) first.")
         c_t = np.interp(np.arange(self.steps), index[seen] / count[seen], total[seen] / count[seen])
         return torch.from_numpy(c_t.clip(0, bound)).float()

@@ -8,6 +8,7 @@ from torch import Tensor
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise, Grid, Progress, ddim_path, time_grid, time_of
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
+from unclip_pl.errors import InputError
 
 
 def check_eta(eta: float) -> float:
@@ -17,7 +18,7 @@ def check_eta(eta: float) -> float:
         ValueError: it lies outside [0, 1].
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"Expected 0 <= eta <= 1. Got {eta}.")
+        raise InputError(f"Expected 0 <= eta <= 1. Got {eta}.")
     return eta
 
 
@@ -51,7 +52,7 @@ class Inversion:
         times = torch.tensor(time_grid(steps, grid, train_steps)[:-1], dtype=torch.float64, device="cpu")
         sigmas = self.schedule.alpha_sigma(times)[1]
         if not (sigmas >= sigma_min).any():
-            raise ValueError(f"Expected sigma_min below 1. Got {sigma_min}.")
+            raise InputError(f"Expected sigma_min below 1. Got {sigma_min}.")
         self.times: list[float] = times[sigmas >= sigma_min].tolist()  # from 1 down to the lowest level
         self._ends = (float(sigmas[0]), float(sigmas[len(self.times) - 1]))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
+from unclip_pl.errors import InputError
 from unclip_pl.streams import Streams, fill_like
 
 Prediction = Literal["x0", "eps", "v"]
@@ -56,7 +57,7 @@ class PowerTime(TimeDensity):
 
     def __init__(self, power: float) -> None:
         if not power > 0:
-            raise ValueError(f"Expected power > 0. Got {power}.")
+            raise InputError(f"Expected power > 0. Got {power}.")
         self.power = power
 
     def draw(
@@ -101,9 +102,9 @@ class GaussianDiffusion:
         time_density: TimeDensity | None = None,
     ) -> None:
         if prediction not in ("x0", "eps", "v"):
-            raise ValueError(f"Expected prediction 'x0', 'eps' or 'v'. Got {prediction!r}.")
+            raise InputError(f"Expected prediction 'x0', 'eps' or 'v'. Got {prediction!r}.")
         if steps < 1:
-            raise ValueError(f"Expected steps >= 1. Got {steps}.")
+            raise InputError(f"Expected steps >= 1. Got {steps}.")
         self.schedule = schedule or CosineSchedule()
         self.prediction = prediction
         self.steps = steps

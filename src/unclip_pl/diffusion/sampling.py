@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unclip_pl.diffusion.process import Denoised, GaussianDiffusion, noise_like
 from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
+from unclip_pl.errors import InputError
 from unclip_pl.streams import Streams
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,) in (0, 1]
@@ -28,7 +29,7 @@ def check_guidance(scale: float) -> float:
         ValueError: it is negative: away from the caption.
     """
     if not scale >= 0:
-        raise ValueError(f"Expected guidance >= 0 (1 is off, 0 ignores the condition). Got {scale}.")
+        raise InputError(f"Expected guidance >= 0 (1 is off, 0 ignores the condition). Got {scale}.")
     return scale
 
 
@@ -83,11 +84,11 @@ def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
         ValueError: steps < 1, more steps than training steps, or an unknown grid.
     """
     if not 1 <= steps <= train_steps:
-        raise ValueError(f"Expected from 1 to {train_steps} steps, the training steps. Got {steps}.")
+        raise InputError(f"Expected from 1 to {train_steps} steps, the training steps. Got {steps}.")
     if grid == "uniform":
         return [i / steps for i in range(steps, -1, -1)]
     if grid != "strided":
-        raise ValueError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}.")
+        raise InputError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}.")
     # Stride first, as Karlo and diffusers do: the order decides which way a tie such as 499.5 goes.
     stride = (train_steps - 1) / (steps - 1) if steps > 1 else 0.0
     indices = [round(i * stride) for i in range(steps - 1)] + [train_steps - 1]
@@ -132,7 +133,7 @@ class Sampler(ABC):
         have = (type(self.schedule).__name__, self.train_steps)
         want = (type(diffusion.schedule).__name__, diffusion.steps)
         if have != want:
-            raise ValueError(
+            raise InputError(
                 f"Expected a sampler for (schedule, training steps) = {want}, as the network's. Got {have}."
             )
 
@@ -197,7 +198,7 @@ class Ancestral(Sampler):
     ) -> None:
         super().__init__(steps, grid, schedule, train_steps)
         if variance not in ("small", "large", "learned", "analytic"):
-            raise ValueError(f"Expected variance 'small', 'large', 'learned' or 'analytic'. Got {variance!r}.")
+            raise InputError(f"Expected variance 'small', 'large', 'learned' or 'analytic'. Got {variance!r}.")
         self.variance = variance
         self.posterior_mse = self._check(posterior_mse)
         self._path, self._log_ratio = self._plan()
@@ -213,12 +214,12 @@ class Ancestral(Sampler):
         """As `Sampler.check`."""
         super().check(diffusion, learns_variance=learns_variance)
         if self.variance == "learned" and not learns_variance:
-            raise ValueError(
+            raise InputError(
                 "Expected a network that learned its variance, for variance='learned'. Got one that did not: sample "
                 "with 'small' or 'large', or by DDIM."
             )
         if self.variance == "analytic" and self.posterior_mse is None:
-            raise ValueError(
+            raise InputError(
                 "Expected posterior_mse for variance='analytic'. Got none: diffusion priors keep it in the checkpoint, "
                 "other networks sample with 'small' or 'large', or by DDIM."
             )
@@ -229,10 +230,10 @@ class Ancestral(Sampler):
         noise = std * noise_like(x_t, generator=generator)
         if self.variance == "learned":
             if denoised.frac is None:
-                raise ValueError("Expected a network that predicts its variance, for variance='learned'. Got none.")
+                raise InputError("Expected a network that predicts its variance, for variance='learned'. Got none.")
             noise = noise * (0.5 * self._log_ratio[i] * (denoised.frac - 1)).exp()
         if self.variance == "analytic" and self.posterior_mse is None:
-            raise ValueError("Expected posterior_mse for variance='analytic'. Got none: see `with_posterior_mse`.")
+            raise InputError("Expected posterior_mse for variance='analytic'. Got none: see `with_posterior_mse`.")
         return c_x0 * denoised.x0 + c_xt * x_t + noise
 
     def _plan(self) -> tuple[list[Step], list[float]]:
@@ -249,9 +250,9 @@ class Ancestral(Sampler):
 
     def _check(self, c_t: Tensor | None) -> Tensor | None:
         if c_t is not None and c_t.shape != (self.train_steps,):
-            raise ValueError(f"Expected posterior_mse of shape ({self.train_steps},). Got {tuple(c_t.shape)}.")
+            raise InputError(f"Expected posterior_mse of shape ({self.train_steps},). Got {tuple(c_t.shape)}.")
         if c_t is not None and not c_t.isfinite().all():
-            raise ValueError("Expected posterior_mse to be finite. Got nan or inf: was the network trained?")
+            raise InputError("Expected posterior_mse to be finite. Got nan or inf: was the network trained?")
         return c_t
 
 
@@ -279,7 +280,7 @@ class DDIM(Sampler):
     ) -> None:
         super().__init__(steps, grid, schedule, train_steps)
         if not 0 <= eta <= 1:
-            raise ValueError(f"Expected 0 <= eta <= 1. Got {eta}.")
+            raise InputError(f"Expected 0 <= eta <= 1. Got {eta}.")
         self.eta = eta
         self._path = ddim_path(self.schedule, self.times[:-1], eta)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.claims import claims
 from unclip_pl.evaluation.scores import (
     View,
@@ -25,9 +26,9 @@ from unclip_pl.evaluation.scores import (
     win_rates,
     zero_shot,
 )
+from unclip_pl.generation.priors import ARPrior, Prior, TrueEmbedding
 from unclip_pl.metrics.clip_score import retrieval_ranks
 from unclip_pl.metrics.interval import Interval, mean_interval
-from unclip_pl.priors import ARPrior, Prior, TrueEmbedding
 from unclip_pl.shapes.render import Attributes, encode
 from unclip_pl.types import TextFeatures
 
@@ -77,7 +78,7 @@ def true_attributes(metadata: list[dict[str, Any]]) -> Tensor:
         ValueError: they have none.
     """
     if any("attributes" not in sample for sample in metadata):
-        raise ValueError(
+        raise InputError(
             "The oracle reads shapes, but samples of this data have no `attributes` in their json: leave `oracle` out "
             "of the comparison, or pack the shapes with `unclip pack shapes`."
         )

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.data.atomic import replacing
 from unclip_pl.evaluation.assemble import true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather, join_views
-from unclip_pl.evaluation.provenance import provenance, settings
 from unclip_pl.evaluation.sampled import resize
 from unclip_pl.evaluation.scores import View, accuracy_by_attribute
 from unclip_pl.evaluation.task import check_store, streams_for
+from unclip_pl.files import replacing
+from unclip_pl.generation.pictures import grid, save_png
+from unclip_pl.generation.pipeline import Decoder, Upsampler, check_clip
+from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.metrics.attributes import captions_right
 from unclip_pl.metrics.frechet import FrechetDistance, frechet_interval
 from unclip_pl.metrics.interval import mean_interval
-from unclip_pl.pictures import grid, save_png
-from unclip_pl.pipeline import Decoder, Upsampler, check_clip
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
 

@@ -3,7 +3,6 @@ interval, win rate, curve and table of the study's report: no network is asked a
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from unclip_pl.evaluation.assemble import Heldout
 from unclip_pl.evaluation.drawing import Painter
 from unclip_pl.evaluation.flops import training_flops
 from unclip_pl.evaluation.probe import AttributeProbe
-from unclip_pl.evaluation.provenance import provenance, settings
-from unclip_pl.evaluation.report import Atlas
 from unclip_pl.evaluation.sampled import SampledPriors, resize, shown_rows
 from unclip_pl.evaluation.scores import (
     View,
@@ -31,14 +28,17 @@ from unclip_pl.evaluation.scores import (
     stated_indices,
     states_unseen_pair,
 )
+from unclip_pl.files import write_json
+from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.metrics.attributes import stated_match
 from unclip_pl.metrics.clip_score import clip_scores
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.neighbours import neighbour_values
 from unclip_pl.nn.text import repeat_text
-from unclip_pl.pipeline import Decoder
-from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.report.report import Atlas
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import PriorBatch, TextFeatures
 
@@ -290,14 +290,6 @@ def settings_hash(config: Any) -> str:
         return "" if isinstance(node, str) and "/" in node else node
 
     return sha256(json.dumps(bare(config), sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all; long lists in one line each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n")
-    os.replace(temporary, path)
 
 
 def _plain(node: Any) -> Any:

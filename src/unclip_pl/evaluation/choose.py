@@ -20,14 +20,15 @@ from lightning import LightningModule
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.cell import write_json
-from unclip_pl.evaluation.provenance import provenance
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.scores import join_text
 from unclip_pl.evaluation.task import check_store
+from unclip_pl.files import write_json
+from unclip_pl.generation.pipeline import check_clip
+from unclip_pl.generation.priors import Prior
+from unclip_pl.generation.provenance import provenance
 from unclip_pl.metrics.clip_score import retrieval_ranks
 from unclip_pl.metrics.frechet import FrechetDistance
-from unclip_pl.pipeline import check_clip
-from unclip_pl.priors import Prior
 from unclip_pl.types import PriorBatch
 
 
@@ -81,7 +82,7 @@ class Choice(LightningModule):
     ) -> None:
         super().__init__()
         if len(priors) != 1 or not hasattr(next(iter(priors.values())), "guidance"):
-            raise ValueError(f"Expected one prior, with an attribute `guidance`. Got {', '.join(priors) or 'none'}.")
+            raise InputError(f"Expected one prior, with an attribute `guidance`. Got {', '.join(priors) or 'none'}.")
         self.run = Path(run)
         self.clip = clip
         self.name, self.prior = next(iter(priors.items()))
@@ -103,7 +104,7 @@ class Choice(LightningModule):
             ValueError: several processes, or embeddings of another CLIP.
         """
         if self.trainer.world_size > 1:
-            raise ValueError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
+            raise InputError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
         fingerprint = self.clip.within(self.run).load().fingerprint
         check_store(self, fingerprint)
         text = join_text([batch.text for batch in self._batches])

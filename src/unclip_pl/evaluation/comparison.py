@@ -8,13 +8,13 @@ from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.assemble import Heldout, Material, assemble
-from unclip_pl.evaluation.provenance import provenance, settings
-from unclip_pl.evaluation.report import Atlas, print_summary, scalars, write_report
 from unclip_pl.evaluation.sampled import SampledPriors, resize, shown_rows
 from unclip_pl.evaluation.scores import View, open_captions, select_text
+from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.nn.text import repeat_text
-from unclip_pl.pipeline import Decoder
-from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.report.report import Atlas, print_summary, scalars, write_report
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import TextFeatures
 

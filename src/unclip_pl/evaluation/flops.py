@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.evaluation.scores import select_text
-from unclip_pl.priors import Prior
+from unclip_pl.generation.priors import Prior
 from unclip_pl.tasks import Task
 from unclip_pl.types import PriorBatch, TextFeatures
 

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.data.pack import write_shards
-from unclip_pl.data.samples import Sample
 from unclip_pl.evaluation.task import check_store, streams_for, to_bytes
-from unclip_pl.pipeline import Decoder, check_clip, check_norm
-from unclip_pl.priors import Prior, TrueEmbedding
+from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
+from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.packing.pack import write_shards
+from unclip_pl.packing.samples import Sample
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.assemble import Cost, Heldout, join_heldout, true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.flops import sampling_flops
 from unclip_pl.evaluation.scores import select_text
 from unclip_pl.evaluation.task import check_store, streams_for
-from unclip_pl.pipeline import Decoder, check_clip, check_norm
-from unclip_pl.priors import Prior
+from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
+from unclip_pl.generation.priors import Prior
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
@@ -63,11 +64,11 @@ class SampledPriors(LightningModule):
     ) -> None:
         super().__init__()
         if seeds < 2:
-            raise ValueError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
+            raise InputError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
         if judge == clip:
-            raise ValueError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
+            raise InputError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
         if decoder is not None and judge is None:
-            raise ValueError("Expected a judge beside the decoder: somebody must look at its images. Got none.")
+            raise InputError("Expected a judge beside the decoder: somebody must look at its images. Got none.")
         self.run = Path(run)
         self.decoder_run = self.run
         self.weights = Path(weights)
@@ -99,7 +100,7 @@ class SampledPriors(LightningModule):
         for name, prior in self.priors.items():
             check_clip(fingerprint, prior.load(self.weights, device).fingerprint, f"the prior {name!r}")
             if prior.keeps_norm:
-                raise ValueError(f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm.")
+                raise InputError(f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm.")
             if self.decoder is not None:
                 check_norm(prior, self.decoder)
         self._heldout: list[Heldout] = []

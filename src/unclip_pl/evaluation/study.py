@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.evaluation.assemble import plain
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.study_claims import study_claims
@@ -69,7 +70,7 @@ def read_study(folder: Path) -> Study:
     """
     paths = sorted((folder / CELLS).glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"No cells in {folder / CELLS}: `unclip reproduce` of a rematch measures them.")
+        raise MissingFileError(f"No cells in {folder / CELLS}: `unclip reproduce` of a rematch measures them.")
     cells = [_read(path) | {"file": path.name} for path in paths]
     arms: dict[str, Arms] = defaultdict(dict)
     for cell in cells:
@@ -160,7 +161,7 @@ def stacked(arm: Arms, kind: str, name: str) -> Tensor:
     rows = [arm[seed][kind][name] for seed in sorted(arm)]
     if len({len(row) for row in rows}) > 1:
         counts = ", ".join(str(len(row)) for row in rows)
-        raise ValueError(f"Expected {name} of as many captions at every seed. Got {counts}: measure the cells again.")
+        raise InputError(f"Expected {name} of as many captions at every seed. Got {counts}: measure the cells again.")
     return torch.tensor([[torch.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
 
 
@@ -324,6 +325,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is broken ({error}): delete it and run the study again, it measures this alone."
         ) from None

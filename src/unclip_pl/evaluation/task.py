@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
+from unclip_pl.generation.priors import Prior, TrueEmbedding
 from unclip_pl.metrics import CLIPScore, EmbeddingCalibration, FrechetDistance, NeighbourScores, RetrievalRecall
-from unclip_pl.pipeline import Decoder, check_clip, check_norm
-from unclip_pl.priors import Prior, TrueEmbedding
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 
@@ -40,7 +41,7 @@ class PriorEvaluation(LightningModule):
     def __init__(self, run: str, clip: ClipSpec, prior: Prior, seeds: int = 2, seed: int = 0) -> None:
         super().__init__()
         if seeds < 2:
-            raise ValueError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
+            raise InputError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
         self.run = Path(run)
         self.clip = clip
         self.prior = prior
@@ -114,7 +115,7 @@ class ImageEvaluation(LightningModule):
     ) -> None:
         super().__init__()
         if judge == clip:
-            raise ValueError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
+            raise InputError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
         self.run = Path(run)
         self.clip = clip
         self.judge = judge
@@ -214,12 +215,12 @@ def load_inception(path: str) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if not Path(path).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"No Inception weights at {path}: download weights-inception-2015-12-05-6726825d.pth of torch-fidelity "
             "v0.2.0, or leave inception_weights empty and read fd_judge."
         )
     try:  # torch-fidelity unpickles whatever it is given: nothing but tensors may get there
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} holds no plain weights ({type(error).__name__}): download it again.") from error
+        raise InputError(f"{path} holds no plain weights ({type(error).__name__}): download it again.") from error
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)

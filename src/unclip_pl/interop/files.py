@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
 from unclip_pl.interop.karlo import KarloPrior, KarloUNet
 from unclip_pl.interop.layout import Layout, Weights
@@ -56,7 +57,7 @@ def read_karlo(paths: Iterable[str | Path]) -> KarloFiles:
         found = _folder(path) if path.is_dir() else _file(path)
         for name, part in found.parts.items():
             if name in parts:
-                raise ValueError(f"Expected one {name}. Got two: {parts[name].path} and {part.path}.")
+                raise InputError(f"Expected one {name}. Got two: {parts[name].path} and {part.path}.")
             parts[name] = part
         statistics = found.statistics or statistics
     return KarloFiles(parts, statistics)
@@ -107,19 +108,19 @@ def _diffusers(folder: Path) -> Weights:
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).is_file():
             return _read(folder / name)
-    raise FileNotFoundError(f"No diffusion_pytorch_model.safetensors or .bin in {folder}.")
+    raise MissingFileError(f"No diffusion_pytorch_model.safetensors or .bin in {folder}.")
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"No file or folder at {path}.")
+        raise MissingFileError(f"No file or folder at {path}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"{path} holds no plain weights ({type(error).__name__}: {reason:.200}).") from error
+        raise InputError(f"{path} holds no plain weights ({type(error).__name__}: {reason:.200}).") from error
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> Weights:
@@ -132,8 +133,8 @@ def _below(state: dict[str, Tensor], prefix: str) -> Weights:
     }
 
 
-def _unknown(path: Path) -> ValueError:
-    return ValueError(
+def _unknown(path: Path) -> InputError:
+    return InputError(
         f"{path} holds no part of Karlo: expected its prior, decoder or improved-sr checkpoint, its statistics (two "
         "tensors), or a folder of diffusers' UnCLIPPipeline with prior/, decoder/ and text_proj/, super_res_first/ and "
         "super_res_last/."

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from unclip_pl.errors import InputError
+
 Weights = Mapping[str, Tensor]
 
 
@@ -42,7 +44,7 @@ class Layout(ABC):
         """
         missing = [there for there in self.names(name) if there not in weights]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"Expected {', '.join(missing)}, which says the network's sizes. Got a checkpoint without."
             )
         return tuple(self.join([weights[there] for there in self.names(name)], name).shape)
@@ -80,7 +82,7 @@ def load_weights(net: nn.Module, weights: Weights, layout: Layout, what: str = "
         _fault("misshapen", misshapen),
     ]
     if any(faults):
-        raise ValueError(f"{what} does not fit {type(net).__name__}: {'; '.join(filter(None, faults))}.")
+        raise InputError(f"{what} does not fit {type(net).__name__}: {'; '.join(filter(None, faults))}.")
     for name, parameter in parameters.items():
         parameter.copy_(made[name])
 

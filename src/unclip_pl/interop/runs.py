@@ -9,13 +9,14 @@ from lightning import __version__ as lightning_version
 from torch import nn
 
 from unclip_pl.clip import ClipSpec
+from unclip_pl.errors import InputError
+from unclip_pl.generation.pipeline import write_run
 from unclip_pl.interop.files import KarloFiles, Part
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.interop.sizes import decoder_sizes, prior_sizes, upsampler_sizes
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import write_raw_statistics
 from unclip_pl.nn.unet import UNet, UpsamplerUNet
-from unclip_pl.pipeline import write_run
 from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, Task, UpsamplerTask
 
 STATISTICS = "statistics.safetensors"
@@ -39,9 +40,9 @@ def write_karlo(files: KarloFiles, root: Path, clip: ClipSpec) -> list[str]:
     if (root / "run.json").exists():
         raise FileExistsError(f"{root} holds a run already: import into another folder (--out).")
     if files.statistics is None:
-        raise ValueError("Expected Karlo's statistics (ViT-L-14_stats.th, or diffusers' prior/). Got none among these.")
+        raise InputError("Expected Karlo's statistics (ViT-L-14_stats.th, or diffusers' prior/). Got none among these.")
     if len(files.statistics.mean) != clip.embed_dim:
-        raise ValueError(
+        raise InputError(
             f"Expected a CLIP of {len(files.statistics.mean)} dimensions, as Karlo's statistics. Got "
             f"{clip.name} of {clip.embed_dim}: name its CLIP with --clip.name and --clip.pretrained."
         )
@@ -147,11 +148,11 @@ def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
         upsampler = {"checkpoint": checkpoint("upsampler"), "sampler": ancestral(7, "small")}
         if "upsampler_last" in parts:
             upsampler["last_step"] = checkpoint("upsampler_last")
-        decoder["upsamplers"] = [{"class_path": "unclip_pl.pipeline.Upsampler", "init_args": upsampler}]
+        decoder["upsamplers"] = [{"class_path": "unclip_pl.generation.pipeline.Upsampler", "init_args": upsampler}]
     priors: dict[str, Any] = {}
     if "prior" in parts:
         priors["diffusion"] = {
-            "class_path": "unclip_pl.priors.DiffusionPrior",
+            "class_path": "unclip_pl.generation.priors.DiffusionPrior",
             "init_args": {
                 "checkpoint": checkpoint("prior"),
                 "sampler": ancestral(25, "small"),
@@ -163,6 +164,6 @@ def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
         }
     return {
         "clip": {"name": clip.name, "pretrained": clip.pretrained},
-        "decoder": {"class_path": "unclip_pl.pipeline.Decoder", "init_args": decoder},
+        "decoder": {"class_path": "unclip_pl.generation.pipeline.Decoder", "init_args": decoder},
         "priors": priors,
     }

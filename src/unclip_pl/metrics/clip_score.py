@@ -9,6 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from unclip_pl.errors import InputError
+
 TIE = 1e-6  # cosines that float32 encoders cannot tell apart: one image encoded in two batches differs by about 1e-7
 ROWS = 1024  # of a similarity matrix at a time
 
@@ -84,7 +86,7 @@ class RetrievalRecall(Metric):
     def __init__(self, k: int = 1) -> None:
         super().__init__()
         if k < 1:
-            raise ValueError(f"Expected k >= 1. Got {k}.")
+            raise InputError(f"Expected k >= 1. Got {k}.")
         self.k = k
         self.add_state("query", [], dist_reduce_fx="cat")
         self.add_state("target", [], dist_reduce_fx="cat")

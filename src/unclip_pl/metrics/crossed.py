@@ -18,6 +18,7 @@ import math
 import numpy as np
 from torch import Tensor
 
+from unclip_pl.errors import InputError
 from unclip_pl.metrics.interval import NORMAL_975, Interval
 
 
@@ -28,7 +29,7 @@ def crossed_interval(values: Tensor) -> Interval:
         ValueError: for another shape, or fewer than two captions.
     """
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 2:
-        raise ValueError(f"Expected values of K seeds x C >= 2 captions, (K, C). Got {tuple(values.shape)}.")
+        raise InputError(f"Expected values of K seeds x C >= 2 captions, (K, C). Got {tuple(values.shape)}.")
     values = values.double()
     seeds, captions = values.shape
     by_seed, by_caption, mean = values.mean(1), values.mean(0), values.mean()
@@ -55,7 +56,7 @@ def crossed_resamples(values: Tensor) -> Interval:
         ValueError: for another shape, or fewer than two resamples.
     """
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 3:
-        raise ValueError(
+        raise InputError(
             f"Expected an estimate and R >= 2 resamples of K seeds, (K, 1 + R). Got {tuple(values.shape)}."
         )
     values = values.double()

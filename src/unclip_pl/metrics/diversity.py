@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from unclip_pl.errors import InputError
+
 
 def vendi(features: Tensor) -> Tensor:
     """Vendi score: the effective number of distinct samples (Friedman & Dieng 2023), cosine kernel.
@@ -64,7 +66,7 @@ def intra_caption_cosine(samples: Tensor) -> Tensor:
     """
     count = samples.shape[1]
     if count < 2:
-        raise ValueError(f"Expected at least 2 samples per caption. Got {count}, of shape {tuple(samples.shape)}.")
+        raise InputError(f"Expected at least 2 samples per caption. Got {count}, of shape {tuple(samples.shape)}.")
     unit = F.normalize(samples.float(), dim=-1)
     squared_sum = unit.sum(1).square().sum(-1)  # Σ over all pairs, each sample with itself included
     return (squared_sum - count) / (count * (count - 1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from unclip_pl.errors import InputError
 from unclip_pl.metrics.interval import Interval, recentred_interval
 
 #: Rows of a symmetric matrix that are computed at once, up to the diagonal.
@@ -88,7 +89,7 @@ class FrechetDistance(Metric):
             ValueError: if they are not (B, num_features).
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise ValueError(f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}.")
+            raise InputError(f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}.")
         rows = torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
         _add_gram(self.real if real else self.fake, rows)
 
@@ -100,7 +101,7 @@ class FrechetDistance(Metric):
         """
         counts = int(self.real[0, 0]), int(self.fake[0, 0])
         if min(counts) < 2:
-            raise ValueError(f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}.")
+            raise InputError(f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}.")
         return frechet_distance(*_mean_and_cov(self.real), *_mean_and_cov(self.fake))
 
 
@@ -131,7 +132,7 @@ def frechet_resamples(
     """
     for name, fake in fakes.items():
         if fake.ndim not in (2, 3) or fake.shape[-2:] != real.shape:
-            raise ValueError(f"Expected {name!r} of shape {tuple(real.shape)}, as real. Got {tuple(fake.shape)}.")
+            raise InputError(f"Expected {name!r} of shape {tuple(real.shape)}, as real. Got {tuple(fake.shape)}.")
     count = len(real)
     device = generator.device if generator is not None else None
     index = torch.randint(count, (resamples, count), generator=generator, device=device)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unclip_pl.errors import InputError
+
 NORMAL_975 = 1.959964  # 97.5 % quantile of the standard normal
 
 
@@ -31,7 +33,7 @@ def mean_interval(values: Tensor) -> Interval:
         ValueError: for another shape, or fewer than two captions.
     """
     if values.ndim not in (1, 2) or values.shape[-1] < 2:
-        raise ValueError(f"Expected values of shape (N,) or (S, N) with N >= 2 captions. Got {tuple(values.shape)}.")
+        raise InputError(f"Expected values of shape (N,) or (S, N) with N >= 2 captions. Got {tuple(values.shape)}.")
     per_caption = values.double().reshape(-1, values.shape[-1]).mean(0)  # (N,)
     mean = per_caption.mean().item()
     half = NORMAL_975 * per_caption.std().item() / math.sqrt(len(per_caption))

@@ -12,6 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from unclip_pl.errors import InputError
+
 ROWS = 1024  # of a distance matrix at a time
 
 
@@ -41,7 +43,7 @@ def neighbour_values(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
         ValueError: if either set has no more than k samples.
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"Expected more than k = {k} samples on either side. Got {len(real)} real, {len(fake)} fake.")
+        raise InputError(f"Expected more than k = {k} samples on either side. Got {len(real)} real, {len(fake)} fake.")
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls that hold each generated sample
     recalled, covered = [], []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, zeroed
 from unclip_pl.nn.recorded import recorded
 from unclip_pl.nn.text import TextTransformer
@@ -179,7 +180,7 @@ def check_draws(temperature: float, dot_quantile: float, candidates: int) -> Non
     """
     if not (temperature > 0 and 0 <= dot_quantile < 1 and candidates > 0):
         got = f"{temperature}, {dot_quantile}, {candidates}"
-        raise ValueError(f"Expected temperature > 0, 0 <= dot_quantile < 1, candidates >= 1. Got {got}.")
+        raise InputError(f"Expected temperature > 0, 0 <= dot_quantile < 1, candidates >= 1. Got {got}.")
 
 
 class ARPriorTransformer(PrefixTransformer):
@@ -294,7 +295,7 @@ class ARPriorTransformer(PrefixTransformer):
         """
         check_draws(temperature, dot_quantile, candidates)
         if guidance != 1 and unconditional is None:
-            raise ValueError(f"Guidance {guidance} needs the features of the empty caption (unconditional).")
+            raise InputError(f"Guidance {guidance} needs the features of the empty caption (unconditional).")
         hidden, prefix = self.encode_prefix(text)  # (B, width)
         if guidance != 1 and unconditional is not None:
             hidden, prefix = self._with_null(hidden, prefix, unconditional)  # (2B, width)

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.nn.files import read_tensors
+from unclip_pl.errors import InputError
+from unclip_pl.files import read_tensors
 from unclip_pl.nn.space import Moments
 
 #: Called once per pass over the training set; yields raw (image_embed (B, d), text_embed (B, d)).
@@ -221,7 +222,7 @@ def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]
         a, b = Moments.of(embed[~out]), Moments.of(embed[out])
         train, held_out = (train.plus(a), held_out.plus(b)) if train and held_out else (a, b)
     if train is None or held_out is None or count < 2 * HOLD_OUT:
-        raise ValueError(f"Expected at least {2 * HOLD_OUT} embeddings to fit a codec. Got {count}.")
+        raise InputError(f"Expected at least {2 * HOLD_OUT} embeddings to fit a codec. Got {count}.")
     mean, covariance = _about(train, train.unit_sum / train.total)
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues, components = eigenvalues.flip(0), vectors.flip(-1).T
@@ -230,7 +231,7 @@ def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]
         lost = 1 - seen.cumsum(0) / seen.sum()
         code_length = int((lost >= 0.01).sum()) + 1  # decreasing: the first axis count below 1 %
     if not 0 < code_length <= len(mean):
-        raise ValueError(f"Expected a code_length from 1 to embed_dim = {len(mean)}. Got {code_length}.")
+        raise InputError(f"Expected a code_length from 1 to embed_dim = {len(mean)}. Got {code_length}.")
     return count, Axes(mean, components[:code_length], eigenvalues[:code_length].clamp(min=0).sqrt())
 
 

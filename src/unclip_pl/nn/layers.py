@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip_pl.errors import InputError
 from unclip_pl.types import TextFeatures
 
 M = TypeVar("M", nn.Conv2d, nn.Linear)
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"Expected a width that heads divides. Got width {width}, heads {heads}.")
+            raise InputError(f"Expected a width that heads divides. Got width {width}, heads {heads}.")
         self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
         with torch.no_grad():  # GPT-2: the residual stream's variance must not grow with depth
             for block in self.resblocks:
@@ -270,7 +271,7 @@ class PrefixTransformer(nn.Module):
         """
         length = text.states.shape[1]
         if length > self.context_length:
-            raise ValueError(f"Expected at most context_length = {self.context_length} text tokens. Got {length}.")
+            raise InputError(f"Expected at most context_length = {self.context_length} text tokens. Got {length}.")
         positions = self.positional_embedding
         states = self.text_enc_proj(self.token_states(text)) + positions[:, :length]
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.nn.files import read_tensors
+from unclip_pl.files import read_tensors
 from unclip_pl.types import TextFeatures
 
 Scaling = Literal["unit", "standardize", "whiten", "raw"]

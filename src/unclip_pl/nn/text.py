@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import Transformer
 from unclip_pl.types import TextFeatures
 
@@ -21,7 +22,7 @@ def pad_text(text: TextFeatures, length: int) -> TextFeatures:
     """
     room = length - text.mask.shape[1]
     if room < 0:
-        raise ValueError(f"Expected at most {length} tokens. Got {text.mask.shape[1]}.")
+        raise InputError(f"Expected at most {length} tokens. Got {text.mask.shape[1]}.")
     if room == 0:
         return text
     return TextFeatures(
@@ -116,7 +117,7 @@ class TextTransformer(nn.Module):
         length = tokens.shape[1]
         room = self.context_length - length
         if room < 0:
-            raise ValueError(f"Expected at most context_length={self.context_length} tokens. Got {length}.")
+            raise InputError(f"Expected at most context_length={self.context_length} tokens. Got {length}.")
         x = self.token_embedding(tokens) + self.positional_embedding[:length]
         x = torch.where(F.pad(mask, (0, room))[..., None], F.pad(x, (0, 0, 0, room)), self.padding_embedding)
         everywhere = torch.ones(1, 1, 1, self.context_length, dtype=torch.bool, device=x.device)

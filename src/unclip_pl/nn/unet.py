@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import sinusoidal, zeroed
 from unclip_pl.nn.text import TextTransformer
 from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm
@@ -170,7 +171,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim == 0 and (text_width or text_encoder or text_embed_in_time or image_map):
-            raise ValueError(
+            raise InputError(
                 "Expected embed_dim > 0 with text_width, text_encoder, text_embed_in_time or image_map. Got 0."
             )
         time_width = 4 * channels
@@ -226,7 +227,7 @@ class UNet(nn.Module):
             ValueError: if the network is unconditional.
         """
         if self.condition_encoder is None:
-            raise ValueError("Expected a U-Net with embed_dim > 0. Got an unconditional one.")
+            raise InputError("Expected a U-Net with embed_dim > 0. Got an unconditional one.")
         return self.condition_encoder(image_embed, text, keep_image=keep_image)
 
     def forward(self, x: Tensor, index: Tensor, condition: Condition | None = None) -> Tensor:
@@ -244,9 +245,9 @@ class UNet(nn.Module):
             ValueError: if the sides do not fit the levels, or the condition the network.
         """
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(f"Expected sides to be multiples of {self.stride}. Got {tuple(x.shape[-2:])}.")
+            raise InputError(f"Expected sides to be multiples of {self.stride}. Got {tuple(x.shape[-2:])}.")
         if (condition is None) != (self.condition_encoder is None):
-            raise ValueError("Expected a condition exactly when embed_dim > 0.")
+            raise InputError("Expected a condition exactly when embed_dim > 0.")
         time = self.time_embed(sinusoidal(index, self.channels).to(x.dtype))
         if condition is not None:
             time = time + condition.time_bias

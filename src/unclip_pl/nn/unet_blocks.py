@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import attend, zeroed
 
 TimeMode = Literal["scale_shift", "additive"]
@@ -180,7 +181,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, *, head_channels: int, context_width: int = 0, groups: int = 32) -> None:
         super().__init__()
         if channels % head_channels:
-            raise ValueError(f"Expected channels to be a multiple of head_channels={head_channels}. Got {channels}.")
+            raise InputError(f"Expected channels to be a multiple of head_channels={head_channels}. Got {channels}.")
         self.heads = channels // head_channels
         self.norm = group_norm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)

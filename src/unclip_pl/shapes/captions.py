@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from unclip_pl.errors import InputError
 from unclip_pl.shapes.render import ATTRIBUTES, BACKGROUNDS, COLORS, VALUES, Attributes, Split, pairs
 
 TEMPLATES = (
@@ -105,13 +106,13 @@ def conditional(stated: Mapping[str, str], attribute: str, split: Split) -> np.n
         (len(VALUES[attribute]),) float64, sums to 1.
     """
     if attribute not in VALUES or attribute in stated:
-        raise ValueError(f"Expected an unstated attribute out of {', '.join(ATTRIBUTES)}. Got {attribute!r}.")
+        raise InputError(f"Expected an unstated attribute out of {', '.join(ATTRIBUTES)}. Got {attribute!r}.")
     values = VALUES[attribute]
     if attribute not in ("shape", "color"):
         return np.full(len(values), 1 / len(values))
     here, there = (0, "color") if attribute == "shape" else (1, "shape")
     possible = [pair for pair in pairs(split) if stated.get(there, pair[1 - here]) == pair[1 - here]]
     if not possible:
-        raise ValueError(f"No picture of split {split!r} has {there} {stated[there]!r}. Got {dict(stated)}.")
+        raise InputError(f"No picture of split {split!r} has {there} {stated[there]!r}. Got {dict(stated)}.")
     counts = np.array([sum(pair[here] == value for pair in possible) for value in values])
     return counts / counts.sum()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.errors import InputError
 from unclip_pl.shapes.render import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -84,7 +85,7 @@ class ShapesOracle(nn.Module):
                 finite gets confidence 0 and residual 1.
         """
         if images.shape[1:] != (3, self.size, self.size):
-            raise ValueError(f"Expected images of shape (B, 3, {self.size}, {self.size}). Got {tuple(images.shape)}.")
+            raise InputError(f"Expected images of shape (B, 3, {self.size}, {self.size}). Got {tuple(images.shape)}.")
         pixels = (images.float().nan_to_num(0).clamp(-1, 1) + 1) / 2
         chunk = max(1, 2**15 // self.size**2)  # what stays in cache
         readings = [self._read(part) for part in pixels.split(chunk)]

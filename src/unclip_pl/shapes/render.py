@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip_pl.errors import InputError
+
 Split = Literal["train", "val", "heldout"]
 
 # --- Signed distances: negative inside, in units of the radius, y down. True near edges, which is all that
@@ -217,7 +219,7 @@ def render(attributes: Sequence[Attributes], *, size: int = 32, rng: np.random.G
         (N, size, size, 3) uint8, sRGB.
     """
     if size < 1:
-        raise ValueError(f"Expected an image size of at least 1 pixel. Got {size}.")
+        raise InputError(f"Expected an image size of at least 1 pixel. Got {size}.")
     images = np.empty((len(attributes), size, size, 3), dtype=np.uint8)
     indices = encode(attributes)
     jitter = torch.from_numpy(rng.uniform(-1, 1, (len(attributes), 10)).astype(np.float32))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip_pl.errors import InputError
 from unclip_pl.nn.ar_prior import ARPriorTransformer
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.space import Scaling
@@ -49,12 +50,12 @@ class ARPriorTask(EmbeddingTask):
         have = (self.codec.code_length, self.codec.buckets, self.codec.dot_buckets)
         want = (self.net.code_length, self.net.buckets, self.net.dot_buckets)
         if have != want:
-            raise ValueError(
+            raise InputError(
                 f"Expected a codec of (code_length, buckets, dot_buckets) = {want}, as the network's. {path} has "
                 f"{have}: fit it again with `unclip codec`, or change model.net."
             )
         if self.codec.fingerprint != self.space.fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"The codec {path} was fitted on embeddings of CLIP {self.codec.fingerprint!r}, the data are of "
                 f"{self.space.fingerprint!r}: fit it again with `unclip codec`."
             )

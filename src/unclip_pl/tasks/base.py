@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from unclip_pl.diffusion.process import noise_like
+from unclip_pl.errors import InputError
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
 from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
@@ -193,7 +194,7 @@ class Task(LightningModule):
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
-            raise ValueError(f"The checkpoint is of another network: {' '.join(str(error).split()):.400}") from error
+            raise InputError(f"The checkpoint is of another network: {' '.join(str(error).split()):.400}") from error
 
     def on_train_start(self) -> None:
         """The config's learning rate, decay and betas hold, whatever a resumed checkpoint brought back."""
@@ -228,10 +229,10 @@ class EmbeddingTask(Task):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["state_dict"].get("space.fingerprint_bytes")
         if saved is None:
-            raise ValueError(f"The checkpoint holds no {type(self).__name__}: it knows no embedding space.")
+            raise InputError(f"The checkpoint holds no {type(self).__name__}: it knows no embedding space.")
         saved = bytes(saved.tolist()).decode()
         if self.space.fingerprint not in ("", saved):
-            raise ValueError(
+            raise InputError(
                 f"The checkpoint was trained on embeddings of CLIP {saved!r}, but the data are of "
                 f"{self.space.fingerprint!r}: give the data of its CLIP, or train anew."
             )

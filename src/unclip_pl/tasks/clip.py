@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unclip_pl.clip.encoder import ClipSpec, Preprocess, build_clip
+from unclip_pl.errors import InputError
 from unclip_pl.tasks.base import Optimization, Task
 from unclip_pl.tasks.sam import check_strategy, perturbed
 from unclip_pl.types import ClipBatch
@@ -40,7 +41,7 @@ class ClipTask(Task):
 
     def __init__(self, name: str, sam_rho: float = 0.0, optimization: Optimization | None = None) -> None:
         if not sam_rho >= 0:
-            raise ValueError(f"Expected sam_rho >= 0. Got {sam_rho}.")
+            raise InputError(f"Expected sam_rho >= 0. Got {sam_rho}.")
         super().__init__(optimization)
         self.save_hyperparameters()
         self.sam_rho = sam_rho

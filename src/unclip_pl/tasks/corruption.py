@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
+from unclip_pl.errors import InputError
 from unclip_pl.tasks.jpeg import jpeg
 
 
@@ -65,7 +66,7 @@ class Sometimes(Corruption):
 
     def __init__(self, corruption: Corruption, probability: float = 0.5) -> None:
         if not 0 <= probability <= 1:
-            raise ValueError(f"Expected 0 <= probability <= 1. Got {probability}.")
+            raise InputError(f"Expected 0 <= probability <= 1. Got {probability}.")
         self.corruption = corruption
         self.probability = probability
 

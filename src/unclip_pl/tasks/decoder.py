@@ -7,6 +7,7 @@ from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0, guid
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise
+from unclip_pl.errors import InputError
 from unclip_pl.nn.space import Scaling
 from unclip_pl.nn.text import cat_text, repeat_text
 from unclip_pl.nn.unet import UNet
@@ -46,7 +47,7 @@ class DecoderTask(EmbeddingTask):
         optimization: Optimization | None = None,
     ) -> None:
         if scaling == "standardize":
-            raise ValueError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize', a prior's.")
+            raise InputError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize', a prior's.")
         super().__init__(statistics, scaling, text_drop, optimization)
         self.save_hyperparameters()
         self.net = net

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from unclip_pl.bundle import exists
-from unclip_pl.checkpoint import read_checkpoint
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import read_checkpoint
+from unclip_pl.generation.bundle import exists
 from unclip_pl.tasks.base import Task, TrainingRecord
 
 T = TypeVar("T", bound=Task)
@@ -30,18 +31,18 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         ValueError: it is no checkpoint of ours, or broken.
     """
     if not exists(path):
-        raise FileNotFoundError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
+        raise MissingFileError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
     checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
     hyper_parameters = checkpoint.get("hyper_parameters")
     if not isinstance(hyper_parameters, dict) or "_class_path" not in hyper_parameters:
-        raise ValueError(f"{path} was not written by `unclip fit`: it names no Task.")
+        raise InputError(f"{path} was not written by `unclip fit`: it names no Task.")
     try:
         cls = trusted_class(hyper_parameters["_class_path"])
         check_classes(config := _without_files(hyper_parameters))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     if not issubclass(cls, expected):
-        raise TypeError(f"{path} holds a {cls.__name__}. Expected a {expected.__name__}.")
+        raise InputError(f"{path} holds a {cls.__name__}. Expected a {expected.__name__}.")
     try:
         rebuilt: T = _rebuild(cls, config)
         rebuilt.load_state_dict(checkpoint["state_dict"])
@@ -49,7 +50,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         rebuilt.record = TrainingRecord.of(checkpoint)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit its {cls.__name__} ({type(error).__name__}: {reason:.300}).") from error
+        raise InputError(f"{path} does not fit its {cls.__name__} ({type(error).__name__}: {reason:.300}).") from error
     return rebuilt.eval()
 
 
@@ -78,7 +79,7 @@ def trusted_class(path: Any) -> type:
         owner = sys.modules.get(module)
     cls = getattr(owner, name, None)
     if not isinstance(cls, type) or not any(base.__module__.split(".")[0] == "unclip_pl" for base in cls.__mro__):
-        raise ValueError(
+        raise InputError(
             f"the checkpoint names {path!r:.200}. Expected a class of unclip_pl, or one that derives from such a class "
             "and is imported: import your own module before you load it."
         )
@@ -102,7 +103,7 @@ def check_classes(node: Any) -> None:
     except yaml.YAMLError:
         read = node
     if isinstance(read, dict | list):
-        raise ValueError(f"the checkpoint holds {node!r:.200} among its settings. Expected plain values.")
+        raise InputError(f"the checkpoint holds {node!r:.200} among its settings. Expected plain values.")
     if isinstance(read, str) and _IMPORT_PATH.fullmatch(read):
         trusted_class(read)
 

@@ -8,6 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unclip_pl.errors import InputError
+
 
 @contextmanager
 def perturbed(module: nn.Module, rho: float) -> Iterator[None]:
@@ -44,12 +46,12 @@ def check_strategy(strategy: Strategy, accumulate_grad_batches: int) -> None:
         ValueError: weights are sharded, or the gradient would be one of several batches.
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(
+        raise InputError(
             "Sharpness-aware minimisation moves whole weights: expected one device or trainer.strategy ddp. Got "
             f"{type(strategy).__name__}: change trainer.strategy, or leave model.sam_rho at 0."
         )
     if accumulate_grad_batches > 1:
-        raise ValueError(
+        raise InputError(
             "Sharpness-aware minimisation moves by the gradient of one batch: expected accumulate_grad_batches 1. Got "
             f"{accumulate_grad_batches}: change it, or leave model.sam_rho at 0."
         )

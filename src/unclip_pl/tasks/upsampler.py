@@ -10,6 +10,7 @@ from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise
+from unclip_pl.errors import InputError
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks.base import Optimization, Task
 from unclip_pl.tasks.corruption import Corruption, GaussianBlur, shrink
@@ -52,7 +53,7 @@ class UpsamplerTask(Task):
         optimization: Optimization | None = None,
     ) -> None:
         if not 0 < crop <= 1:
-            raise ValueError(f"Expected 0 < crop <= 1, a share of the image's side. Got {crop}.")
+            raise InputError(f"Expected 0 < crop <= 1, a share of the image's side. Got {crop}.")
         super().__init__(optimization)
         self.save_hyperparameters()
         self.net = net
@@ -74,7 +75,7 @@ class UpsamplerTask(Task):
         """
         side, room = int(self.crop * image.shape[-1]), image.shape[-1] - int(self.crop * image.shape[-1])
         if side % self.factor or side % self.net.stride:
-            raise ValueError(
+            raise InputError(
                 f"Expected crops whose side is a multiple of factor = {self.factor} and of the network's stride = "
                 f"{self.net.stride}. Got {side} px, {self.crop} of {image.shape[-1]}: change model.crop."
             )

@@ -1,0 +1,347 @@
+"""What the bipartite latent (z_i, x_T) of a picture is good for: §3 of the paper, and the probe of its §4.
+
+Everything here draws from embeddings alone, without captions, as what CLIP sees is to be the only condition.
+
+Legend: B pictures, H side that the decoder draws, S side after its upsamplers, d CLIP embedding dimension.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unclip_pl.clip import ClipEncoder
+from unclip_pl.errors import InputError
+from unclip_pl.generation.decoding import Decoder, Progress
+
+
+class Latent(NamedTuple):
+    """Pictures as the decoder can draw them again: what CLIP sees of them, and the rest."""
+
+    image_embed: Tensor  # (B, d) z_i, raw
+    x_T: Tensor  # (B, 3, H, H) by DDIM inversion
+    steps: int  # of the inversion: the way back is the same grid
+    guidance: float  # likewise
+
+    def repeat(self, n: int) -> "Latent":
+        """Each picture n times in a row."""
+        z_i, x_T = (x.repeat_interleave(n, dim=0) for x in (self.image_embed, self.x_T))
+        return self._replace(image_embed=z_i, x_T=x_T)
+
+    def at(self, rows: slice) -> "Latent":
+        """Some of the pictures."""
+        return self._replace(image_embed=self.image_embed[rows], x_T=self.x_T[rows])
+
+
+class Reconstruction(NamedTuple):
+    """Pictures, drawn again from their latents."""
+
+    images: Tensor  # (B, 3, S, S) in [-1, 1]
+    latent: Latent
+    psnr: Tensor  # (B,) dB, at the decoder's own size
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures (B, 3, H, H) in [-1, 1], (B,) dB."""
+    return 10 * torch.log10(4 / (images - truth).square().mean(dim=(1, 2, 3)))
+
+
+def slerp(a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
+    """Spherical interpolation of each sample, flattened to one vector, by fractions of the angle between them.
+
+    Where the angle or its sine vanishes the straight line takes over. Vectors need not have unit norm: then the norm
+    is carried along.
+
+    Args:
+        a: (B, ...), where theta is 0.
+        b: (B, ...), where theta is 1.
+        theta: (B,).
+    """
+    u, v = (F.normalize(x.flatten(1).double(), dim=1) for x in (a, b))
+    omega = torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)) * 2  # acos loses half its digits at small angles
+    theta = theta.to(omega)
+    sin = omega.sin()
+    flat = sin < 1e-6
+    weight_a = torch.where(flat, 1 - theta, ((1 - theta) * omega).sin() / sin)
+    weight_b = torch.where(flat, theta, (theta * omega).sin() / sin)
+    shape = (-1,) + (1,) * (a.ndim - 1)
+    return weight_a.to(a.dtype).view(shape) * a + weight_b.to(b.dtype).view(shape) * b
+
+
+def turn(z_i: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
+    """Embeddings (B, d) turned by theta (B,) of the angle towards directions (B, d); the norm goes along in a line."""
+    norm, other = z_i.norm(dim=-1), direction.norm(dim=-1)
+    unit = slerp(F.normalize(z_i, dim=-1), F.normalize(direction, dim=-1), theta)
+    return unit * norm.lerp(other, theta.to(norm))[:, None]
+
+
+class Manipulations:
+    """Pictures in, pictures out. Mixed into :class:`~unclip_pl.generation.pipeline.Unclip`."""
+
+    clip: ClipEncoder
+    decoder: Decoder
+    device: str
+
+    def invert(
+        self, images: Tensor, *, steps: int = 100, guidance: float = 1.0, progress: Progress | None = None
+    ) -> Latent:
+        """The bipartite latents of pictures: z_i from CLIP, x_T by DDIM inversion under z_i.
+
+        Args:
+            images: (B, 3, side, side) in [-1, 1], of any side; CLIP and decoder see them at their own sizes.
+            steps: of DDIM's grid; fewer come back less exactly.
+            guidance: of the decoder; above 1 the way back is less exact.
+            progress: called after every step.
+        """
+        images = images.to(self.device)
+        z_i = self.clip.encode_image(images)
+        x0 = resize(images, self.decoder.image_size)
+        denoise = self.decoder.denoiser(z_i, guidance)
+        x_T = self.decoder.inversion(steps).invert(denoise, x0, progress=progress)
+        return Latent(z_i, x_T, steps, guidance)
+
+    def restore(
+        self,
+        latent: Latent,
+        *,
+        eta: float = 0.0,
+        own: float | Tensor = 1.0,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """(B, 3, S, S) from latents.
+
+        Args:
+            latent: of B pictures, perhaps changed.
+            eta: of DDIM, 0 to 1.
+            own: how much of x_T belongs to the picture, see :meth:`~unclip_pl.diffusion.Inversion.restore`.
+            seed: of the noise that eta > 0 draws, and of the upsamplers.
+            progress: called after every step.
+
+        Raises:
+            ValueError: eta out of range.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return self.decoder.enlarge(self._draw(latent, eta, own, generator, progress), generator=generator)
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        *,
+        steps: int = 100,
+        guidance: float = 1.0,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Reconstruction:
+        """Pictures to latents and back, and how exactly.
+
+        Args:
+            images: (B, 3, side, side) in [-1, 1].
+            steps: see :meth:`invert`.
+            guidance: see :meth:`invert`.
+            seed: of the upsamplers.
+            progress: called after every step, there and back.
+        """
+        latent = self.invert(images, steps=steps, guidance=guidance, progress=progress)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = self._draw(latent, 0.0, 1.0, generator, progress)
+        quality = psnr(drawn.clamp(-1, 1), resize(images.to(self.device), self.decoder.image_size))
+        return Reconstruction(self.decoder.enlarge(drawn, generator=generator), latent, quality)
+
+    def vary(
+        self, latent: Latent, *, num: int = 4, eta: float = 0.5, seed: int = 0, progress: Progress | None = None
+    ) -> Tensor:
+        """``num`` variations of each picture, (B · num, 3, S, S), one picture after the other (§3.1).
+
+        Args:
+            latent: from :meth:`invert`.
+            num: per picture.
+            eta: 0 gives the picture back; as it grows, what z_i holds stays and the rest changes. At most 1.
+            seed: the same seed gives the same variations.
+            progress: called after every step.
+
+        Raises:
+            ValueError: eta out of range, or num < 1.
+        """
+        if num < 1:
+            raise InputError(f"Expected num >= 1. Got {num}.")
+        return self.restore(latent.repeat(num), eta=eta, seed=seed, progress=progress)
+
+    def interpolate(
+        self,
+        first: Latent,
+        second: Latent,
+        *,
+        num: int = 9,
+        noise: Literal["inverted", "fixed"] = "inverted",
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """``num`` pictures from each first to each second one, (B · num, 3, S, S), by slerp of z_i (§3.2).
+
+        Args:
+            first: from :meth:`invert`.
+            second: likewise, as many.
+            num: both ends included.
+            noise: ``inverted``: x_T is interpolated too, and the ends are the pictures. ``fixed``: one drawn x_T all
+                along, as in the paper's Fig. 4; the ends are other drawings of what CLIP sees in the pictures.
+            seed: of the fixed x_T.
+            progress: called after every step.
+
+        Raises:
+            ValueError: fewer than two pictures, or other than as many seconds as firsts.
+        """
+        if num < 2 or len(first.x_T) != len(second.x_T):
+            raise InputError(
+                f"Expected at least 2 pictures between as many firsts as seconds. Got {num} between "
+                f"{len(first.x_T)} and {len(second.x_T)}."
+            )
+        theta = torch.linspace(0, 1, num, device=self.device).repeat(len(first.x_T))
+        a, b = first.repeat(num), second.repeat(num)
+        z = turn(a.image_embed, b.image_embed, theta)
+        if noise == "inverted":
+            between = a._replace(image_embed=z, x_T=slerp(a.x_T, b.x_T, theta))
+            return self.restore(between, own=_own(torch.minimum(theta, 1 - theta)), seed=seed, progress=progress)
+        x_T = self._noise(seed).expand_as(a.x_T)
+        return self.restore(a._replace(image_embed=z, x_T=x_T), own=0.0, seed=seed, progress=progress)
+
+    def edit(
+        self,
+        latent: Latent,
+        caption: str,
+        current: str | None = None,
+        *,
+        thetas: Sequence[float] = (0.0, 0.125, 0.25, 0.375, 0.5),
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Text diff (§3.3): each picture at every theta, (B · len(thetas), 3, S, S).
+
+        z_i is turned towards z_d = norm(z_t − z_t0), and x_T stays that of the picture.
+
+        Args:
+            latent: from :meth:`invert`.
+            caption: what it shall be; z_t.
+            current: what it is; z_t0. None: no baseline, z_d = z_t, which the paper found to work too.
+            thetas: fractions of the angle between z_i and z_d, 0 to 1; the paper goes up to between 0.25 and 0.5.
+            seed: of the upsamplers.
+            progress: called after every step.
+
+        Raises:
+            ValueError: a theta out of range, or captions that CLIP cannot tell apart.
+        """
+        check_thetas(thetas)
+        direction = self._direction(caption, current)
+        wide = latent.repeat(len(thetas))
+        theta = torch.tensor(thetas, device=self.device).repeat(len(latent.x_T))
+        norm = wide.image_embed.norm(dim=-1, keepdim=True)
+        z = turn(wide.image_embed, direction * norm, theta)
+        return self.restore(wide._replace(image_embed=z), own=_own(theta), seed=seed, progress=progress)
+
+    def probe(
+        self,
+        image_embed: Tensor,
+        *,
+        dims: Sequence[int] | None = None,
+        steps: int = 100,
+        guidance: float = 1.0,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Pictures from the first few principal dimensions of z_i, (B · len(dims), 3, S, S): what they hold (§4).
+
+        Args:
+            image_embed: (B, d).
+            dims: numbers of dimensions, 1 to d; None: the powers of two below d, and d.
+            steps: of DDIM.
+            guidance: of the decoder.
+            seed: of the one x_T from which all are drawn.
+            progress: called after every step.
+
+        Raises:
+            ValueError: a number out of range, or a decoder whose statistics know no principal axes.
+        """
+        rows = self.project(image_embed, self.dims(dims)).flatten(0, 1)
+        x_T = self._noise(seed).expand(len(rows), -1, -1, -1)
+        return self.restore(Latent(rows, x_T, steps, guidance), own=0.0, seed=seed, progress=progress)
+
+    def dims(self, dims: Sequence[int] | None = None) -> list[int]:
+        """The numbers of dimensions that :meth:`probe` shows.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        d = self.decoder.task.space.embed_dim
+        if dims is None:
+            return [2**i for i in range((d - 1).bit_length())] + [d]
+        if not dims or not all(1 <= n <= d for n in dims):
+            raise InputError(f"Expected dims from 1 to the embedding's {d}. Got {list(dims)}.")
+        return list(dims)
+
+    def project(self, image_embed: Tensor, dims: Sequence[int]) -> Tensor:
+        """(B, d) on the first principal axes of the training set's unit-norm embeddings: (B, len(dims), d), same norm.
+
+        Raises:
+            ValueError: the decoder's statistics know no principal axes.
+        """
+        space = self.decoder.task.space
+        if space.components.numel() == 0:
+            raise InputError(
+                f"{self.decoder.checkpoint} knows no principal axes of its training set's embeddings, as an imported "
+                "one: probe a decoder that `unclip fit` has trained."
+            )
+        norm = image_embed.norm(dim=-1, keepdim=True)
+        y = (image_embed / norm - space.mean) @ space.components.T  # (B, d), by decreasing variance
+        kept = (torch.arange(y.shape[1], device=y.device) < torch.tensor(dims, device=y.device)[:, None]).to(y)
+        return F.normalize((y[:, None] * kept) @ space.components + space.mean, dim=-1) * norm[:, None]
+
+    def _draw(
+        self, latent: Latent, eta: float, own: float | Tensor, generator: torch.Generator, progress: Progress | None
+    ) -> Tensor:
+        """(B, 3, H, H), before any upsampler."""
+        denoise = self.decoder.denoiser(latent.image_embed, latent.guidance)
+        inversion = self.decoder.inversion(latent.steps)
+        return inversion.restore(denoise, latent.x_T, eta=eta, own=own, generator=generator, progress=progress)
+
+    def _noise(self, seed: int) -> Tensor:
+        """(1, 3, H, H)."""
+        size = self.decoder.image_size
+        return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    def _direction(self, caption: str, current: str | None) -> Tensor:
+        """z_d, (1, d), unit norm."""
+        texts = [caption] if current is None else [caption, current]
+        z_t = F.normalize(self.clip.describe(texts).embed, dim=-1)
+        difference = z_t[:1] if current is None else z_t[:1] - z_t[1:]
+        if difference.norm() < 1e-6:
+            raise InputError(f"Expected two captions that CLIP tells apart. Got {caption!r} and {current!r}.")
+        return F.normalize(difference, dim=-1)
+
+
+def check_thetas(thetas: Sequence[float]) -> None:
+    """For :meth:`Manipulations.edit`.
+
+    Raises:
+        ValueError: there are none, or one lies outside [0, 1].
+    """
+    if not thetas or not all(0 <= theta <= 1 for theta in thetas):
+        raise InputError(f"Expected every theta in [0, 1]. Got {list(thetas)}.")
+
+
+#: Fraction of the angle within which what the network could not say of a picture fades out: there its noise is still
+#: the picture's own, beyond it is speckle on another picture.
+FADE = 0.25
+
+
+def _own(theta: Tensor) -> Tensor:
+    """(B,) how much of x_T's noise still belongs to a picture that was turned by theta (B,)."""
+    return (1 - theta / FADE).clamp(min=0)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, 3, side, side) in [-1, 1] to another side, antialiased bicubic."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)

@@ -1,0 +1,155 @@
+"""Image files in, labelled grids out."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from unclip_pl.data.transforms import BadSample, center_square, decode_upright, to_pixels
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import replacing
+
+#: What a user's own pictures may come as.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class Pictures(NamedTuple):
+    """B files, opened."""
+
+    names: list[str]
+    pixels: Tensor  # (B, 3, size, size) in [-1, 1]
+    notes: list[str]  # what was done to each; empty if nothing
+
+
+def open_pictures(paths: Sequence[str | Path], size: int) -> Pictures:
+    """The central squares of image files as CLIP sees them: RGB, upright, transparency over white.
+
+    Args:
+        paths: PNG, JPEG, WebP, GIF, BMP or TIFF files, of any mode and size; of an animation the first frame.
+        size: side in pixels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: a directory.
+        ValueError: none at all; no image, a damaged one, or one of more pixels or bits than are taken.
+    """
+    if not paths:
+        raise InputError("Expected one image file or more, such as photo.jpg. Got none.")
+    images, notes = zip(*(_open(Path(path), size) for path in paths), strict=True)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Pictures([Path(path).name for path in paths], to_pixels(pixels), list(notes))
+
+
+def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
+    if path.is_dir():
+        raise InputError(f"Expected an image file. Got the directory {path}: name files, such as {path}/*.png.")
+    if not path.is_file():
+        raise MissingFileError(f"No file at {path}: expected an image ({', '.join(FORMATS)}).")
+    data = path.read_bytes()
+    try:
+        image = center_square(decode_upright(data, FORMATS), size)
+    except BadSample as error:
+        raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}.") from error
+    with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+        return np.array(image), _changes(header, size)
+
+
+def _changes(header: Image.Image, size: int) -> str:
+    """What opening does to an image, in words."""
+    said = []
+    if header.mode != "RGB":
+        said.append(f"{header.mode} to RGB" + (", transparency over white" if header.has_transparency_data else ""))
+    if getattr(header, "n_frames", 1) > 1:
+        said.append("first frame")
+    if header.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        said.append("turned upright")
+    if header.width != header.height:
+        said.append(f"cut to its central square of {min(header.size)}")
+    if min(header.size) != size:
+        said.append(f"resized to {size}")
+    return f"{header.width} × {header.height}: {', '.join(said)}" if said else ""
+
+
+#: A row of a grid: its label, and pictures (3, H, H) in [-1, 1] of any side.
+Row = tuple[str, Sequence[Tensor]]
+
+#: Sides of a cell in pixels, at least: smaller pictures are shown enlarged by a whole number, or labels would not fit.
+CELL = 96
+GAP, FONT_SIZE = 5, 13
+
+
+def grid(rows: Sequence[Row], columns: Sequence[str] = ()) -> Image.Image:
+    """Pictures in rows, each row under its label, with the columns' labels on top.
+
+    Args:
+        rows: may differ in length.
+        columns: labels, or none.
+    """
+    largest = max(picture.shape[-1] for _, pictures in rows for picture in pictures)
+    side = largest * max(1, math.ceil(CELL / largest))
+    width = max(len(pictures) for _, pictures in rows) * (side + GAP) + GAP
+    heads = [_wrap(label, side) for label in columns]
+    labels = [_wrap(label, width - 2 * GAP) for label, _ in rows]
+    line = FONT_SIZE + 4
+    top = GAP + line * max((head.count("\n") + 1 for head in heads), default=0)
+    heights = [line * (label.count("\n") + 1 if label else 0) + side + GAP for label in labels]
+    canvas = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, head in enumerate(heads):
+        draw.text((GAP + number * (side + GAP) + side / 2, 1), head, "black", _font(), "ma", align="center")
+    for (_, pictures), label, height in zip(rows, labels, heights, strict=True):
+        draw.text((GAP, top), label, "black", _font())
+        for number, picture in enumerate(pictures):
+            left, upper = GAP + number * (side + GAP), top + height - side - GAP
+            draw.rectangle((left - 1, upper - 1, left + side, upper + side), outline="silver")
+            canvas.paste(to_image(picture).resize((side, side), Image.Resampling.NEAREST), (left, upper))
+        top += height
+    return canvas
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] as 8-bit RGB."""
+    pixels = picture.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_png(image: Image.Image, path: str | Path, facts: Mapping[str, object]) -> None:
+    """Write a PNG that carries facts as text, whole or not at all.
+
+    Args:
+        image: to write.
+        path: of the file.
+        facts: by name.
+    """
+    info = PngInfo()
+    for name, value in facts.items():
+        info.add_itxt(name, str(value))
+    with replacing(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Pillow's own font has no Greek."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
+
+
+def _wrap(text: str, width: float) -> str:
+    """Words in lines of at most so many pixels, where words are no longer than that."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font().getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""A run, put together: what `generate` promises."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
+from unclip_pl.generation import decoding
+from unclip_pl.generation.pipeline import Decoder, Unclip, Upsampler
+from unclip_pl.nn.unet import UpsamplerUNet
+from unclip_pl.tasks import UpsamplerTask
+
+
+@pytest.fixture(scope="module")
+def unclip(mini_run: Path) -> Unclip:
+    return Unclip.load(mini_run)
+
+
+def test_it_loads_in_silence(
+    mini_run: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    unclip = Unclip.load(mini_run)
+    unclip.prior("diffusion")
+    assert not caplog.records, "open_clip says that our CLIP has random weights, before it gets its own"
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
+def test_rows_of_images_and_their_embeddings(unclip: Unclip) -> None:
+    images, image_embed = unclip.generate(["a red star", "a ring"], num=2)
+    assert images.shape == (4, 3, 32, 32)
+    assert images.abs().max() <= 1
+    torch.testing.assert_close(image_embed.norm(dim=-1), torch.ones(4))
+
+
+def test_one_call_leaves_nothing_to_the_next(unclip: Unclip) -> None:
+    before = unclip.generate(["a red star"]).images
+    assert not torch.equal(unclip.generate(["a red star"], guidance=5.0).images, before)
+    torch.testing.assert_close(unclip.generate(["a red star"]).images, before, rtol=0, atol=0)
+
+
+def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
+    with pytest.raises(ValueError, match="at least one caption"):
+        unclip.generate([])
+    with pytest.raises(ValueError, match=r"no prior 'best'\. Expected one of diffusion, ar"):
+        unclip.generate(["a red star"], prior="best")
+    with pytest.raises(ValueError, match="TrueEmbedding needs the image"):
+        unclip.generate(["a red star"], prior="ceiling")
+    with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
+        unclip.generate(["a red star"], guidance=-2.0)
+    with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
+        Decoder("", guidance=-2.0)
+    with pytest.raises(ValueError, match=r"guidance >= 0.* Got -1.0"):
+        unclip.generate(["a red star"], prior_guidance=-1.0)
+    with pytest.raises(ValueError, match=r"a prior with candidates, .* Got LinearPrior"):
+        unclip.generate(["a red star"], prior="linear", candidates=4)
+    with pytest.raises(ValueError, match=r"candidates >= 1. Got 0"):
+        unclip.generate(["a red star"], candidates=0)
+    with pytest.raises(ValueError, match=r"batch_size >= 1. Got 0"):
+        unclip.generate(["a red star"], batch_size=0)
+    with pytest.raises(ValueError, match=r"shape \(B, 64\).* Got \(2, 3\), 1 and 1"):
+        unclip.decode(torch.ones(2, 3))
+
+
+def test_an_image_depends_on_its_own_seed_alone(unclip: Unclip) -> None:
+    many = unclip.generate(["a red star", "a ring"], num=2, seed=5, batch_size=3)
+    for i, (caption, seed) in enumerate(product(("a red star", "a ring"), (5, 6))):
+        own = unclip.generate([caption], seed=seed)
+        torch.testing.assert_close(many.images[i : i + 1], own.images, rtol=0, atol=1e-4)
+        torch.testing.assert_close(many.image_embed[i : i + 1], own.image_embed, rtol=0, atol=1e-4)
+    assert (many.images[0] - many.images[1]).abs().max() > 1e-3
+
+
+def test_embeddings_are_drawn_as_their_prior_would_have_it(unclip: Unclip) -> None:
+    captions = ["a red star", "a ring"]
+    images, image_embed = unclip.generate(captions, prior="linear", seed=3)
+    torch.testing.assert_close(unclip.decode(image_embed, captions, seed=3).images, images, rtol=0, atol=0)
+    alone = unclip.decode(image_embed, num=2, seed=3)
+    torch.testing.assert_close(alone.image_embed, image_embed.repeat_interleave(2, dim=0))
+    assert not torch.equal(alone.images[0], images[0])
+
+
+@pytest.mark.parametrize("prior", ["diffusion", "ar"])
+def test_best_of_more_lies_nearer_to_the_caption(unclip: Unclip, prior: str) -> None:
+    text, own = unclip.clip.describe(["a red star"]), unclip.prior(prior).candidates
+    cosines = [
+        F.cosine_similarity(unclip.generate(["a red star"], num=2, prior=prior, candidates=n).image_embed, text.embed)
+        for n in (1, 16)
+    ]
+    assert cosines[0].mean() < cosines[1].mean()
+    assert unclip.prior(prior).candidates == own
+
+
+def test_guidance_of_the_prior_is_not_that_of_the_decoder(unclip: Unclip) -> None:
+    plain, guided = (unclip.generate(["a red star"], prior_guidance=scale) for scale in (1.0, 4.0))
+    assert not torch.equal(plain.image_embed, guided.image_embed)
+    with_decoder = unclip.generate(["a red star"], guidance=4.0)
+    torch.testing.assert_close(with_decoder.image_embed, plain.image_embed, rtol=0, atol=0)
+    assert not torch.equal(with_decoder.images, plain.images)
+
+
+def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
+    sampler, checkpoint = DDIM(2), "decoder/checkpoints/last.ckpt"
+    with_it, alone = (Decoder(checkpoint, 32, sampler, drop_embedding=drop).load(mini_run) for drop in (False, True))
+    text, generator = with_it.null_text(2), torch.Generator()
+    z_i = torch.randn(2, 2, with_it.task.space.embed_dim, generator=generator.manual_seed(0))
+    blind, seeing = ([d.decode(z, text, generator=generator.manual_seed(1)) for z in z_i] for d in (alone, with_it))
+    assert torch.equal(*blind)
+    assert not torch.equal(*seeing)
+
+
+def test_a_decoder_in_bfloat16_draws_the_same_but_for_rounding(mini_run: Path) -> None:
+    sampler, checkpoint = DDIM(4), "decoder/checkpoints/last.ckpt"
+    full, mixed = (
+        Decoder(checkpoint, 32, sampler, precision=precision).load(mini_run) for precision in ("32-true", "bf16-mixed")
+    )
+    z_i, text = torch.randn(2, full.task.space.embed_dim), full.null_text(2)
+    drawn = [decoder.decode(z_i, text, generator=torch.Generator().manual_seed(0)) for decoder in (full, mixed)]
+    assert drawn[1].dtype == torch.float32
+    assert not torch.equal(*drawn)
+    torch.testing.assert_close(*drawn, rtol=0, atol=0.05)
+
+
+def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_run: Path) -> None:
+    checkpoint = "decoder/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="learned its variance"):
+        Decoder(checkpoint, 32).load(mini_run)  # the paper's sampler, for a tiny decoder
+    with pytest.raises(ValueError, match="posterior_mse"):
+        Decoder(checkpoint, 32, Ancestral(4, "analytic")).load(mini_run)
+    Decoder(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
+
+
+def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's: cosine to 256 px, linear to 1,024 px."""
+
+    def load(path: Path, *_: object) -> UpsamplerTask:
+        diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
+        return UpsamplerTask(UpsamplerUNet(8, [1], 1, dropout=0.0), diffusion=diffusion).eval()
+
+    monkeypatch.setattr(decoding, "load_task", load)
+    with pytest.raises(ValueError, match=r"\('LinearSchedule', 1000\).*Got \('CosineSchedule', 1000\)"):
+        Upsampler("second.ckpt", DDIM(15)).load(Path())
+    stages = [Upsampler("first.ckpt"), Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))]
+    assert [stage.load(Path()).sampler.steps for stage in stages] == [27, 15]
+    image = torch.zeros(1, 3, 2, 2)
+    for stage, side in zip(stages, (8, 32), strict=True):
+        image = stage.upsample(image, generator=torch.Generator().manual_seed(0))
+        assert image.shape == (1, 3, side, side)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 → 256 → 1,024 px with the samplers of the paper's upsamplers, at small width."""
+    decoder = Decoder("decoder/checkpoints/last.ckpt", 64, DDIM(2)).load(mini_run)
+
+    def load(path: Path, *_: object) -> UpsamplerTask:
+        torch.manual_seed(0)
+        diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
+        return UpsamplerTask(UpsamplerUNet(8, [1, 1, 2], 1, dropout=0.0), diffusion=diffusion).eval()
+
+    monkeypatch.setattr(decoding, "load_task", load)
+    second = Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))
+    decoder.upsamplers = [stage.load(Path()) for stage in (Upsampler("first.ckpt"), second)]
+    z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))
+    image = decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1))
+    assert image.shape == (1, 3, 1024, 1024)
+    assert image.isfinite().all()
+    assert image.abs().max() <= 1

@@ -1,0 +1,37 @@
+"""Which commit a number is said to come from."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from unclip_pl.generation import provenance
+
+
+def test_the_commit_is_this_codes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment often lies in somebody else's repository."""
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout
+
+    module = tmp_path / "provenance.py"
+    module.write_text("")
+    (tmp_path / "theirs.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(module))
+    assert provenance.commit() == "unknown"
+    git("init")
+    git("add", "theirs.py")
+    git("commit", "-m", "theirs")
+    assert provenance.commit() == "unknown"
+    git("add", "provenance.py")
+    git("commit", "-m", "ours")
+    assert provenance.commit() == git("rev-parse", "--short=12", "HEAD").strip()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cell.json").write_text("1")
+    git("add", "results")
+    git("commit", "-m", "a cell")
+    (tmp_path / "results" / "cell.json").write_text("2")
+    assert provenance.commit() == git("rev-parse", "--short=12", "HEAD").strip()
+    module.write_text("changed")
+    assert provenance.commit().endswith("with local changes")
