@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.nn import prior
-from unclip_pl.nn.text import cat_text, pad_text, repeat_text
 from unclip_pl.nn.unet import UNet
 from unclip_pl.types import DecoderBatch, PriorBatch, TextFeatures
 
@@ -64,8 +63,8 @@ class KarloPrior(torch.nn.Module):
     def sample(self, text: TextFeatures, null: TextFeatures, generator: torch.Generator) -> Tensor:
         """z_i, scaled, (B, d)."""
         n = len(text.embed)
-        both = cat_text(repeat_text(null, n), text)
-        both = pad_text(both, self.context_length)
+        both = TextFeatures.cat([null.repeat(n), text])
+        both = both.pad(self.context_length)
         x = torch.randn(n, text.embed.shape[1], generator=generator)
         times = self.scheduler.timesteps
         for i, t in enumerate(times):
@@ -143,7 +142,7 @@ class KarloDecoder(torch.nn.Module):
         scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon")
         scheduler.set_timesteps(steps)
         n, times = len(z_i), scheduler.timesteps
-        both = cat_text(repeat_text(null, n), text)
+        both = TextFeatures.cat([null.repeat(n), text])
         x = torch.randn(n, 3, side, side, generator=generator)
         for i, t in enumerate(times):
             uncond, cond = self(torch.cat([x] * 2), t.expand(2 * n), z_i, both, guided=True).chunk(2)

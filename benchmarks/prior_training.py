@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unclip_pl.commands.reproduce import precision
 from unclip_pl.nn.prior import PriorTransformer
-from unclip_pl.nn.text import pad_text
 from unclip_pl.tasks import DiffusionPriorTask
 from unclip_pl.tasks.base import Optimization, count_parameters
 from unclip_pl.training.callbacks import WarmupEMA
@@ -82,7 +81,7 @@ class Stream(IterableDataset[PriorBatch]):
     def __iter__(self) -> Iterator[PriorBatch]:
         for seed in itertools.count(1):
             batch = self.world.batch(seed)
-            yield batch._replace(text=pad_text(batch.text, CONTEXT)) if self.pad else batch
+            yield batch._replace(text=batch.text.pad(CONTEXT)) if self.pad else batch
 
 
 class Probe:

@@ -14,7 +14,6 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.generation.priors import Prior
-from unclip_pl.nn.text import repeat_text
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import draw_attributes, render
 from unclip_pl.streams import Streams
@@ -28,7 +27,7 @@ class Lookup(Decoder):
         super().__init__("none", image_size=32)
         self._images = torch.cat([batch.image for batch in batches])
         self._embeds = F.normalize(torch.cat([batch.image_embed for batch in batches]), dim=-1)
-        self._null = TextFeatures(*(part[:1] for part in batches[0].text))
+        self._null = batches[0].text.rows(slice(1))
 
     def load(self, root: Path, device: str = "cpu") -> Self:
         return self
@@ -38,7 +37,7 @@ class Lookup(Decoder):
         return ""
 
     def null_text(self, n: int) -> TextFeatures:
-        return repeat_text(self._null, n)
+        return self._null.repeat(n)
 
     def decode(self, image_embed: Tensor, text: TextFeatures, *, generator: Any = None, progress: Any = None) -> Tensor:
         return self._images[(F.normalize(image_embed, dim=-1) @ self._embeds.T).argmax(-1)]

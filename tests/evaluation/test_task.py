@@ -1,7 +1,6 @@
 """Scores of one model, against what they must be."""
 
 import copy
-from functools import reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
 from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.generation.priors import Prior, TrueEmbedding
-from unclip_pl.nn.text import cat_text
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 CLIP, JUDGE = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")
@@ -52,14 +50,14 @@ def pairs(batches: Batches) -> list[object]:
 
 
 def select(batch: EvaluationBatch, rows: slice) -> EvaluationBatch:
-    text = TextFeatures(*(part[rows] for part in batch.text))
+    text = batch.text.rows(rows)
     return EvaluationBatch(batch.image[rows], batch.image_embed[rows], text, batch.captions[rows], batch.metadata[rows])
 
 
 def join(parts: Batches) -> EvaluationBatch:
     image, image_embed, text, captions, metadata = zip(*parts, strict=True)
     return EvaluationBatch(
-        torch.cat(image), torch.cat(image_embed), reduce(cat_text, text), [*chain(*captions)], [*chain(*metadata)]
+        torch.cat(image), torch.cat(image_embed), TextFeatures.cat(text), [*chain(*captions)], [*chain(*metadata)]
     )
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from unclip_pl.__main__ import main
 from unclip_pl.clip import ClipSpec
 from unclip_pl.generation.pipeline import Unclip, read_run
-from unclip_pl.nn.text import cat_text, pad_text, repeat_text
 from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task
+from unclip_pl.types import TextFeatures
 
 D, CONTEXT, CONTEXT_WIDTH = 64, 16, 48
 #: Karlo's CLIP has d = W: nothing tiny of ours does.
@@ -105,8 +105,8 @@ def pipeline(karlo: Karlo, captions: list[str], steps: tuple[int, int, int], gen
     """diffusers' UnCLIPPipeline, without its text encoder: guidance 4 and 8, the prior clamped as Karlo clamps it."""
     clip = ClipSpec("karlo-test", karlo.clip[-1]).load()
     n = len(captions)
-    cond = pad_text(clip.describe(captions), CONTEXT)
-    text = cat_text(repeat_text(clip.describe([""]), n), cond)
+    cond = clip.describe(captions).pad(CONTEXT)
+    text = TextFeatures.cat([clip.describe([""]).repeat(n), cond])
 
     def walk(steps: int, shape: tuple[int, ...], predict: Any, **settings: Any) -> Tensor:
         scheduler = UnCLIPScheduler(**settings)

@@ -154,7 +154,7 @@ def reference(
         cond = run(net, text, dot, codes)
         if null is None:
             return cond
-        uncond = run(net, TextFeatures(*(x.expand(batch, *x.shape[1:]) for x in null)), dot, codes)
+        uncond = run(net, null.repeat(batch), dot, codes)
         return ARLogits(*(u + guidance * (c - u) for c, u in zip(cond, uncond, strict=True)))
 
     dot = draw(upper_quantile(logits().dot.float().softmax(-1), quantile), generator=g)
@@ -185,7 +185,7 @@ def test_unconditional_rows_or_one_row() -> None:
     net, text, null = build(), captions(4, 2), captions(2, seed=9)
     go = partial(net.generate, text, values_of=VALUES_OF, guidance=3.0)
     one = go(unconditional=null, generator=torch.Generator().manual_seed(1))
-    rows = TextFeatures(*(x.expand(2, *x.shape[1:]) for x in null))
+    rows = null.repeat(2)
     assert torch.equal(one, go(unconditional=rows, generator=torch.Generator().manual_seed(1)))
     ignored = net.generate(
         captions(3, 3, seed=4),
@@ -201,7 +201,7 @@ def test_candidates_are_repeated_captions() -> None:
     """C candidates of B captions are the draws of B·C captions, so sharing the prefix changes nothing; they differ."""
     net, text = build(), captions(4, 2, 3)
     shared = net.generate(text, values_of=VALUES_OF, candidates=6, generator=torch.Generator().manual_seed(2))
-    repeated = TextFeatures(*(x.repeat_interleave(6, dim=0) for x in text))
+    repeated = text.repeat(6)
     apart = net.generate(repeated, values_of=VALUES_OF, generator=torch.Generator().manual_seed(2))
     assert shared.shape == (3, 6, N)
     assert torch.equal(shared.flatten(0, 1), apart[:, 0])
@@ -229,7 +229,7 @@ def test_draws_follow_the_network() -> None:
         text, values_of=VALUES_OF, dot_quantile=0.0, candidates=20_000, generator=torch.Generator().manual_seed(0)
     )[0]
     dots = torch.arange(DOTS)
-    repeated = TextFeatures(*(x.expand(DOTS, *x.shape[1:]) for x in text))
+    repeated = text.repeat(DOTS)
     with torch.no_grad():
         logits = run(net, repeated, dots, torch.zeros(DOTS, N, dtype=torch.long))
     expected = logits.dot[0].softmax(-1) @ logits.codes[:, 0].softmax(-1)

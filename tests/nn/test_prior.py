@@ -92,7 +92,7 @@ def test_padding_and_cutting_change_nothing(net: PriorTransformer) -> None:
         F.pad(text.tokens, (0, 3)), torch.cat([text.states, garbage], 1), F.pad(text.mask, (0, 3)), text.embed
     )
     torch.testing.assert_close(net(x_t, index, net.encode_prefix(padded)), expected)
-    short = TextFeatures(*(part[1:, :2] if part.ndim > 1 and part is not text.embed else part[1:] for part in text))
+    short = TextFeatures(text.tokens[1:, :2], text.states[1:, :2], text.mask[1:, :2], text.embed[1:])
     torch.testing.assert_close(net(x_t[1:], index[1:], net.encode_prefix(short)), expected[1:])
 
 
@@ -100,7 +100,7 @@ def test_a_batch_is_its_rows(net: PriorTransformer) -> None:
     text, (x_t, index) = captions(4, 4, 4), noised(3, 2)
     whole = net(x_t, index, net.encode_prefix(text))
     for i in range(3):
-        row = TextFeatures(*(part[i, None] for part in text))
+        row = text.rows(slice(i, i + 1))
         torch.testing.assert_close(net(x_t[i, None], index[i, None], net.encode_prefix(row)), whole[i, None])
 
 

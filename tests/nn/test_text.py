@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unclip_pl.nn.text import TextTransformer, cat_text, mix_text, pad_text, repeat_text
+from unclip_pl.nn.text import TextTransformer, mix_text
 from unclip_pl.types import TextFeatures
 
 
@@ -21,38 +21,15 @@ def same(a: TextFeatures, b: TextFeatures) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_padding_keeps_what_was_there_and_hides_the_rest() -> None:
-    text = make_text([3, 5])
-    padded = pad_text(text, 9)
-    cut = TextFeatures(padded.tokens[:, :5], padded.states[:, :5], padded.mask[:, :5], padded.embed)
-    assert same(cut, text)
-    assert not padded.mask[:, 5:].any()
-    assert padded.states[:, 5:].eq(0).all()
-    assert padded.tokens[:, 5:].eq(0).all()
-
-
-def test_padding_never_cuts() -> None:
-    with pytest.raises(ValueError, match="at most 4 tokens"):
-        pad_text(make_text([5]), 4)
-
-
 @pytest.mark.parametrize("null_length", [2, 4, 7])
 def test_mix_takes_whole_rows_from_the_one_or_the_other(null_length: int) -> None:
     text, null = make_text([4, 3, 1]), make_text([null_length], seed=1)
     length = max(4, null_length)
     mixed = mix_text(text, null, torch.tensor([True, False, True]))
-    rows = [TextFeatures(*(x[i : i + 1] for x in mixed)) for i in range(3)]
-    expected = [TextFeatures(*(x[i : i + 1] for x in pad_text(text, length))) for i in range(3)]
-    expected[1] = pad_text(null, length)
+    rows = [mixed.rows(slice(i, i + 1)) for i in range(3)]
+    expected = [text.pad(length).rows(slice(i, i + 1)) for i in range(3)]
+    expected[1] = null.pad(length)
     assert all(same(a, b) for a, b in zip(rows, expected, strict=True))
-
-
-def test_cat_and_repeat_order() -> None:
-    a, b = make_text([2, 4]), make_text([6], seed=1)
-    both = cat_text(a, b)
-    assert both.mask.sum(1).tolist() == [2, 4, 6]
-    assert torch.equal(both.embed, torch.cat([a.embed, b.embed]))
-    assert repeat_text(both, 2).mask.sum(1).tolist() == [2, 2, 4, 4, 6, 6]
 
 
 @pytest.fixture
@@ -65,7 +42,7 @@ def test_cut_and_padding_change_no_state(transformer: TextTransformer) -> None:
     text = make_text([3, 5])
     states, last = transformer(text.tokens, text.mask)
     assert states.shape == (2, 5, 16)
-    wide = pad_text(text, 10)
+    wide = text.pad(10)
     junk = torch.where(wide.mask, wide.tokens, 7)  # what stands behind the mask is not read
     junked = transformer(junk, wide.mask)
     torch.testing.assert_close(junked.states[:, :5], states, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.nn.text import TextTransformer, mix_text, pad_text
+from unclip_pl.nn.text import TextTransformer, mix_text
 from unclip_pl.nn.unet import UNet
 from unclip_pl.nn.unet_blocks import group_norm, resample, scale_shift_norm
 from unclip_pl.types import TextFeatures
@@ -96,7 +96,7 @@ def test_shapes_zero_output_at_the_start_and_a_gradient_for_every_parameter(
 def test_padding_changes_nothing(decoder: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     x, index, z_i = inputs
     text = make_text([2, 5, 1])
-    wide = pad_text(text, 9)
+    wide = text.pad(9)
     wide = wide._replace(states=torch.where(wide.mask[..., None], wide.states, 1e3))
     out = decoder(x, index, decoder.encode_condition(z_i, text, EVERYONE))
     torch.testing.assert_close(decoder(x, index, decoder.encode_condition(z_i, wide, EVERYONE)), out)
@@ -107,7 +107,7 @@ def test_rows_do_not_see_each_other(decoder: UNet, inputs: tuple[Tensor, Tensor,
     text = make_text([2, 5, 1])
     out = decoder(x, index, decoder.encode_condition(z_i, text, EVERYONE))
     for i in range(3):
-        row = TextFeatures(*(f[i : i + 1] for f in text))
+        row = text.rows(slice(i, i + 1))
         condition = decoder.encode_condition(z_i[i : i + 1], row, EVERYONE[:1])
         torch.testing.assert_close(decoder(x[i : i + 1], index[i : i + 1], condition), out[i : i + 1])
 
@@ -139,12 +139,16 @@ def test_the_map_says_where_at_any_size(inputs: tuple[Tensor, Tensor, Tensor]) -
 
 
 def test_guidance_batch_is_two_batches(decoder: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """One condition a caption, repeated for its samples and joined with a shorter unconditional one."""
+    """A caption beside a shorter empty one, each for three samples."""
     x, index, z_i = inputs
-    condition = decoder.encode_condition(z_i[:1], make_text([5]), EVERYONE[:1]).repeat(3)
-    null = decoder.encode_condition(z_i[:1], make_text([1], seed=9), NOBODY[:1]).repeat(3)
-    both = decoder(torch.cat([x, x]), torch.cat([index, index]), condition.cat(null))
-    torch.testing.assert_close(both, torch.cat([decoder(x, index, condition), decoder(x, index, null)]))
+    text, null = make_text([5]).repeat(3), make_text([1], seed=9).repeat(3)
+    condition = decoder.encode_condition(z_i, text, EVERYONE)
+    unconditional = decoder.encode_condition(z_i, null, NOBODY)
+    both = decoder.encode_condition(
+        torch.cat([z_i, z_i]), TextFeatures.cat([text, null]), torch.cat([EVERYONE, NOBODY])
+    )
+    out = decoder(torch.cat([x, x]), torch.cat([index, index]), both)
+    torch.testing.assert_close(out, torch.cat([decoder(x, index, condition), decoder(x, index, unconditional)]))
 
 
 def test_channels_last_is_the_same_function_and_comes_out_as_it_went_in(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -197,7 +201,7 @@ def test_a_text_transformer_of_its_own_reads_tokens_and_not_clips_states(inputs:
     out = net(x, index, net.encode_condition(z_i, text, EVERYONE))
     blind = text._replace(states=torch.zeros_like(text.states))
     torch.testing.assert_close(net(x, index, net.encode_condition(z_i, blind, EVERYONE)), out)
-    wide = pad_text(text, 6)
+    wide = text.pad(6)
     torch.testing.assert_close(net(x, index, net.encode_condition(z_i, wide, EVERYONE)), out)
     other = text._replace(tokens=(text.tokens + 1) % 50)
     condition = net.encode_condition(z_i, other, EVERYONE)

@@ -32,7 +32,7 @@ def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path
 
 
 def test_the_wrong_task(mini_run: Path) -> None:
-    with pytest.raises(TypeError, match=r"holds a DecoderTask\. Expected a DiffusionPriorTask"):
+    with pytest.raises(ValueError, match=r"holds a DecoderTask\. Expected a DiffusionPriorTask"):
         load_task(mini_run / "decoder" / "checkpoints" / "last.ckpt", DiffusionPriorTask)
 
 

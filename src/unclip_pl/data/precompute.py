@@ -218,4 +218,4 @@ def _moments(folder: Path, records: Iterable[ShardRecord]) -> Moments:
 
 
 def _null_text(encoder: ClipEncoder) -> TextFeatures:
-    return TextFeatures(*(value.cpu() for value in encoder.describe([""])))
+    return encoder.describe([""]).to("cpu")

@@ -19,7 +19,6 @@ from unclip_pl.evaluation.scores import (
     diversity_scores,
     embedding_scores,
     frechet_scores,
-    join_text,
     neighbour_scores,
     stated_indices,
     states_unseen_pair,
@@ -62,7 +61,7 @@ def join_heldout(parts: Iterable[Heldout]) -> Heldout:
     image_embed, text, captions, metadata, judge_image, judge_text, images = zip(*parts, strict=True)
     return Heldout(
         torch.cat(image_embed),
-        join_text(text),
+        TextFeatures.cat(text),
         list(chain.from_iterable(captions)),
         list(chain.from_iterable(metadata)),
         torch.cat(judge_image),

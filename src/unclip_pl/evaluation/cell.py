@@ -24,7 +24,6 @@ from unclip_pl.evaluation.scores import (
     diversity_scores,
     open_captions,
     resampled_means,
-    select_text,
     stated_indices,
     states_unseen_pair,
 )
@@ -37,10 +36,9 @@ from unclip_pl.metrics.clip_score import clip_scores
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.neighbours import neighbour_values
-from unclip_pl.nn.text import repeat_text
 from unclip_pl.report.report import Atlas
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.types import PriorBatch, TextFeatures
+from unclip_pl.types import PriorBatch
 
 #: Digits that a stored number keeps.
 DIGITS = 5
@@ -172,11 +170,11 @@ class Cell(SampledPriors):
     ) -> dict[str, View]:
         """Images of every arm; their scores go into ``arms``."""
         n = min(self.captions, len(heldout.captions))
-        few = select_text(heldout.text, slice(n))
+        few = heldout.text.rows(slice(n))
         stated = stated_indices(heldout.captions[:n])
         chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
         captions = [heldout.captions[row] for row in chosen]
-        many = repeat_text(select_text(heldout.text, torch.tensor(chosen, dtype=torch.long)), self.diversity_samples)
+        many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
         given = sum(isinstance(prior, TrueEmbedding) for prior in self.priors.values())
         painter.expect(n * len(samples) + len(many.embed) * (len(samples) - given))
         real = heldout.judge_image[:n]
@@ -202,9 +200,7 @@ class Cell(SampledPriors):
         prior, cost = self.priors[name], self._costs[name]
         config = training_config(self.weights)
         task = getattr(prior, "task", None)
-        on_device = PriorBatch(
-            pairs.image_embed.to(self.device), TextFeatures(*(x.to(self.device) for x in pairs.text))
-        )
+        on_device = PriorBatch(pairs.image_embed.to(self.device), pairs.text.to(self.device))
         steps, size = prior.record.steps, config.get("batch_size", 0)
         flops = training_flops(task, on_device) if task is not None and steps else 0
         return {

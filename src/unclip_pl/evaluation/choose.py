@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
-from unclip_pl.evaluation.scores import join_text
 from unclip_pl.evaluation.task import check_store
 from unclip_pl.files import write_json
 from unclip_pl.generation.pipeline import check_clip
@@ -29,7 +28,7 @@ from unclip_pl.generation.priors import Prior
 from unclip_pl.generation.provenance import provenance
 from unclip_pl.metrics.clip_score import retrieval_ranks
 from unclip_pl.metrics.frechet import FrechetDistance
-from unclip_pl.types import PriorBatch
+from unclip_pl.types import PriorBatch, TextFeatures
 
 
 class Trial(NamedTuple):
@@ -107,7 +106,7 @@ class Choice(LightningModule):
             raise InputError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
         fingerprint = self.clip.within(self.run).load().fingerprint
         check_store(self, fingerprint)
-        text = join_text([batch.text for batch in self._batches])
+        text = TextFeatures.cat([batch.text for batch in self._batches])
         pairs = PriorBatch(torch.cat([batch.image_embed for batch in self._batches]), text)
         rates = {rate: self._try(pairs, folder, 1.0, fingerprint) for rate, folder in self.weights.items()}
         rate = best(rates)

@@ -9,14 +9,12 @@ from torch import Tensor
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.assemble import Heldout, Material, assemble
 from unclip_pl.evaluation.sampled import SampledPriors, resize, shown_rows
-from unclip_pl.evaluation.scores import View, open_captions, select_text
+from unclip_pl.evaluation.scores import View, open_captions
 from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.generation.priors import Prior, TrueEmbedding
 from unclip_pl.generation.provenance import provenance, settings
-from unclip_pl.nn.text import repeat_text
 from unclip_pl.report.report import Atlas, print_summary, scalars, write_report
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.types import TextFeatures
 
 #: Captions whose many images the report shows.
 SHOWN = 3
@@ -121,14 +119,14 @@ class Comparison(SampledPriors):
     def _draw(self, heldout: Heldout, samples: dict[str, Tensor]) -> Material:
         """Every image of the comparison."""
         n = min(self.captions, len(heldout.captions))
-        few = select_text(heldout.text, slice(n))
+        few = heldout.text.rows(slice(n))
         chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
-        many = repeat_text(select_text(heldout.text, torch.tensor(chosen, dtype=torch.long)), self.diversity_samples)
+        many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
         drawers = {name: prior for name, prior in self.priors.items() if not isinstance(prior, TrueEmbedding)}
         painter = self.painter(self.drawer)
         with painter:
             painter.expect(n * (len(self.priors) + 1) + len(many.embed) * len(drawers))
-            alone = TextFeatures(*(part.cpu() for part in self.drawer.null_text(n)))
+            alone = self.drawer.null_text(n).to("cpu")
             keep = shown_rows(heldout.metadata[:n], self.grid_rows, self.grid_licenses)
             return Material(
                 heldout=heldout,

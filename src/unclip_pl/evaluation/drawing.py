@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
-from unclip_pl.evaluation.scores import View, select_text
+from unclip_pl.evaluation.scores import View
 from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import TextFeatures
@@ -99,7 +99,7 @@ class Painter(AbstractContextManager["Painter"]):
         for batch in range(self.rank, -(-len(image_embed) // self.batch_size), self.world_size):
             start = batch * self.batch_size
             rows = slice(start, start + self.batch_size)
-            words = TextFeatures(*(part.to(device) for part in select_text(text, rows)))
+            words = text.rows(rows).to(device)
             generator = torch.Generator().manual_seed(self.seed + 7919 * batch)
             images = self.decoder.decode(image_embed[rows].to(device), words, generator=generator)
             parts[batch] = self.look(images, keep=[row - start for row in keep if 0 <= row - start < len(images)])

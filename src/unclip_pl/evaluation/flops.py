@@ -8,10 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip_pl.evaluation.scores import select_text
 from unclip_pl.generation.priors import Prior
 from unclip_pl.tasks import Task
-from unclip_pl.types import PriorBatch, TextFeatures
+from unclip_pl.types import PriorBatch
 
 
 def count_flops(work: Callable[[], Any]) -> int:
@@ -37,11 +36,11 @@ def training_flops(task: Task, pairs: PriorBatch, captions: int = 8) -> int:
         # A test runs in inference mode, whose tensors know no gradients: copies do.
         copied = copy.deepcopy(task)
         few = first_pairs(pairs, captions)
-        few = PriorBatch(few.image_embed.clone(), TextFeatures(*(part.clone() for part in few.text)))
+        few = PriorBatch(few.image_embed.clone(), few.text.repeat(1))
         work = count_flops(lambda: copied.loss(few, torch.Generator().manual_seed(0)).backward())
     return work // len(few.image_embed)
 
 
 def first_pairs(pairs: PriorBatch, n: int) -> PriorBatch:
     """The first n of them."""
-    return PriorBatch(pairs.image_embed[:n], select_text(pairs.text, slice(n)))
+    return PriorBatch(pairs.image_embed[:n], pairs.text.rows(slice(n)))

@@ -15,7 +15,6 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.assemble import Cost, Heldout, join_heldout, true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.flops import sampling_flops
-from unclip_pl.evaluation.scores import select_text
 from unclip_pl.evaluation.task import check_store, streams_for
 from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.generation.priors import Prior
@@ -116,7 +115,7 @@ class SampledPriors(LightningModule):
         self._heldout.append(
             Heldout(
                 image_embed=batch.image_embed.float().cpu(),
-                text=TextFeatures(*(part.cpu() for part in batch.text)),
+                text=batch.text.to("cpu"),
                 captions=batch.captions,
                 metadata=batch.metadata,
                 judge_image=judge_image,
@@ -159,8 +158,7 @@ class SampledPriors(LightningModule):
         """(N, d) samples of N captions, on the CPU."""
         parts = []
         for start in range(0, len(text.embed), EMBED_BATCH):
-            words = select_text(text, slice(start, start + EMBED_BATCH))
-            words = TextFeatures(*(part.to(self.device) for part in words))
+            words = text.rows(slice(start, start + EMBED_BATCH)).to(self.device)
             generator = torch.Generator().manual_seed(self.seed + 104_729 + start)
             parts.append(prior.embed(words, generator=generator).float().cpu())
         return torch.cat(parts)

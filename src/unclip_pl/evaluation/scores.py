@@ -6,7 +6,6 @@ A attributes that the oracle reads (0 without an oracle).
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from itertools import combinations
 from typing import NamedTuple
 
@@ -24,10 +23,8 @@ from unclip_pl.metrics.embedding import calibration
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.interval import Interval, mean_interval, recentred_interval, share_interval, win_rate
 from unclip_pl.metrics.neighbours import precision_recall
-from unclip_pl.nn.text import cat_text
 from unclip_pl.shapes.captions import PHRASES, TEMPLATES, conditional, fill, parse
 from unclip_pl.shapes.render import ATTRIBUTES, HELD_OUT, VALUES, Attributes, draw_attributes
-from unclip_pl.types import TextFeatures
 
 
 class View(NamedTuple):
@@ -37,16 +34,6 @@ class View(NamedTuple):
     read: Tensor  # (N, A) what the oracle read, as indices
     residual: Tensor  # (N,) RMS to the nearest picture that the renderer can draw; NaN without an oracle
     images: Tensor  # (n, 3, H, H) in [-1, 1], those that are shown
-
-
-def join_text(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """Batches of captions as one."""
-    return reduce(cat_text, parts)
-
-
-def select_text(text: TextFeatures, rows: Tensor | slice) -> TextFeatures:
-    """Some of the captions."""
-    return TextFeatures(*(part[rows] for part in text))
 
 
 def stated_indices(captions: Sequence[str]) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from unclip_pl.diffusion import DDIM, Ancestral, Denoise, Inversion, Sampler, check_guidance
 from unclip_pl.diffusion.process import noise_like
-from unclip_pl.nn.text import repeat_text
 from unclip_pl.streams import Streams
 from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
@@ -116,7 +115,7 @@ class Decoder:
 
     def null_text(self, n: int) -> TextFeatures:
         """n empty captions: decode from the embedding alone."""
-        return repeat_text(self.task.space.null_text, n)
+        return self.task.space.null_text.repeat(n)
 
     @torch.no_grad()
     def decode(

@@ -18,7 +18,6 @@ from unclip_pl.generation.bundle import exists, inside, read_content, read_prove
 from unclip_pl.generation.decoding import Decoder, Progress, Upsampler
 from unclip_pl.generation.manipulation import Manipulations
 from unclip_pl.generation.priors import Prior, TrueEmbedding
-from unclip_pl.nn.text import repeat_text
 from unclip_pl.tasks.loading import check_classes
 from unclip_pl.types import TextFeatures
 
@@ -169,10 +168,10 @@ class Unclip(Manipulations):
             raise InputError(f"Expected at least one caption and num >= 1. Got {len(captions)} and {num}.")
         check_guidance(self.decoder.guidance if guidance is None else guidance)
         chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates)
-        text, seeds = repeat_text(self.clip.describe(list(captions)), num), _seeds(seed, num) * len(captions)
+        text, seeds = self.clip.describe(list(captions)).repeat(num), _seeds(seed, num) * len(captions)
         z_i = torch.cat(
             [
-                chosen.embed(_rows(text, rows), generator=_streams(seeds[rows], "prior"))
+                chosen.embed(text.rows(rows), generator=_streams(seeds[rows], "prior"))
                 for rows in _batches(len(seeds), batch_size)
             ]
         )
@@ -213,7 +212,7 @@ class Unclip(Manipulations):
         check_norm(TrueEmbedding(keep_norm=not unit), self.decoder)
         text = self.clip.describe(list(captions) * (b // len(captions)))
         z_i = image_embed.to(self.device).repeat_interleave(num, dim=0)
-        return self._decode(z_i, repeat_text(text, num), _seeds(seed, num) * b, guidance, batch_size, progress)
+        return self._decode(z_i, text.repeat(num), _seeds(seed, num) * b, guidance, batch_size, progress)
 
     def _decode(
         self,
@@ -227,7 +226,7 @@ class Unclip(Manipulations):
         images = [
             self.decoder.decode(
                 z_i[rows],
-                _rows(text, rows),
+                text.rows(rows),
                 guidance=guidance,
                 generator=_streams(seeds[rows], "decoder"),
                 progress=progress,
@@ -245,10 +244,6 @@ def _streams(seeds: Sequence[int], part: str) -> list[torch.Generator]:
     """One for each image. Each part has its own: two priors' images start from the same noise."""
     digests = (blake2b(f"{part} {seed}".encode(), digest_size=4).digest() for seed in seeds)
     return [torch.Generator().manual_seed(int.from_bytes(digest)) for digest in digests]
-
-
-def _rows(text: TextFeatures, rows: slice) -> TextFeatures:
-    return TextFeatures(*(part[rows] for part in text))
 
 
 def _batches(rows: int, size: int) -> list[slice]:

@@ -14,29 +14,10 @@ from unclip_pl.nn.layers import Transformer
 from unclip_pl.types import TextFeatures
 
 
-def pad_text(text: TextFeatures, length: int) -> TextFeatures:
-    """``text`` with masked zeros behind it, up to ``length`` tokens.
-
-    Raises:
-        ValueError: if ``text`` is longer than that.
-    """
-    room = length - text.mask.shape[1]
-    if room < 0:
-        raise InputError(f"Expected at most {length} tokens. Got {text.mask.shape[1]}.")
-    if room == 0:
-        return text
-    return TextFeatures(
-        tokens=F.pad(text.tokens, (0, room)),
-        states=F.pad(text.states, (0, 0, 0, room)),
-        mask=F.pad(text.mask, (0, room)),
-        embed=text.embed,
-    )
-
-
 def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatures:
     """The captions where ``keep`` (B,) bool is True, the null caption (B = 1) elsewhere; L is the longer one's."""
     length = max(text.mask.shape[1], null.mask.shape[1])
-    text, null = pad_text(text, length), pad_text(null, length)
+    text, null = text.pad(length), null.pad(length)
     row = keep[:, None]
     return TextFeatures(
         tokens=torch.where(row, text.tokens, null.tokens),
@@ -44,18 +25,6 @@ def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatur
         mask=torch.where(row, text.mask, null.mask),
         embed=torch.where(row, text.embed, null.embed),
     )
-
-
-def cat_text(a: TextFeatures, b: TextFeatures) -> TextFeatures:
-    """Both sets of captions in one batch; the shorter ones are padded."""
-    length = max(a.mask.shape[1], b.mask.shape[1])
-    pairs = zip(pad_text(a, length), pad_text(b, length), strict=True)
-    return TextFeatures(*(torch.cat(pair) for pair in pairs))
-
-
-def repeat_text(text: TextFeatures, n: int) -> TextFeatures:
-    """Each caption n times in a row: B·n captions."""
-    return TextFeatures(*(x.repeat_interleave(n, dim=0) for x in text))
 
 
 def without_states(text: TextFeatures) -> TextFeatures:

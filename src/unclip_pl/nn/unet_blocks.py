@@ -27,21 +27,6 @@ class Condition(NamedTuple):
     mask: Tensor  # (B, N) bool, False on padding
     image_map: Tensor  # (B, C, S, S) added at the lowest level; of S = 0 where the network has none
 
-    def repeat(self, n: int) -> "Condition":
-        """Each row ``n`` times in a row: (B, …) to (B·n, …)."""
-        return Condition(*(x.repeat_interleave(n, dim=0) for x in self))
-
-    def cat(self, other: "Condition") -> "Condition":
-        """Both in one batch, as guidance needs them; the shorter context is padded behind the mask."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
-        a, b = self._pad(length), other._pad(length)
-        return Condition(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
-
-    def _pad(self, length: int) -> "Condition":
-        room = length - self.mask.shape[1]
-        context, mask = F.pad(self.context, (0, 0, 0, room)), F.pad(self.mask, (0, room))
-        return self._replace(context=context, mask=mask)
-
 
 class GroupNorm(nn.GroupNorm):
     """Group norm in the precision of what comes in.

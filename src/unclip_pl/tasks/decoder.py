@@ -9,7 +9,6 @@ from unclip_pl.diffusion.process import noise_like
 from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.errors import InputError
 from unclip_pl.nn.space import Scaling
-from unclip_pl.nn.text import cat_text, repeat_text
 from unclip_pl.nn.unet import UNet
 from unclip_pl.tasks.base import EmbeddingTask, Optimization, bernoulli
 from unclip_pl.types import DecoderBatch, TextFeatures
@@ -89,8 +88,9 @@ class DecoderTask(EmbeddingTask):
         z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
         keep = torch.full((n,), not drop_embedding, device=z_i.device)
         if guidance != 1:
-            null = repeat_text(self.space.scale_text(self.space.null_text), n)
-            z_i, text, keep = torch.cat([z_i, z_i]), cat_text(text, null), torch.cat([keep, torch.zeros_like(keep)])
+            null = self.space.scale_text(self.space.null_text).repeat(n)
+            z_i, text = torch.cat([z_i, z_i]), TextFeatures.cat([text, null])
+            keep = torch.cat([keep, torch.zeros_like(keep)])
         condition = self.net.encode_condition(z_i, text, keep)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
