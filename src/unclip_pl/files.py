@@ -1,67 +1,93 @@
-"""Files: written whole or not at all, read back as plain data only, and told apart by their hashes."""
+"""Files that are written whole or not at all, read back as plain data, and told apart by their hashes."""
 
-import fcntl
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from filelock import lock_descriptor
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.generation.bundle import STATE, exists, inside, read_member
 
+#: Format of the safetensors files that this package writes. A file without an entry has the first one.
+FORMAT = "1"
+#: Entries of a safetensors file's header.
+_FORMAT, _CHECKPOINT = "format", "checkpoint"
+#: What the names of a checkpoint's weights begin with in a safetensors file.
+_STATE = "state_dict."
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, moved over it on success and removed on error.
+    """Give a temporary path beside ``path``, and move it over ``path`` on success.
 
-    Readers, and whoever comes after a crash, see the old file or the whole new one. The temporary name is always the
-    same, so that whoever writes the file after a kill leaves nothing of that attempt behind; a second process that
-    writes the same file waits for the first.
+    Readers see the old file or the whole new one, also after a crash. The temporary name is always the same: whoever
+    writes the file after a kill leaves nothing of that attempt behind. A second writer of the file waits for the first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with _held(temporary):
+    with alone(path.with_name(f".{path.name}.lock")) as mode:
+        temporary.unlink(missing_ok=True)
         try:
-            mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # safetensors lets nobody but the owner read what it writes
-            _flush(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    _flush(path.parent)
+    _flush_folder(path.parent)
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Create a file, and keep it to this process; the kernel lets go of it when the process dies."""
+def alone(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """Hold a lock file and give its mode. The system lets go of it when this process dies.
+
+    Args:
+        path: lock file, which is created and removed again.
+        wait: wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is off.
+    """
     while True:
         with path.open("ab") as file:
+            held = True
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if _is(path, file):
-                yield
-                return  # else it was moved into place while this process waited for it
+                held = lock_descriptor(file.fileno(), blocking=wait)
+            if not held:
+                raise BlockingIOError(f"{path} is held by another process.")
+            if not _is_at(path, file):  # its holder removed it while this process waited
+                continue
+            try:
+                yield os.fstat(file.fileno()).st_mode
+            finally:
+                with suppress(OSError):  # Windows keeps a file that is open
+                    path.unlink()
+            return
 
 
-def _is(path: Path, file: BinaryIO) -> bool:
+def _is_at(path: Path, file: BinaryIO) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
 
-def _flush(path: Path) -> None:
-    """To the disk itself: a rename that outlives a power cut needs the file's bytes and the folder's entry there."""
+def _flush_folder(path: Path) -> None:
+    """Write a folder's entries to the disk: a rename outlives a power cut only then."""
+    if os.name == "nt":  # opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,9 +96,15 @@ def _flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
@@ -84,13 +116,11 @@ def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
         indent: spaces of one level; None writes one line.
     """
     separators = (",", ":") if indent is None else None
-    with replacing(path) as temporary:
-        text = json.dumps(content, ensure_ascii=False, indent=indent, separators=separators)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent, separators=separators) + "\n")
 
 
 def previous_of(path: Path) -> Path:
-    """Where the file that a checkpoint has replaced is kept: ``last.previous.ckpt`` beside ``last.ckpt``."""
+    """Return where the checkpoint before this one is kept: ``last.previous.ckpt`` beside ``last.ckpt``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
@@ -98,8 +128,8 @@ def check_archive(path: str | Path) -> None:
     """Compare every member of a ``torch.save`` file with its checksum, which torch itself does not do.
 
     Raises:
-        ValueError: one does not agree.
-        zipfile.BadZipFile: the file is cut off, or no such file.
+        InputError: a checksum differs.
+        zipfile.BadZipFile: the file is cut off, or no such archive.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
@@ -108,61 +138,132 @@ def check_archive(path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Tensors, numbers, texts and containers of a file written by ``torch.save``; nothing in it can run.
+    """Read a checkpoint as plain data: nothing in it can run.
 
     Args:
-        path: the file, or a member of a bundle.
+        path: file written by ``torch.save``, or a ``.safetensors`` file of :func:`write_checkpoint`.
         map_location: device of the tensors.
         mmap: leave the tensors in the file until they are used.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut off, damaged, no checkpoint at all, or holds more than plain data.
+        MissingFileError: there is no such file.
+        InputError: the file is damaged, no checkpoint, or holds more than plain data.
     """
-    if place := inside(path):
+    if place := inside(path):  # until a bundle is unpacked before it is read
         tensors, content = read_member(place, map_location)
         state = {name.removeprefix(STATE): tensors.pop(name) for name in list(tensors) if name.startswith(STATE)}
         return content | tensors | {"state_dict": state}
     if not Path(path).is_file():
-        raise MissingFileError(f"No checkpoint at {path}.")
+        raise MissingFileError(f"No checkpoint at {path}: give the path of one.")
     try:
+        if Path(path).suffix == ".safetensors":
+            return _from_tensors(_read_all(path, map_location))
         check_archive(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict):
             raise InputError(f"a {type(checkpoint).__name__} instead of a dictionary")
+    except UnknownFormatError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {reason:.200}).") from error
+        raise InputError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: {reason:.200}): give another one."
+        ) from error
     return checkpoint
 
 
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write a checkpoint as safetensors, whole or not at all.
+
+    Args:
+        path: ``.safetensors`` file.
+        checkpoint: ``state_dict``, further tensors, and what JSON can hold.
+    """
+    tensors = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in checkpoint.items() if name not in tensors and name != "state_dict"}
+    tensors |= {_STATE + name: value for name, value in checkpoint["state_dict"].items()}
+    write_tensors(path, tensors, {_CHECKPOINT: json.dumps(plain)})
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Say whether :func:`write_checkpoint` wrote a file."""
+    if Path(path).suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _CHECKPOINT in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _from_tensors(content: "Tensors") -> dict[str, Any]:
+    state = {name.removeprefix(_STATE): value for name, value in content.tensors.items() if name.startswith(_STATE)}
+    others = {name: value for name, value in content.tensors.items() if not name.startswith(_STATE)}
+    return json.loads(content.metadata[_CHECKPOINT]) | others | {"state_dict": state}
+
+
 class Tensors(NamedTuple):
-    """What a file holds."""
+    """Content of a safetensors file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
-def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: str, device: str = "cpu") -> Tensors:
-    """The tensors of those names, and the file's texts.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with a format version, whole or not at all.
 
     Args:
-        path: the file, or a member of a bundle.
-        names: all have to be there.
-        what: the file holds, for the error.
-        command: that makes it.
-        device: of the tensors.
+        path: file to write; its folder is made where it is missing.
+        tensors: arrays by name.
+        metadata: texts by name, for the file's header.
+    """
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, {_FORMAT: FORMAT, **(metadata or {})})
+
+
+def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: str, device: str = "cpu") -> Tensors:
+    """Read some tensors of a file, and its texts. Halves become float32.
+
+    Args:
+        path: safetensors file.
+        names: tensors to read; all have to be there.
+        what: content of the file, for the error.
+        command: command that makes the file, for the error.
+        device: device of the tensors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or another kind of file.
+        MissingFileError: there is no such file.
+        InputError: the file is damaged, or of another kind or format.
     """
     if not exists(path):
         raise MissingFileError(f"No {what} at {path}: run `{command}` first.")
-    if place := inside(path):
+    if place := inside(path):  # until a bundle is unpacked before it is read
         return Tensors(*read_member(place, device))
     try:
-        with safe_open(str(path), framework="pt", device=device) as file:
-            return Tensors({name: file.get_tensor(name) for name in names}, file.metadata() or {})
+        return _read_all(path, device, names)
+    except UnknownFormatError:
+        raise
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path} is damaged or holds no {what} ({error}): run `{command}` again.") from error
+
+
+def _read_all(path: str | Path, device: str, names: Iterable[str] | None = None) -> Tensors:
+    with safe_open(str(path), framework="pt", device=device) as file:
+        metadata = file.metadata() or {}
+        require_format(metadata.get(_FORMAT, FORMAT), FORMAT, path)
+        tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    halves = {name: value.float() for name, value in tensors.items() if value.dtype == torch.half}
+    return Tensors(tensors | halves, metadata)
+
+
+class UnknownFormatError(InputError):
+    """Says that another version of this package wrote a file."""
+
+
+def require_format(found: object, known: object, path: str | Path) -> None:
+    """Raise :class:`UnknownFormatError` where a file's format is not the known one."""
+    if found != known:
+        raise UnknownFormatError(
+            f"Expected {path} in format {known!r}. Got {found!r}: install the version of unclip_pl that wrote it."
+        )

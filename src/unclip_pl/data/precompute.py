@@ -21,7 +21,6 @@ from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip
 from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.data.store import STATISTICS
 from unclip_pl.errors import InputError
-from unclip_pl.files import replacing
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.types import TextFeatures
 
@@ -123,8 +122,7 @@ def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: f
         )
     _require_good(source, records, max_bad_fraction)
     moments, null_text = _moments(folder, records), _null_text(encoder)
-    with replacing(folder / STATISTICS) as temporary:
-        write_statistics(temporary, moments=moments, null_text=null_text, fingerprint=encoder.fingerprint)
+    write_statistics(folder / STATISTICS, moments=moments, null_text=null_text, fingerprint=encoder.fingerprint)
     write_manifest(folder, (read_manifest(folder) | {record.shard: record for record in records}).values())
 
 

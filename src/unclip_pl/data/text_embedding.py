@@ -8,7 +8,6 @@ from typing import Any
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
-from unclip_pl.files import replacing
 from unclip_pl.nn.space import EmbeddingSpace, Moments, write_statistics
 
 STATISTICS = "text-statistics.safetensors"
@@ -27,8 +26,7 @@ class TextEmbeddingDataModule(UnclipDataModule):
         path = Path(self.store) / STATISTICS
         if not path.is_file() or EmbeddingSpace(str(path)).fingerprint != images.fingerprint:
             moments = reduce(Moments.plus, (Moments.of(z_t) for _, z_t in self.embeddings.embed_chunks(Split.TRAIN)))
-            with replacing(path) as temporary:
-                write_statistics(temporary, moments=moments, null_text=images.null_text, fingerprint=images.fingerprint)
+            write_statistics(path, moments=moments, null_text=images.null_text, fingerprint=images.fingerprint)
         return str(path)
 
     def _assemble(self) -> Callable[[RowBatch], Any]:

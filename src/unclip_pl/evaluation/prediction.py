@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 from lightning import LightningModule
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.task import check_store, streams_for, to_bytes
+from unclip_pl.files import write_tensors
 from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
 from unclip_pl.generation.priors import Prior, TrueEmbedding
 from unclip_pl.packing.pack import write_shards
@@ -53,10 +53,8 @@ class PriorPrediction(LightningModule):
 
     def on_predict_end(self) -> None:
         """Writes this rank's embeddings, whole or not at all."""
-        self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"image_embed-{self.global_rank:05d}.safetensors"
-        save_file({"image_embed": torch.cat(self._embeds)}, path.with_suffix(".tmp"), self._metadata)
-        path.with_suffix(".tmp").replace(path)
+        write_tensors(path, {"image_embed": torch.cat(self._embeds)}, self._metadata)
 
 
 class ImagePrediction(LightningModule):

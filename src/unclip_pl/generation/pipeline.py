@@ -14,6 +14,7 @@ from torch import Tensor
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.diffusion import check_guidance
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import write_json
 from unclip_pl.generation.bundle import exists, inside, read_content, read_provenance
 from unclip_pl.generation.decoding import Decoder, Progress, Upsampler
 from unclip_pl.generation.manipulation import Manipulations
@@ -331,6 +332,4 @@ def read_run(root: Path) -> RunDescription:
 
 def write_run(root: Path, description: dict[str, Any]) -> None:
     """Write ``run.json``, whole or not at all."""
-    temporary = root / f"{RUN}.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    temporary.replace(root / RUN)
+    write_json(root / RUN, description, indent=2)

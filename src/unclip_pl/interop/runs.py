@@ -1,6 +1,5 @@
 """Karlo's parts as a run: ``run.json``, and checkpoints that ``load_task`` rebuilds and ``fit`` goes on from."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
+from unclip_pl.files import replacing
 from unclip_pl.generation.pipeline import write_run
 from unclip_pl.interop.files import KarloFiles, Part
 from unclip_pl.interop.layout import load_weights
@@ -122,10 +122,8 @@ def write_checkpoint(path: Path, task: Task, hyper_parameters: dict[str, Any]) -
         "hparams_name": "kwargs",
         "hyper_parameters": hyper_parameters,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:

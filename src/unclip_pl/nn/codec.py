@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import read_tensors
+from unclip_pl.files import read_tensors, write_tensors
 from unclip_pl.nn.space import Moments
 
 #: Called once per pass over the training set; yields raw (image_embed (B, d), text_embed (B, d)).
@@ -123,11 +122,8 @@ class EmbeddingCodec(nn.Module):
         return codec
 
     def save(self, path: str | Path) -> None:
-        """Writes the codec as safetensors, under a temporary name first."""
-        temporary = Path(path).with_suffix(".tmp")
-        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
-        temporary.replace(path)
+        """Write the codec as safetensors, whole or not at all."""
+        write_tensors(Path(path), self.state_dict(), {"fingerprint": self.fingerprint})
 
     @property
     def embed_dim(self) -> int:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+
+from unclip_pl.files import write_tensors
 
 
 def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,5 @@ def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Te
 
 def save_linear_prior(path: Path, weight: Tensor, bias: Tensor, *, fingerprint: str, seconds: float) -> None:
     """Write what :class:`LinearPrior` reads, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    tensors = {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
-    save_file(tensors, temporary, {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"})
-    temporary.replace(path)
+    tensors = {"weight": weight.float(), "bias": bias.float()}
+    write_tensors(path, tensors, {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"})

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.files import read_tensors
+from unclip_pl.files import read_tensors, write_tensors
 from unclip_pl.types import TextFeatures
 
 Scaling = Literal["unit", "standardize", "whiten", "raw"]
@@ -43,7 +42,7 @@ class Moments(NamedTuple):
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def write_statistics(path: str | Path, *, moments: Moments, null_text: TextFeatures, fingerprint: str) -> None:
+def write_statistics(path: Path, *, moments: Moments, null_text: TextFeatures, fingerprint: str) -> None:
     """Mean, std and principal axes of a training set's embeddings beside CLIP's features of the empty caption.
 
     Args:
@@ -67,9 +66,7 @@ def write_statistics(path: str | Path, *, moments: Moments, null_text: TextFeatu
     _write(path, tensors, null_text, fingerprint)
 
 
-def write_raw_statistics(
-    path: str | Path, *, mean: Tensor, std: Tensor, null_text: TextFeatures, fingerprint: str
-) -> None:
+def write_raw_statistics(path: Path, *, mean: Tensor, std: Tensor, null_text: TextFeatures, fingerprint: str) -> None:
     """What is known of somebody else's training set: enough for ``standardize`` and ``raw``, not for ``whiten``.
 
     Args:
@@ -83,12 +80,12 @@ def write_raw_statistics(
     _write(path, {"raw_mean": mean, "raw_std": std} | unknown, null_text, fingerprint)
 
 
-def _write(path: str | Path, tensors: dict[str, Tensor], null_text: TextFeatures, fingerprint: str) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], null_text: TextFeatures, fingerprint: str) -> None:
     tensors = tensors | {"null_states": null_text.states, "null_embed": null_text.embed}
-    tensors = {name: value.float().contiguous() for name, value in tensors.items()}
-    tensors["null_tokens"] = null_text.tokens.long().contiguous()
+    tensors = {name: value.float() for name, value in tensors.items()}
+    tensors["null_tokens"] = null_text.tokens.long()
     tensors["fingerprint_bytes"] = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 class EmbeddingSpace(nn.Module):
