@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 
 #: From the ground up. Packages in one row do not know each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "moved"},
     {"files", "streams", "types"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
@@ -26,7 +26,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 #: torch, numpy and open_clip are enough here: who takes the mathematics does not wait for a trainer.
-PURE = {"errors", "files", "streams", "types", "diffusion", "nn", "clip", "shapes"}
+PURE = {"errors", "moved", "files", "streams", "types", "diffusion", "nn", "clip", "shapes"}
 #: Screens are 60 lines high.
 SCREEN = 60
 

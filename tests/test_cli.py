@@ -7,23 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from unclip_pl.__main__ import COMMANDS, TRAINER, main
+from unclip_pl.cli import COMMANDS, TRAINER, main
 from unclip_pl.clip.encoder import build_clip
+from unclip_pl.errors import InputError, MissingFileError
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str], *fragments: str) -> None:
-    """One line on stderr that says all of that, and a non-zero exit."""
+    """One line on stderr that says all of that and names --debug, and a non-zero exit."""
     assert main(words) != 0
     said = capsys.readouterr().err
     assert "Traceback" not in said
+    assert "--debug" in said
     for fragment in fragments:
         assert fragment in said
 
 
 def test_help_names_every_command_and_imports_no_torch() -> None:
-    code = "import sys, unclip_pl.__main__ as m; m.main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys, unclip_pl.cli as m; m.main(['--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for word in TRAINER | COMMANDS:
         assert f"  {word} " in done.stdout
@@ -46,6 +49,38 @@ def test_unknown_config_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
     refused(["fit", "--config", "configs/nowhere.yaml"], capsys, "No config at configs/nowhere.yaml")
+
+
+@pytest.mark.parametrize("kind", [KeyError, TypeError, ValueError, AttributeError])
+def test_an_error_of_the_program_shows_its_traceback(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise kind("stated_match")
+
+    monkeypatch.setattr("unclip_pl.cli.call", broken)
+    with pytest.raises(kind, match="stated_match"):
+        main(["linear"])
+
+
+@pytest.mark.parametrize("kind", [InputError, MissingFileError, OSError, yaml.YAMLError])
+def test_a_mistake_of_the_user_is_one_line(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise kind("Expected a star.\nGot a moon.")
+
+    monkeypatch.setattr("unclip_pl.cli.call", refuse)
+    assert main(["linear"]) == 1
+    assert capsys.readouterr().err == "error: Expected a star. Got a moon. (--debug shows the traceback)\n"
+    with pytest.raises(kind):
+        main(["linear", "--debug"])
+
+
+def test_a_class_that_moved_is_one_line_with_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", "configs/prior/tiny.yaml", "--trainer.callbacks", "unclip_pl.callbacks.WarmupEMA"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "unclip_pl.callbacks.WarmupEMA is now unclip_pl.training.callbacks.WarmupEMA" in said
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

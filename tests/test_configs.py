@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file, save_file
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.data.shards import index_shard
 from unclip_pl.tasks import Task, load_task
 from unclip_pl.training.cli import LINKS, build

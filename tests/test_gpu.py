@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.nn.recorded import recorded
 from unclip_pl.tasks import Task

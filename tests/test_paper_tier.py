@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.clip import ClipSpec
 from unclip_pl.clip.encoder import architecture
 from unclip_pl.nn.ar_prior import ARPriorTransformer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```[a-z]*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

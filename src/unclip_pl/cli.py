@@ -1,37 +1,60 @@
-"""One parser, one door: LightningCLI for the Tasks, plain functions for the rest."""
+"""The command line: the first word picks what is imported, so that ``unclip --help`` answers in a second.
+
+``fit``, ``validate``, ``test`` and ``predict`` go to LightningCLI. Every other word names a module of
+:mod:`unclip_pl.commands`, whose function is called with the options as its arguments.
+"""
 
 import importlib
 import logging
+import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.moved import moved_in
 
-#: Errors that a user can mend: one line. Anything else is ours, and shows its traceback.
-EXPECTED = (ValueError, TypeError, OSError, KeyError, yaml.YAMLError)
-#: The same, of a class whose import would take seconds.
-EXPECTED_NAMES = ("MisconfigurationException",)
+TRAINER = {
+    "fit": "train a part: --config configs/{clip,prior,ar_prior,decoder,upsampler}/*.yaml",
+    "validate": "its loss on the validation split",
+    "test": "score a model or compare the priors: --config configs/{evaluate,compare}/*.yaml",
+    "predict": "write embeddings (priors) or images (decoder, upsampler)",
+}
+COMMANDS = {
+    "pack": "make image-caption shards: shapes, folder or coco",
+    "precompute": "encode shards with a frozen CLIP into an embedding store",
+    "codec": "fit the AR prior's codec (PCA and buckets) on a store",
+    "linear": "fit the linear prior (ridge regression) on a store",
+    "sample": 'draw images: unclip sample "a large red star" --run runs/quickstart',
+    "reconstruct": "pictures to their latents and back: unclip reconstruct PICTURE…",
+    "vary": "variations of pictures: unclip vary PICTURE…",
+    "interpolate": "what lies between two pictures: unclip interpolate PICTURE PICTURE",
+    "edit": 'text diffs: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
+    "probe": "pictures of ever more dimensions of an embedding: unclip probe PICTURE…",
+    "reproduce": "run a recipe's stages in order, resuming: --config configs/reproduce/*.yaml",
+    "bundle": "a run as one file, in half precision: unclip bundle RUN",
+    "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
+    "report": "write a run's report again from its report.json",
+}
 
-#: What linked arguments are made of: never written in a config.
-LINKS = (
-    ("data.embed_dim", "model.init_args.net.init_args.embed_dim"),
-    ("data.text_width", "model.init_args.net.init_args.text_width"),
-    ("data.context_length", "model.init_args.net.init_args.context_length"),
-    ("data.statistics", "model.init_args.statistics"),
-    ("data.clip_name", "model.init_args.name"),
-)
+#: Mistakes that a user can mend: they become one line. Every other error shows its traceback.
+EXPECTED = (InputError, OSError, UnicodeDecodeError, yaml.YAMLError)
+#: Name of Lightning's own class for such mistakes, whose import would take seconds.
+EXPECTED_NAME = "MisconfigurationException"
+#: What every one-line error ends with.
+DEBUG_HINT = "(--debug shows the traceback)"
 
-#: Parameters of commands that stand before the options, and their help.
+#: Parameters of commands that stand before the options, with their help.
 POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read", "pictures": "image files"}
 
+#: Warnings of Lightning, torch and Pillow that tell our users nothing.
 NOISE = (
     ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is written in place in training
     ".*does not have many workers.*",
@@ -42,21 +65,73 @@ NOISE = (
     ".*GPU available but not used.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",
-    ".*could be decompression bomb.*",  # refused by our own limit, which is lower
+    ".*could be decompression bomb.*",  # our own limit is lower, and refuses
+    "(?s).*instantiate_classes.*deprecated.*",  # Lightning 2.6 calls jsonargparse by the old name
 )
 
 
+class Terminated(SystemExit):
+    """SIGTERM arrived. Raised like an error, so that files being written are tidied up on the way out."""
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors leave out the list of all options, and name the new path of a class that moved."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with status 2."""
+        if self.exit_on_error and "JSONARGPARSE_DEBUG" not in os.environ:
+            program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+            said = moved_in(message) or f"{message}\n({program} --help lists the options)"
+            print(f"error: {said} {DEBUG_HINT}", file=sys.stderr)
+            self.exit(2)
+        super().error(message, ex)
+
+
+def usage() -> str:
+    """Return the text of ``unclip --help``."""
+    lines = ["usage: unclip COMMAND [ARGUMENTS]   (unclip COMMAND --help for more; --debug shows tracebacks)", ""]
+    for title, words in (("training and evaluation", TRAINER), ("commands", COMMANDS)):
+        lines += [f"{title}:", *(f"  {word:<11} {what}" for word, what in words.items()), ""]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: words after the program's name; None reads ``sys.argv``.
+
+    Returns:
+        The exit status: 0 for success, 1 for an error of the run, 2 for words that cannot be parsed, 128 plus the
+        signal's number for Ctrl-C and SIGTERM.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if debug:
+        words.remove("--debug")
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(importlib.import_module("importlib.metadata").version("unclip_pl"))
+        return 0
+    if words[0] not in TRAINER | COMMANDS:
+        print(f"error: unknown command {words[0]!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    return run(words, debug=debug)
+
+
 def run(words: list[str], *, debug: bool = False) -> int:
-    """Run a command line; see :func:`unclip_pl.__main__.main` for the exit status."""
+    """Run a command whose name is known; see :func:`main` for the exit status."""
     before = _on_sigterm(_terminate)
+    if debug:
+        os.environ["JSONARGPARSE_DEBUG"] = "true"
     try:
         return _run(words, debug)
     finally:
         _on_sigterm(before)
-
-
-class Terminated(SystemExit):
-    """SIGTERM: whatever is being written is tidied up on the way out."""
+        if debug:
+            del os.environ["JSONARGPARSE_DEBUG"]
 
 
 def _terminate(*_: Any) -> None:
@@ -64,21 +139,19 @@ def _terminate(*_: Any) -> None:
 
 
 def _on_sigterm(handler: Any) -> Any:
-    """Sets the handler where that is possible; returns the one before."""
+    """Set the handler of SIGTERM and return the one before. Only the main thread may set it."""
     in_main = threading.current_thread() is threading.main_thread()
     return signal.signal(signal.SIGTERM, handler) if in_main else handler
 
 
 def _run(words: list[str], debug: bool) -> int:
-    from unclip_pl.__main__ import TRAINER
-
     again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         dispatch(words)
-    except SystemExit as stop:  # jsonargparse has printed what was wrong, or the help
+    except SystemExit as stop:  # the parser has printed what was wrong, or the help
         if isinstance(stop, Terminated) or type(stop).__name__ == "SIGTERMException":  # Lightning's
             print(f"terminated{again}.", file=sys.stderr)
             return 128 + signal.SIGTERM
@@ -87,20 +160,18 @@ def _run(words: list[str], debug: bool) -> int:
         print(f"interrupted{again}.", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        if debug or not (isinstance(error, EXPECTED) or type(error).__name__ in EXPECTED_NAMES):
+        if debug or not (isinstance(error, EXPECTED) or type(error).__name__ == EXPECTED_NAME):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnicodeDecodeError):  # does not know its file
-            said = f"Expected configs, tables and captions in UTF-8. Got a file that is none: {said}."
-        print(f"error: {said}", file=sys.stderr)
+        if isinstance(error, UnicodeDecodeError):  # it does not know its file
+            said = f"Expected configs, tables and captions in UTF-8. Got another encoding: {said}."
+        print(f"error: {said} {DEBUG_HINT}", file=sys.stderr)
         return 1
     return 0
 
 
 def dispatch(words: list[str]) -> None:
-    """Parse and run one command; errors pass through."""
-    from unclip_pl.__main__ import COMMANDS
-
+    """Parse and run one command. Errors pass through."""
     command, rest = words[0], words[1:]
     if command in COMMANDS:
         module = importlib.import_module(f"unclip_pl.commands.{command}")
@@ -110,12 +181,16 @@ def dispatch(words: list[str]) -> None:
 
 
 def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[str]) -> Any:
-    """Call a plain function with a command line; its signature is the interface, its docstring the help.
+    """Call a plain function with a command line. Its signature is the interface, its docstring the help.
 
     Args:
-        program: as the help shows it.
-        entry: the function, or several by name. Its ``captions`` or ``paths`` are what stands before the options.
+        program: name of the program in the help.
+        entry: the function, or several by the word that picks one. A parameter of :data:`POSITIONAL` takes the words
+            that stand before the options.
         words: the rest of the command line.
+
+    Raises:
+        InputError: the word that picks one of several functions is missing or unknown.
     """
     if isinstance(entry, dict):
         if not words or words[0] not in entry:
@@ -127,34 +202,42 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
                 f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}."
             )
         return call(f"{program} {words[0]}", entry[words[0]], words[1:])
-    parser = ArgumentParser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     positional = POSITIONAL.keys() & entry.__annotations__.keys()
     for name in positional:
         parser.add_argument(name, nargs="*", type=str, help=POSITIONAL[name])
     parser.add_function_arguments(entry, skip=set(positional), sub_configs=True)
-    options = parser.instantiate_classes(parser.parse_args(_spelt_out(words, entry)))
+    options = parser.instantiate(parser.parse_args(_spelt_out(words, entry)))
     options.pop("config", None)
     return entry(**vars(options))
 
 
 def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
-    """``--verify`` means ``--verify=true``."""
+    """Turn a flag that stands alone, such as ``--verify``, into ``--verify=true``."""
     flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
     alone = [word.startswith("--") for word in [*words[1:], "--"]]
     return [f"{word}=true" if word in flags and last else word for word, last in zip(words, alone, strict=False)]
 
 
 def train(words: list[str]) -> Any:
-    """``fit``, ``validate``, ``test`` or ``predict`` by LightningCLI."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with LightningCLI.
+
+    Raises:
+        MissingFileError: a config does not exist.
+    """
     from lightning import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningArgumentParser
 
     from unclip_pl.training.cli import UnclipCLI
+
+    class TrainerParser(Parser, LightningArgumentParser):
+        """Lightning's parser, with our errors."""
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     missing = [
         words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config" and not Path(words[i + 1]).is_file()
     ]
     if missing:
-        raise MissingFileError(f"No config at {missing[0]}: expected a YAML file, such as those under configs/.")
-    return UnclipCLI(LightningModule, LightningDataModule, args=words)
+        raise MissingFileError(f"No config at {missing[0]}. Give a YAML file, such as those under configs/.")
+    return UnclipCLI(LightningModule, LightningDataModule, args=words, parser_class=TrainerParser)

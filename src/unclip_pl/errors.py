@@ -1,13 +1,13 @@
-"""Mistakes that a user can mend: the command line prints them as one line, and anything else with its traceback."""
+"""Mistakes that a user can mend: the command line prints them as one line, and every other error with its traceback."""
 
 
 class InputError(ValueError):
-    """Says what was expected, what arrived, and what to do about it.
+    """A mistake in data, settings or arguments. The message says what was expected, what arrived, and what to do.
 
-    Raise it where data, settings or arguments enter the package. It is a ``ValueError``, so that code which calls the
-    package from Python can catch it as one.
+    Raise it where data, settings or arguments enter the package. Code that calls the package from Python can catch it
+    as a ``ValueError``.
     """
 
 
 class MissingFileError(InputError, FileNotFoundError):
-    """Names a file that is not there, and the command that makes it."""
+    """A file that does not exist. The message names the file and the command that makes it."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 
 
 def test_a_tag_that_cannot_be_downloaded_is_one_line(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.generation.pictures import CELL, GAP
 from unclip_pl.generation.pipeline import Unclip
 

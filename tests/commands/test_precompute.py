@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.clip.encoder import build_clip
 
 #: Forks start in milliseconds from a server that has imported everything once.
@@ -25,7 +25,7 @@ SERVER.set_forkserver_preload(["unclip_pl.cli", "unclip_pl.commands.precompute",
 COMMAND = """
 import os, sys
 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 sys.exit(main(words))
 """
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.generation.pictures import CELL, GAP
 from unclip_pl.generation.pipeline import Unclip
 

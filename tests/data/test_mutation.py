@@ -192,7 +192,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.mark.parametrize("kind", ["tar", "pack manifest", "manifest", "features", "statistics", "config", "checkpoint"])
 def test_damage_is_refused_in_one_clear_error_or_harmless(bench: Bench, kind: str) -> None:
     came = {trial(bench, kind, seed) for seed in range(300)}
-    assert came <= {"fine", "ValueError", "FileNotFoundError", "UnicodeDecodeError", "OSError"}
+    assert came <= {"fine", "InputError", "MissingFileError", "UnicodeDecodeError", "OSError"}
 
 
 def test_damaged_training_configs_are_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data import embed as module
 from unclip_pl.data.features import map_features, read_contents, read_moments

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.files import read_checkpoint
 from unclip_pl.generation import pipeline
 from unclip_pl.generation.bundle import MEMBERS, exists, inside, read_member, read_provenance

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.clip import ClipSpec
 from unclip_pl.generation.pipeline import Unclip, read_run
 from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.data.members import Form
 from unclip_pl.data.shards import Split, decode_entries, index_shard, parse_json, read_span
 from unclip_pl.data.transforms import load_square, suffix_of

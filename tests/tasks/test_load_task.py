@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
+from unclip_pl.errors import InputError
 from unclip_pl.generation.pipeline import Decoder
 from unclip_pl.generation.priors import DiffusionPrior
 from unclip_pl.nn.prior import PriorTransformer
@@ -32,7 +33,7 @@ def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path
 
 
 def test_the_wrong_task(mini_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a DecoderTask\. Expected a DiffusionPriorTask"):
+    with pytest.raises(InputError, match=r"holds a DecoderTask\. Expected a DiffusionPriorTask"):
         load_task(mini_run / "decoder" / "checkpoints" / "last.ckpt", DiffusionPriorTask)
 
 

@@ -18,7 +18,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from unclip_pl.__main__ import main
+from unclip_pl.cli import main
 from unclip_pl.files import read_checkpoint
 from unclip_pl.training.cli import build
 from unclip_pl.training.resume import CheckpointFiles, Signals, random_state, set_random_state

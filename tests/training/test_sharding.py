@@ -77,11 +77,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     sharded: Any = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
     plain: Any = SimpleNamespace(strategy=None)
     module: Any = None
-    with pytest.raises(ValueError, match=r"takes unclip_pl\.sharding\.ShardedEMA"):
+    with pytest.raises(ValueError, match=r"Use unclip_pl\.training\.sharding\.ShardedEMA"):
         WarmupEMA().setup(sharded, module, "fit")
     with pytest.raises(ValueError, match="one rank"):
         SampleGrid().on_fit_start(sharded, module)
-    with pytest.raises(ValueError, match="take WarmupEMA"):
+    with pytest.raises(ValueError, match="Use WarmupEMA"):
         ShardedEMA().on_fit_start(plain, module)
 
 

@@ -12,6 +12,7 @@ import yaml
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.generation.bundle import exists
+from unclip_pl.moved import moved_in
 from unclip_pl.tasks.base import Task, TrainingRecord
 
 T = TypeVar("T", bound=Task)
@@ -26,9 +27,8 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         map_location: device of the weights.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: the checkpoint holds another Task.
-        ValueError: it is no checkpoint of ours, or broken.
+        MissingFileError: the file does not exist.
+        InputError: the checkpoint holds another Task, was not written by ``unclip fit``, or is broken.
     """
     if not exists(path):
         raise MissingFileError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
@@ -80,8 +80,9 @@ def trusted_class(path: Any) -> type:
     cls = getattr(owner, name, None)
     if not isinstance(cls, type) or not any(base.__module__.split(".")[0] == "unclip_pl" for base in cls.__mro__):
         raise InputError(
-            f"the checkpoint names {path!r:.200}. Expected a class of unclip_pl, or one that derives from such a class "
-            "and is imported: import your own module before you load it."
+            moved_in(str(path))
+            or f"the checkpoint names {path!r:.200}. Expected a class of unclip_pl, or one that derives from such a "
+            "class and is imported. Import your own module before you load its checkpoint."
         )
     return cls
 

@@ -18,11 +18,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from unclip_pl.cli import LINKS
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.training.callbacks import StepProgressBar
 from unclip_pl.training.resume import CheckpointFiles, ExactResume, Signals
+
+#: Arguments that the data determine: (source, target). No config may write them.
+LINKS = (
+    ("data.embed_dim", "model.init_args.net.init_args.embed_dim"),
+    ("data.text_width", "model.init_args.net.init_args.text_width"),
+    ("data.context_length", "model.init_args.net.init_args.context_length"),
+    ("data.statistics", "model.init_args.statistics"),
+    ("data.clip_name", "model.init_args.name"),
+)
 
 
 class UnclipCLI(LightningCLI):
@@ -32,6 +40,7 @@ class UnclipCLI(LightningCLI):
         model_class: base of what ``model`` may name.
         data_class: base of what ``data`` may name.
         args: words of the command line.
+        parser_class: class of the parser, for errors of another form.
         run: False builds everything and runs nothing.
     """
 
@@ -41,6 +50,7 @@ class UnclipCLI(LightningCLI):
         data_class: type[LightningDataModule],
         args: list[str],
         *,
+        parser_class: type[LightningArgumentParser] = LightningArgumentParser,
         run: bool = True,
     ) -> None:
         super().__init__(
@@ -51,6 +61,8 @@ class UnclipCLI(LightningCLI):
             seed_everything_default=0,
             # The samplers know their rank; the bar counts the whole fit.
             trainer_defaults={"use_distributed_sampler": False},
+            parser_class=parser_class,
+            parser_kwargs={"prog": "unclip"},
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             args=args,

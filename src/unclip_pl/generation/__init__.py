@@ -1,0 +1,1 @@
+"""Making pictures: priors, decoding, manipulations, and the run that they come from."""

@@ -1,0 +1,56 @@
+"""Class paths that changed: a config, ``run.json`` or checkpoint that names an old one learns its new name."""
+
+import re
+
+#: Old path of a module or of something in it -> its new path. A text in parentheses says why there is none.
+#: CHANGELOG.md has the same table.
+MOVED = {
+    "unclip_pl.bundle": "unclip_pl.generation.bundle",
+    "unclip_pl.callbacks": "unclip_pl.training.callbacks",
+    "unclip_pl.data.pack": "unclip_pl.packing.pack",
+    "unclip_pl.data.samples": "unclip_pl.packing.samples",
+    "unclip_pl.decoding": "unclip_pl.generation.decoding",
+    "unclip_pl.evaluation.page": "unclip_pl.report.page",
+    "unclip_pl.evaluation.provenance": "unclip_pl.generation.provenance",
+    "unclip_pl.manipulation": "unclip_pl.generation.manipulation",
+    "unclip_pl.pictures": "unclip_pl.generation.pictures",
+    "unclip_pl.pipeline": "unclip_pl.generation.pipeline",
+    "unclip_pl.priors": "unclip_pl.generation.priors",
+    "unclip_pl.resume": "unclip_pl.training.resume",
+    "unclip_pl.sharding": "unclip_pl.training.sharding",
+    "unclip_pl.trainer_cli": "unclip_pl.training.cli",
+}
+
+_PATH = re.compile(r"\bunclip_pl(?:\.\w+)+")
+
+
+def new_name(path: str) -> str | None:
+    """Return the new path of a class or module, or None where the path did not change.
+
+    Args:
+        path: dotted path, such as ``unclip_pl.callbacks.WarmupEMA``.
+
+    Returns:
+        The new dotted path, or the reason in parentheses for which there is none.
+    """
+    parts = path.split(".")
+    for length in range(len(parts), 1, -1):
+        new = MOVED.get(".".join(parts[:length]))
+        if new is not None:
+            rest = ".".join(["", *parts[length:]])
+            return new if new.startswith("(") else new_name(new + rest) or new + rest
+    return None
+
+
+def moved_in(message: str) -> str:
+    """Return one sentence for each moved class path that a message names; empty where it names none.
+
+    Args:
+        message: text of an error, or any other text.
+    """
+    found = [(path, new_name(path)) for path in dict.fromkeys(_PATH.findall(message))]
+    return " ".join(
+        f"{path} is gone {new}." if new.startswith("(") else f"{path} is now {new}. Write the new path."
+        for path, new in found
+        if new is not None
+    )

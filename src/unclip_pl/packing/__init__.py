@@ -1,0 +1,1 @@
+"""Packing: image-caption shards from folders, COCO or the shapes renderer."""

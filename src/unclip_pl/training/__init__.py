@@ -1,0 +1,1 @@
+"""Training with Lightning: callbacks, exact resume, sharding and the trainer's command line."""
