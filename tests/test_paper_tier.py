@@ -1,6 +1,6 @@
 """The paper's models as configs: their sizes beside the paper's, Appendix C, and what a GPU has to hold of them.
 
-docs/paper-tier.md and the README show what is counted here: their tables are compared with these, word by word.
+The tables of docs/paper.md are compared with what is counted here, word by word.
 """
 
 import re
@@ -247,18 +247,6 @@ def memory_table() -> list[str]:
     return [words, "| --- |" + " ---: |" * 8, *map(memory_row, [part.config for part in PAPER[1:]] + SMALL)]
 
 
-def readme_table() -> list[str]:
-    """The two in short."""
-    words = "| config | parameters | Table 3 | difference | GPUs | GiB each |"
-
-    def row(part: Part) -> str:
-        trainer = config(part.config)["trainer"]
-        ranks = trainer["num_nodes"] * trainer["devices"]
-        return f"{size_row(part)} {ranks} | {held(part.config).total / GIB:.1f} |"
-
-    return [words, "| --- |" + " ---: |" * 5, *map(row, PAPER[1:])]
-
-
 def test_the_sizes_are_the_papers() -> None:
     """Where Table 3 speaks of one network, to 10 %; where it counts otherwise, the parts are what it says."""
     for part in PAPER:
@@ -336,13 +324,10 @@ def test_it_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("document", "table"),
-    [("docs/paper-tier.md", sizes_table), ("docs/paper-tier.md", memory_table), ("README.md", readme_table)],
-)
-def test_the_documents_show_these_numbers(document: str, table: Callable[[], list[str]]) -> None:
+@pytest.mark.parametrize("table", [sizes_table, memory_table])
+def test_the_document_shows_these_numbers(table: Callable[[], list[str]]) -> None:
     counted = "\n".join(table())
-    assert counted in (ROOT / document).read_text(), f"expected in {document}:\n{counted}"
+    assert counted in (ROOT / "docs/paper.md").read_text(), f"expected in docs/paper.md:\n{counted}"
 
 
 def test_memory_is_what_can_be_counted_by_hand() -> None:

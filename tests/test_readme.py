@@ -1,23 +1,58 @@
-"""What the README says to type is what the parsers take."""
+"""Check that the README and docs/ are true: commands parse, links lead to files, the README stays short."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from unclip_pl.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```[a-z]*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-LINES = [line for block in BLOCKS for line in block.splitlines() if re.match(r"unclip [a-z]", line)]
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/README.md"]
+DOCUMENTS += sorted(ROOT.glob("results/*/README.md"))
+
+
+def commands(document: Path) -> list[str]:
+    """Return every line of a code block that calls ``unclip``, without the settings of its environment."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+    lines = (re.sub(r"^(\w+=\S+ )+", "", line) for block in blocks for line in block.splitlines())
+    return [line for line in lines if re.match(r"unclip [a-z]", line)]
+
+
+LINES = list(dict.fromkeys(line for document in DOCUMENTS for line in commands(document)))
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_command_line_parses(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_line_parses(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
     assert main([*shlex.split(line, comments=True)[1:], "--print_config"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(document: Path) -> None:
+    text = document.read_text()
+    targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    missing = [to for to in targets if not to.startswith("http") and not (document.parent / to).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configs_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"`((?:configs|examples|benchmarks|data/prompts|tests)/[\w./-]+\.\w+)`", document.read_text())
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_there_are_commands_and_no_gaps() -> None:
-    assert len(LINES) > 5
-    assert "@@" not in README
+    assert len(commands(ROOT / "README.md")) >= 3
+    assert len(LINES) > 40
+    assert not [document for document in DOCUMENTS if "@@" in document.read_text()]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and citation["version"] == version[1]
