@@ -25,7 +25,7 @@ from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion import Ancestral
-from unclip_pl.generation.priors import DiffusionPrior
+from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.generation.provenance import provenance
 from unclip_pl.metrics import FrechetDistance, RetrievalRecall
 from unclip_pl.nn.codec import EmbeddingCodec
@@ -44,7 +44,7 @@ def variance(run: Path) -> list[dict[str, Any]]:
 
     Captions of the training split: a distance between 1,024 held-out embeddings is mostly the bias of so few.
     """
-    prior = DiffusionPrior("prior/checkpoints/last.ckpt", candidates=1).load(run)
+    prior = DiffusionPriorSpec("prior/checkpoints/last.ckpt", candidates=1).load(run)
     task, store = prior.task, EmbeddingStore(run / "store", str(run / "data"), image_size=1)
     if task.posterior_mse is None:  # a checkpoint from before it was kept: estimate it as validation does
         task.draws_per_caption = 8

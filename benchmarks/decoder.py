@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from unclip_pl.diffusion import Ancestral
-from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.nn.unet import UNet
 from unclip_pl.tasks import DecoderTask
 from unclip_pl.tasks.base import count_parameters
@@ -128,9 +128,10 @@ def training_rows(ours: DecoderTask, theirs: KarloDecoder, side: int, rounds: in
 def sampling_rows(ours: DecoderTask, theirs: KarloDecoder, side: int) -> list[Row]:
     given = batch(side)
     dalle2 = dalle2_decoder(count_parameters(ours.net), side, D, CONTEXT, HEAD).eval()
-    decoders = {how: Decoder("", side, Ancestral(STEPS), GUIDANCE, precision=how) for how in PRECISIONS}
-    for decoder in decoders.values():
-        decoder.task = ours.eval()
+    decoders = {
+        how: Decoder(DecoderSpec("", side, Ancestral(STEPS), GUIDANCE, precision=how), ours.eval())
+        for how in PRECISIONS
+    }
     theirs.eval()
     space = ours.space
     z_i, text, null = space.scale(given.image_embed), space.scale_text(given.text), space.scale_text(space.null_text)

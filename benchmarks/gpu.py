@@ -114,8 +114,8 @@ def samplers() -> list[Row]:
     """CUDA graphs in the samplers of both priors, against the same steps launched one kernel at a time."""
     net, text, table_of_values = network(319).to(DEVICE), to_device(captions()), values(319).to(DEVICE)
     part = build("prior/small", "cuda")
-    prior = unclip_pl.generation.priors.DiffusionPrior("", Ancestral(64), guidance=2.0)
-    prior.task = part.task.eval()
+    priors = unclip_pl.generation.priors
+    prior = priors.DiffusionPrior(priors.DiffusionPriorSpec("", Ancestral(64), guidance=2.0), part.task.eval())
     given = to_device(part.batch(8)).text
 
     def generator() -> torch.Generator:

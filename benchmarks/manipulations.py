@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from unclip_pl.data.transforms import load_square, to_pixels
 from unclip_pl.generation.manipulation import Latent, psnr, resize
 from unclip_pl.generation.pictures import Row, grid, save_png
-from unclip_pl.generation.pipeline import Unclip, read_run
+from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.provenance import provenance
+from unclip_pl.generation.run import read_run
 from unclip_pl.shapes.captions import PHRASES, fill
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.shapes.render import ATTRIBUTES, VALUES, Attributes, draw_attributes, encode, render

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral
-from unclip_pl.generation.priors import DiffusionPrior
+from unclip_pl.generation.priors import DiffusionPrior, DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.tasks import DiffusionPriorTask
 from unclip_pl.types import TextFeatures
@@ -40,9 +40,7 @@ def task() -> DiffusionPriorTask:
 
 def sampler(prior_task: DiffusionPriorTask, steps: int, candidates: int = 1) -> DiffusionPrior:
     """Ours, ready to embed."""
-    prior = DiffusionPrior("", Ancestral(steps), GUIDANCE, candidates)
-    prior.task = prior_task
-    return prior
+    return DiffusionPrior(DiffusionPriorSpec("", Ancestral(steps), GUIDANCE, candidates), prior_task)
 
 
 def ours(prior: DiffusionPrior, text: TextFeatures) -> Callable[[], Tensor]:

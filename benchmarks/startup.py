@@ -15,7 +15,7 @@ from measure import Row, clock, show
 from parts import build
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.generation.pipeline import write_run
+from unclip_pl.generation.run import write_run
 from unclip_pl.interop.runs import write_checkpoint
 
 COMMAND = [sys.executable, "-m", "unclip_pl"]
@@ -35,8 +35,10 @@ def make_run(root: Path) -> None:
         root,
         {
             "clip": {"name": clip.name, "pretrained": clip.pretrained},
-            "decoder": {"class_path": "unclip_pl.generation.pipeline.Decoder", "init_args": decoder},
-            "priors": {"diffusion": {"class_path": "unclip_pl.generation.priors.DiffusionPrior", "init_args": prior}},
+            "decoder": {"class_path": "unclip_pl.generation.decoding.DecoderSpec", "init_args": decoder},
+            "priors": {
+                "diffusion": {"class_path": "unclip_pl.generation.priors.DiffusionPriorSpec", "init_args": prior}
+            },
         },
     )
 

@@ -1,8 +1,9 @@
 """Stand-ins with known scores: a decoder that shows the real image of the nearest embedding, a prior of pure chance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,29 +13,33 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.diffusion.process import noise_like
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import Prior
+from unclip_pl.generation.decoding import Decoder, DecoderSpec
+from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import draw_attributes, render
 from unclip_pl.streams import Streams
 from unclip_pl.types import EvaluationBatch, TextFeatures
 
 
+@dataclass(frozen=True)
+class LookupSpec(DecoderSpec):
+    _batches: Sequence[EvaluationBatch] = ()
+
+    def load(self, root: Path, device: str = "cpu") -> "Lookup":
+        return Lookup(self, self._batches)
+
+
 class Lookup(Decoder):
     """Perfect on true embeddings, and blind to captions."""
 
-    def __init__(self, batches: list[EvaluationBatch]) -> None:
-        super().__init__("none", image_size=32)
+    needs_norm = False
+    fingerprint = ""
+
+    def __init__(self, spec: LookupSpec, batches: Sequence[EvaluationBatch]) -> None:
+        self.spec = spec
         self._images = torch.cat([batch.image for batch in batches])
         self._embeds = F.normalize(torch.cat([batch.image_embed for batch in batches]), dim=-1)
         self._null = batches[0].text.rows(slice(1))
-
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        return self
-
-    @property
-    def fingerprint(self) -> str:
-        return ""
 
     def null_text(self, n: int) -> TextFeatures:
         return self._null.repeat(n)
@@ -43,11 +48,20 @@ class Lookup(Decoder):
         return self._images[(F.normalize(image_embed, dim=-1) @ self._embeds.T).argmax(-1)]
 
 
+@dataclass(frozen=True)
+class ChanceSpec(PriorSpec):
+    fingerprint: str = ""
+
+    def load(self, root: Path, device: str = "cpu") -> "Chance":
+        return Chance(self)
+
+
 class Chance(Prior):
     """Random directions."""
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        return self
+    def __init__(self, spec: ChanceSpec) -> None:
+        super().__init__(spec)
+        self.fingerprint = spec.fingerprint
 
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         return F.normalize(noise_like(text.embed, generator=generator), dim=-1)
@@ -82,10 +96,10 @@ def batches() -> list[EvaluationBatch]:
 
 
 @pytest.fixture(scope="session")
-def lookup(batches: list[EvaluationBatch]) -> Lookup:
-    return Lookup(batches)
+def lookup(batches: list[EvaluationBatch]) -> LookupSpec:
+    return LookupSpec("none", 32, _batches=batches)
 
 
 @pytest.fixture(scope="module")
-def chance() -> Chance:
-    return Chance()
+def chance() -> ChanceSpec:
+    return ChanceSpec()

@@ -14,7 +14,7 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Stage
 from unclip_pl.commands.reproduce import reproduce
 from unclip_pl.evaluation.cascade import CascadeEvaluation, tiles_of
-from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
 
@@ -48,7 +48,7 @@ def test_the_recipe_trains_two_upsamplers_and_measures_every_stage(mini_run: Pat
 
 
 def test_a_perfect_decoder_of_full_size_leaves_nothing_to_add(
-    batches: list[EvaluationBatch], lookup: Decoder, tmp_path: Path
+    batches: list[EvaluationBatch], lookup: DecoderSpec, tmp_path: Path
 ) -> None:
     torch.manual_seed(1)  # of the random encoders
     clip, judge = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.cell import Cell, settings_hash, spectrum, training_config
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import Prior, TextEmbedding, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec, TextEmbeddingSpec, TrueEmbeddingSpec
 from unclip_pl.report.report import Atlas
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
@@ -25,7 +25,7 @@ Batches = list[EvaluationBatch]
 MANY = ("vendi", "diversity_gap", "intra_distance")
 
 
-def measure(batches: Batches, folder: Path, priors: dict[str, Prior], **options: Any) -> dict[str, Any]:
+def measure(batches: Batches, folder: Path, priors: dict[str, PriorSpec], **options: Any) -> dict[str, Any]:
     torch.manual_seed(1)  # of the random encoders
     sizes = {"captions": 40, "diversity_captions": 4, "diversity_samples": 4, "grid_rows": 2, "resamples": 5}
     cell = Cell(
@@ -38,9 +38,9 @@ def measure(batches: Batches, folder: Path, priors: dict[str, Prior], **options:
 
 
 @pytest.fixture(scope="module")
-def drawn(batches: Batches, lookup: Decoder, chance: Prior, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def drawn(batches: Batches, lookup: DecoderSpec, chance: PriorSpec, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("run")
-    priors = {"chance": chance, "again": copy.copy(chance), "text": TextEmbedding(), "ceiling": TrueEmbedding()}
+    priors = {"chance": chance, "again": copy.copy(chance), "text": TextEmbeddingSpec(), "ceiling": TrueEmbeddingSpec()}
     cell = measure(batches, folder, priors, judge=JUDGE, decoder=lookup, oracle=ShapesOracle(), seed=3)
     return cell, folder
 
@@ -83,7 +83,7 @@ def test_pictures_lie_beside_the_numbers(drawn: tuple[dict[str, Any], Path]) -> 
     torch.testing.assert_close(atlas.images[:, 0], atlas.images[:, 4])  # this decoder is perfect
 
 
-def test_without_a_decoder_embeddings_alone_are_measured(batches: Batches, chance: Prior, tmp_path: Path) -> None:
+def test_without_a_decoder_embeddings_alone_are_measured(batches: Batches, chance: PriorSpec, tmp_path: Path) -> None:
     cell = measure(batches, tmp_path, {"chance": chance})
     assert cell["arms"]["chance"]["values"] == {}
     assert "fd_judge" not in cell["arms"]["chance"]["resamples"]
@@ -92,8 +92,12 @@ def test_without_a_decoder_embeddings_alone_are_measured(batches: Batches, chanc
     assert [path.name for path in (tmp_path / "cells").iterdir()] == ["a.json"]  # whole, and nothing else
 
 
-def test_other_seeds_draw_other_samples_of_the_same_captions(batches: Batches, chance: Prior, tmp_path: Path) -> None:
-    one, two = (measure(batches, tmp_path, {"chance": chance, "true": TrueEmbedding()}, seed=s)["arms"] for s in (0, 1))
+def test_other_seeds_draw_other_samples_of_the_same_captions(
+    batches: Batches, chance: PriorSpec, tmp_path: Path
+) -> None:
+    one, two = (
+        measure(batches, tmp_path, {"chance": chance, "true": TrueEmbeddingSpec()}, seed=s)["arms"] for s in (0, 1)
+    )
     assert one["chance"]["resamples"] != two["chance"]["resamples"]
     assert one["true"]["resamples"] == two["true"]["resamples"]
 

@@ -1,8 +1,8 @@
 """The rule that chooses a prior's settings, on trials whose best is known."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import pytest
 import torch
@@ -14,21 +14,27 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.choose import Choice, Trial, best
-from unclip_pl.generation.priors import Prior, TextEmbedding
+from unclip_pl.generation.priors import Prior, PriorSpec, TextEmbeddingSpec
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
+
+
+@dataclass(frozen=True)
+class NoisySpec(PriorSpec):
+    guidance: float = 1.0
+    loaded: list[tuple[str, float]] = field(default_factory=list)
+
+    def load(self, root: Path, device: str = "cpu") -> "Noisy":
+        self.loaded.append((str(root), self.guidance))
+        return Noisy(self, float(root.name))
 
 
 class Noisy(Prior):
     """True embeddings, of other captions below guidance 1; off by its folder's number, more so with guidance."""
 
-    def __init__(self, guidance: float = 1.0) -> None:
-        self.guidance = guidance
-        self.loaded: list[tuple[str, float]] = []
-
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        self.noise = float(root.name)
-        self.loaded.append((str(root), self.guidance))
-        return self
+    def __init__(self, spec: NoisySpec, noise: float) -> None:
+        super().__init__(spec)
+        self.guidance = spec.guidance
+        self.noise = noise
 
     def embed(self, text: TextFeatures, *, generator: torch.Generator | None = None) -> Tensor:
         raise AssertionError("A choice embeds batches.")
@@ -38,7 +44,7 @@ class Noisy(Prior):
         return true + self.noise * self.guidance * torch.randn(true.shape, generator=generator)
 
 
-def choose(batches: list[EvaluationBatch], prior: Prior, folder: Path, guidance: list[float]) -> None:
+def choose(batches: list[EvaluationBatch], prior: PriorSpec, folder: Path, guidance: list[float]) -> None:
     weights = {"0.001": str(folder / "w" / "0.03"), "0.002": str(folder / "w" / "0.01")}
     choice = Choice(
         "elsewhere", ClipSpec("tiny-rn"), {"mine": prior}, weights, guidance, str(folder / "best/mine.json")
@@ -57,7 +63,7 @@ def pairs(batch: EvaluationBatch) -> PriorBatch:
 def test_the_closest_network_and_then_the_guidance_that_fits_its_captions(
     batches: list[EvaluationBatch], tmp_path: Path
 ) -> None:
-    prior = Noisy()
+    prior = NoisySpec()
     choose(batches, prior, tmp_path, [0.5, 1.0, 4.0])
     found = json.loads((tmp_path / "best" / "mine.json").read_text())
     rates, scales = found["learning_rates"], found["guidance"]
@@ -82,7 +88,7 @@ def test_who_does_not_read_captions_is_out_of_the_running() -> None:
 
 
 def test_what_was_chosen_is_a_config_to_lay_over_others(batches: list[EvaluationBatch], tmp_path: Path) -> None:
-    choose(batches, Noisy(), tmp_path, [1.0])
+    choose(batches, NoisySpec(), tmp_path, [1.0])
     training, sampling = (
         yaml.safe_load((tmp_path / "best" / f"mine-{kind}.yaml").read_text()) for kind in ("training", "sampling")
     )
@@ -91,6 +97,6 @@ def test_what_was_chosen_is_a_config_to_lay_over_others(batches: list[Evaluation
 
 
 def test_one_prior_with_guidance_is_expected(tmp_path: Path) -> None:
-    for priors in ({}, {"text": TextEmbedding()}, {"a": Noisy(), "b": Noisy()}):
+    for priors in ({}, {"text": TextEmbeddingSpec()}, {"a": NoisySpec(), "b": NoisySpec()}):
         with pytest.raises(ValueError, match="one prior, with an attribute `guidance`"):
             Choice("run", ClipSpec("tiny-rn"), priors, {}, [1.0], str(tmp_path / "x.json"))

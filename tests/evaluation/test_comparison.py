@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.comparison import Comparison
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import Prior, TextEmbedding, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec, TextEmbeddingSpec, TrueEmbeddingSpec
 from unclip_pl.report.report import Atlas
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.shapes.render import ATTRIBUTES
@@ -25,9 +26,9 @@ Batches = list[EvaluationBatch]
 
 def compare(
     batches: Batches,
-    decoder: Decoder,
+    decoder: DecoderSpec,
     run: Path,
-    priors: dict[str, Prior],
+    priors: dict[str, PriorSpec],
     oracle: ShapesOracle | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def compare(
 
 @pytest.fixture(scope="module")
 def report(
-    batches: Batches, lookup: Decoder, chance: Prior, tmp_path_factory: pytest.TempPathFactory
+    batches: Batches, lookup: DecoderSpec, chance: PriorSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    priors = {"diffusion": chance, "ar": copy.copy(chance), "text": TextEmbedding(), "ceiling": TrueEmbedding()}
+    priors = {"diffusion": chance, "ar": copy.copy(chance), "text": TextEmbeddingSpec(), "ceiling": TrueEmbeddingSpec()}
     return compare(batches, lookup, tmp_path_factory.mktemp("run"), priors, ShapesOracle())
 
 
@@ -102,11 +103,11 @@ def test_counts_and_meta_are_told(report: dict[str, Any]) -> None:
     }  # fmt: skip
     assert report["meta"]["counts"] == counts
     assert {"commit", "config", "hardware", "wall_seconds", "stages", "versions"} <= set(report["meta"])
-    assert report["meta"]["config"]["priors"]["ceiling"] == {"class": "TrueEmbedding", "keeps_norm": False}
+    assert report["meta"]["config"]["priors"]["ceiling"] == {"class": "TrueEmbedding", "keep_norm": False}
 
 
-def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
-    report = compare(batches, lookup, tmp_path, {"text": TextEmbedding(), "ceiling": TrueEmbedding()})
+def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: DecoderSpec, tmp_path: Path) -> None:
+    report = compare(batches, lookup, tmp_path, {"text": TextEmbeddingSpec(), "ceiling": TrueEmbeddingSpec()})
     assert report["oracle"] is None
     assert report["head_to_head"] is None
     assert "stated_match" not in report["priors"]["text"]["metrics"]
@@ -114,13 +115,13 @@ def test_other_data_than_shapes_has_no_oracle(batches: Batches, lookup: Decoder,
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_only_pictures_that_may_be_shown_are(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+def test_only_pictures_that_may_be_shown_are(batches: Batches, lookup: DecoderSpec, tmp_path: Path) -> None:
     licences = ["MIT, one", "CC BY", "CC BY-SA", "Apache-2.0, two"]
     named = [
         batch._replace(metadata=[{"license": licences[i % 4]} for i in range(len(batch.metadata))]) for batch in batches
     ]
     report = compare(
-        named, lookup, tmp_path, {"ceiling": TrueEmbedding()}, grid_rows=3, grid_licenses=["MIT", "Apache"]
+        named, lookup, tmp_path, {"ceiling": TrueEmbeddingSpec()}, grid_rows=3, grid_licenses=["MIT", "Apache"]
     )
     captions = [caption for batch in batches for caption in batch.captions]
     assert report["pictures"]["grid"]["rows"] == [captions[row] for row in (0, 3, 4)]
@@ -129,9 +130,9 @@ def test_only_pictures_that_may_be_shown_are(batches: Batches, lookup: Decoder, 
 
 
 def test_own_pictures_name_no_licence_and_a_report_may_have_no_grid(
-    batches: Batches, lookup: Decoder, tmp_path: Path
+    batches: Batches, lookup: DecoderSpec, tmp_path: Path
 ) -> None:
-    priors: dict[str, Prior] = {"ceiling": TrueEmbedding()}
+    priors: dict[str, PriorSpec] = {"ceiling": TrueEmbeddingSpec()}
     report = compare(batches, lookup, tmp_path / "own", priors, grid_licenses=["MIT"])
     assert len(report["pictures"]["grid"]["rows"]) == 3
     theirs = [batch._replace(metadata=[{"license": "CC BY"} for _ in batch.metadata]) for batch in batches]
@@ -140,19 +141,20 @@ def test_own_pictures_name_no_licence_and_a_report_may_have_no_grid(
     assert (tmp_path / "theirs" / "report.html").is_file()
 
 
-def test_oracle_refuses_data_without_attributes(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+def test_oracle_refuses_data_without_attributes(batches: Batches, lookup: DecoderSpec, tmp_path: Path) -> None:
     bare = [batch._replace(metadata=[{} for _ in batch.metadata]) for batch in batches]
     with pytest.raises(ValueError, match="no `attributes`"):
-        compare(bare, lookup, tmp_path, {"ceiling": TrueEmbedding()}, ShapesOracle())
+        compare(bare, lookup, tmp_path, {"ceiling": TrueEmbeddingSpec()}, ShapesOracle())
 
 
-def test_judge_must_be_another_clip(lookup: Decoder, tmp_path: Path) -> None:
+def test_judge_must_be_another_clip(lookup: DecoderSpec, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another CLIP"):
         Comparison(str(tmp_path), CLIP, CLIP, lookup, {})
 
 
-def test_prior_of_another_clip_is_refused(batches: Batches, lookup: Decoder, chance: Prior, tmp_path: Path) -> None:
-    stranger = copy.copy(chance)
-    stranger.fingerprint = "other-clip"
+def test_prior_of_another_clip_is_refused(
+    batches: Batches, lookup: DecoderSpec, chance: PriorSpec, tmp_path: Path
+) -> None:
+    stranger = replace(chance, fingerprint="other-clip")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="other-clip"):
         compare(batches, lookup, tmp_path, {"stranger": stranger})

@@ -1,6 +1,5 @@
 """Scores of one model, against what they must be."""
 
-import copy
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 CLIP, JUDGE = ClipSpec("tiny-rn"), ClipSpec("tiny-judge")
@@ -62,20 +61,20 @@ def join(parts: Batches) -> EvaluationBatch:
 
 
 def test_true_embeddings_are_at_no_distance(batches: Batches, tmp_path: Path) -> None:
-    scores = test(PriorEvaluation(str(tmp_path), CLIP, TrueEmbedding()), pairs(batches), tmp_path)
+    scores = test(PriorEvaluation(str(tmp_path), CLIP, TrueEmbeddingSpec()), pairs(batches), tmp_path)
     assert scores["embed_fd"] == pytest.approx(0, abs=1e-6)
     for name in ("precision", "recall", "cos_true", "cos_samples"):
         assert scores[name] == pytest.approx(1, abs=1e-5), name
 
 
-def test_chance_is_told_from_truth(batches: Batches, chance: Prior, tmp_path: Path) -> None:
+def test_chance_is_told_from_truth(batches: Batches, chance: PriorSpec, tmp_path: Path) -> None:
     scores = test(PriorEvaluation(str(tmp_path), CLIP, chance), pairs(batches), tmp_path)
     assert scores["embed_fd"] > 0.1
     assert abs(scores["cos_true"]) < 0.1
     assert scores["precision"] < 0.5
 
 
-def test_perfect_decoder_scores_perfectly(batches: Batches, lookup: Decoder, tmp_path: Path) -> None:
+def test_perfect_decoder_scores_perfectly(batches: Batches, lookup: DecoderSpec, tmp_path: Path) -> None:
     module = ImageEvaluation(str(tmp_path), CLIP, JUDGE, lookup)
     scores = test(module, list(batches), tmp_path)
     assert scores["fd_judge"] == pytest.approx(0, abs=1e-6)
@@ -84,14 +83,16 @@ def test_perfect_decoder_scores_perfectly(batches: Batches, lookup: Decoder, tmp
     assert not module.state_dict()
 
 
-def test_pipeline_is_scored_with_its_prior(batches: Batches, lookup: Decoder, chance: Prior, tmp_path: Path) -> None:
+def test_pipeline_is_scored_with_its_prior(
+    batches: Batches, lookup: DecoderSpec, chance: PriorSpec, tmp_path: Path
+) -> None:
     scores = test(ImageEvaluation(str(tmp_path), CLIP, JUDGE, lookup, chance), list(batches), tmp_path)
     assert scores["fd_judge"] > 1e-6
     assert scores["retrieval_r10"] < 1
 
 
 def test_scores_depend_on_the_seed_and_not_on_the_batches(
-    batches: Batches, lookup: Decoder, chance: Prior, tmp_path: Path
+    batches: Batches, lookup: DecoderSpec, chance: PriorSpec, tmp_path: Path
 ) -> None:
     """Pairs draw their own noise: in reverse order, and in batches of 5, they draw the same."""
     pair = [select(batch, slice(i, i + 1)) for batch in batches for i in range(16)][::-1]
@@ -110,19 +111,22 @@ def test_scores_depend_on_the_seed_and_not_on_the_batches(
 
 @pytest.mark.slow
 def test_fid_is_torch_fidelitys(
-    batches: Batches, lookup: Decoder, chance: Prior, inception: Path, tmp_path: Path
+    batches: Batches, lookup: DecoderSpec, chance: PriorSpec, inception: Path, tmp_path: Path
 ) -> None:
     """Their extractor, dataset, statistics and distance on the same pictures and the same random Inception."""
     few = [select(batch, slice(2)) for batch in batches[:2]]
     shown: list[Tensor] = []
 
-    class Watched(type(lookup)):  # type: ignore[misc]
+    class Watched(type(lookup.load(tmp_path))):  # type: ignore[misc]
         def decode(self, *args: Any, **kwargs: Any) -> Tensor:
             shown.append(super().decode(*args, **kwargs))
             return shown[-1]
 
-    watched = copy.copy(lookup)
-    watched.__class__ = Watched
+    class WatchedSpec(type(lookup)):  # type: ignore[misc]
+        def load(self, root: Path, device: str = "cpu") -> Any:
+            return Watched(self, self._batches)
+
+    watched = WatchedSpec("none", 32, _batches=batches)
     module = ImageEvaluation(str(tmp_path), CLIP, JUDGE, watched, chance, inception_weights=str(inception))
     scores = test(module, list(few), tmp_path)
     real = to_bytes(torch.cat([batch.image for batch in few]))
@@ -141,7 +145,7 @@ def test_fid_is_torch_fidelitys(
     assert scores["fid"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_judge_must_be_another_clip(lookup: Decoder) -> None:
+def test_judge_must_be_another_clip(lookup: DecoderSpec) -> None:
     with pytest.raises(ValueError, match="another CLIP"):
         ImageEvaluation("run", CLIP, CLIP, lookup)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from unclip_pl.cli import main
 from unclip_pl.files import read_checkpoint
-from unclip_pl.generation import pipeline
+from unclip_pl.generation import run
 from unclip_pl.generation.bundle import MEMBERS, exists, inside, read_member, read_provenance
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -107,20 +107,20 @@ def test_members_are_paths(bundle: Path, tmp_path: Path) -> None:
 def test_without_a_run_the_package_draws(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "DEMO", bundle)
+    monkeypatch.setattr(run, "DEMO", bundle)
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "a small green ring on a black background", "--num", "1"]) == 0
     said = capsys.readouterr().out
     assert "drawn with the weights in this package: of the run mini, trained at commit" in said
-    monkeypatch.setattr(pipeline, "DEMO", tmp_path / "nowhere")
+    monkeypatch.setattr(run, "DEMO", tmp_path / "nowhere")
     assert main(["sample", "a small green ring on a black background"]) == 1
     assert "No run at runs/quickstart" in capsys.readouterr().err
 
 
 def test_what_the_package_draws_is_what_the_caption_says() -> None:
     """Read back by the oracle: 16 pictures, two attributes that training has shown together and three."""
-    assert pipeline.DEMO.stat().st_size <= 20e6
-    unclip = Unclip.load(pipeline.DEMO)
+    assert run.DEMO.stat().st_size <= 20e6
+    unclip = Unclip.load(run.DEMO)
     drawn = unclip.generate(["a small green ring on a black background", "a large red star"], num=8, seed=0).images
     shape, color, size, _, background = ShapesOracle(32)(drawn).indices.view(2, 8, -1).unbind(-1)
     names = (list(SHAPES), list(COLORS), list(SIZES), list(BACKGROUNDS))

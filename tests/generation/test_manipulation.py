@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
-from unclip_pl.diffusion import CosineSchedule, Denoise, Denoised, GaussianDiffusion
+from unclip_pl.diffusion import DDIM, CosineSchedule, Denoise, Denoised, GaussianDiffusion
 from unclip_pl.diffusion.schedule import per_sample
-from unclip_pl.generation.decoding import Decoder
+from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.generation.manipulation import Manipulations, psnr, slerp, turn
 from unclip_pl.nn.space import EmbeddingSpace
 
@@ -29,6 +29,7 @@ class GaussianTask:
 
     def __init__(self, prediction: str) -> None:
         self.diffusion = GaussianDiffusion(prediction=prediction)  # type: ignore[arg-type]
+        self.learns_variance = False
         self.space = EmbeddingSpace()
         generator = torch.Generator().manual_seed(5)
         self.space.mean = 0.2 * torch.randn(D, generator=generator)
@@ -48,8 +49,8 @@ class GaussianTask:
 
 class FakeDecoder(Decoder):
     def __init__(self, prediction: str) -> None:
-        super().__init__("decoder.ckpt", SIDE)
-        self.task = GaussianTask(prediction)  # type: ignore[assignment]
+        spec = DecoderSpec("decoder.ckpt", SIDE, DDIM(1))
+        super().__init__(spec, GaussianTask(prediction))  # type: ignore[arg-type]
 
     def null_text(self, n: int) -> None:  # type: ignore[override]
         return None

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
 from unclip_pl.generation import decoding
-from unclip_pl.generation.pipeline import Decoder, Unclip, Upsampler
+from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
+from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks import UpsamplerTask
 
@@ -51,7 +52,7 @@ def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
     with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
         unclip.generate(["a red star"], guidance=-2.0)
     with pytest.raises(ValueError, match=r"guidance >= 0.* Got -2.0"):
-        Decoder("", guidance=-2.0)
+        DecoderSpec("", guidance=-2.0)
     with pytest.raises(ValueError, match=r"guidance >= 0.* Got -1.0"):
         unclip.generate(["a red star"], prior_guidance=-1.0)
     with pytest.raises(ValueError, match=r"a prior with candidates, .* Got LinearPrior"):
@@ -84,13 +85,13 @@ def test_embeddings_are_drawn_as_their_prior_would_have_it(unclip: Unclip) -> No
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar"])
 def test_best_of_more_lies_nearer_to_the_caption(unclip: Unclip, prior: str) -> None:
-    text, own = unclip.clip.describe(["a red star"]), unclip.prior(prior).candidates
+    text, own = unclip.clip.describe(["a red star"]), unclip.prior(prior).spec.candidates
     cosines = [
         F.cosine_similarity(unclip.generate(["a red star"], num=2, prior=prior, candidates=n).image_embed, text.embed)
         for n in (1, 16)
     ]
     assert cosines[0].mean() < cosines[1].mean()
-    assert unclip.prior(prior).candidates == own
+    assert unclip.prior(prior).spec.candidates == own
 
 
 def test_guidance_of_the_prior_is_not_that_of_the_decoder(unclip: Unclip) -> None:
@@ -103,7 +104,9 @@ def test_guidance_of_the_prior_is_not_that_of_the_decoder(unclip: Unclip) -> Non
 
 def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
     sampler, checkpoint = DDIM(2), "decoder/checkpoints/last.ckpt"
-    with_it, alone = (Decoder(checkpoint, 32, sampler, drop_embedding=drop).load(mini_run) for drop in (False, True))
+    with_it, alone = (
+        DecoderSpec(checkpoint, 32, sampler, drop_embedding=drop).load(mini_run) for drop in (False, True)
+    )
     text, generator = with_it.null_text(2), torch.Generator()
     z_i = torch.randn(2, 2, with_it.task.space.embed_dim, generator=generator.manual_seed(0))
     blind, seeing = ([d.decode(z, text, generator=generator.manual_seed(1)) for z in z_i] for d in (alone, with_it))
@@ -114,7 +117,8 @@ def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
 def test_a_decoder_in_bfloat16_draws_the_same_but_for_rounding(mini_run: Path) -> None:
     sampler, checkpoint = DDIM(4), "decoder/checkpoints/last.ckpt"
     full, mixed = (
-        Decoder(checkpoint, 32, sampler, precision=precision).load(mini_run) for precision in ("32-true", "bf16-mixed")
+        DecoderSpec(checkpoint, 32, sampler, precision=precision).load(mini_run)
+        for precision in ("32-true", "bf16-mixed")
     )
     z_i, text = torch.randn(2, full.task.space.embed_dim), full.null_text(2)
     drawn = [decoder.decode(z_i, text, generator=torch.Generator().manual_seed(0)) for decoder in (full, mixed)]
@@ -126,10 +130,10 @@ def test_a_decoder_in_bfloat16_draws_the_same_but_for_rounding(mini_run: Path) -
 def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_run: Path) -> None:
     checkpoint = "decoder/checkpoints/last.ckpt"
     with pytest.raises(ValueError, match="learned its variance"):
-        Decoder(checkpoint, 32).load(mini_run)  # the paper's sampler, for a tiny decoder
+        DecoderSpec(checkpoint, 32).load(mini_run)  # the paper's sampler, for a tiny decoder
     with pytest.raises(ValueError, match="posterior_mse"):
-        Decoder(checkpoint, 32, Ancestral(4, "analytic")).load(mini_run)
-    Decoder(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
+        DecoderSpec(checkpoint, 32, Ancestral(4, "analytic")).load(mini_run)
+    DecoderSpec(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
 
 
 def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +145,10 @@ def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pyt
 
     monkeypatch.setattr(decoding, "load_task", load)
     with pytest.raises(ValueError, match=r"\('LinearSchedule', 1000\).*Got \('CosineSchedule', 1000\)"):
-        Upsampler("second.ckpt", DDIM(15)).load(Path())
-    stages = [Upsampler("first.ckpt"), Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))]
-    assert [stage.load(Path()).sampler.steps for stage in stages] == [27, 15]
+        UpsamplerSpec("second.ckpt", DDIM(15)).load(Path())
+    specs = [UpsamplerSpec("first.ckpt"), UpsamplerSpec("second.ckpt", DDIM(15, schedule=LinearSchedule()))]
+    stages = [spec.load(Path()) for spec in specs]
+    assert [stage.sampler.steps for stage in stages] == [27, 15]
     image = torch.zeros(1, 3, 2, 2)
     for stage, side in zip(stages, (8, 32), strict=True):
         image = stage.upsample(image, generator=torch.Generator().manual_seed(0))
@@ -153,7 +158,7 @@ def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pyt
 @pytest.mark.slow
 def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 → 256 → 1,024 px with the samplers of the paper's upsamplers, at small width."""
-    decoder = Decoder("decoder/checkpoints/last.ckpt", 64, DDIM(2)).load(mini_run)
+    decoder = DecoderSpec("decoder/checkpoints/last.ckpt", 64, DDIM(2)).load(mini_run)
 
     def load(path: Path, *_: object) -> UpsamplerTask:
         torch.manual_seed(0)
@@ -161,8 +166,8 @@ def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.Monk
         return UpsamplerTask(UpsamplerUNet(8, [1, 1, 2], 1, dropout=0.0), diffusion=diffusion).eval()
 
     monkeypatch.setattr(decoding, "load_task", load)
-    second = Upsampler("second.ckpt", DDIM(15, schedule=LinearSchedule()))
-    decoder.upsamplers = [stage.load(Path()) for stage in (Upsampler("first.ckpt"), second)]
+    second = UpsamplerSpec("second.ckpt", DDIM(15, schedule=LinearSchedule()))
+    decoder.upsamplers = [stage.load(Path()) for stage in (UpsamplerSpec("first.ckpt"), second)]
     z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))
     image = decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1))
     assert image.shape == (1, 3, 1024, 1024)

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.generation.priors import (
-    ARPrior,
+    ARPriorSpec,
     DiffusionPrior,
-    LinearPrior,
-    RoundTrip,
-    TextEmbedding,
-    TrueEmbedding,
+    DiffusionPriorSpec,
+    LinearPriorSpec,
+    RoundTripSpec,
+    TextEmbeddingSpec,
+    TrueEmbeddingSpec,
     best_of,
 )
 from unclip_pl.nn.codec import EmbeddingCodec
@@ -51,9 +52,7 @@ def task(statistics: str) -> DiffusionPriorTask:
 
 
 def prior(task: DiffusionPriorTask, guidance: float, candidates: int = 1) -> DiffusionPrior:
-    built = DiffusionPrior("", Ancestral(5), guidance, candidates)
-    built.task = task
-    return built
+    return DiffusionPrior(DiffusionPriorSpec("", Ancestral(5), guidance, candidates), task)
 
 
 def draw(prior: DiffusionPrior, text: TextFeatures) -> Tensor:
@@ -102,6 +101,15 @@ def test_more_candidates_are_closer_to_the_text(task: DiffusionPriorTask) -> Non
     assert eight > one
 
 
+def test_evaluations_follow_from_the_settings(task: DiffusionPriorTask) -> None:
+    one = prior(task, 1.0)
+    assert one.evaluations == 5
+    assert one.adjusted(candidates=3).evaluations == 15
+    assert one.adjusted(guidance=2.0).evaluations == 10
+    assert one.adjusted(guidance=2.0).adjusted(guidance=1.0, candidates=2).evaluations == 10
+    assert one.evaluations == 5
+
+
 def test_best_of_keeps_the_largest_dot_product() -> None:
     text = captions(2)
     z_t = F.normalize(text.embed, dim=-1)
@@ -128,7 +136,7 @@ def test_ridge_finds_a_linear_map_and_a_large_penalty_the_mean(tmp_path: Path) -
     torch.testing.assert_close(mean, F.normalize((z_t @ rotation.T).double(), dim=-1).mean(0), rtol=0, atol=1e-6)
 
     save_linear_prior(tmp_path / "l.safetensors", weight, bias, fingerprint="c", seconds=1.5)
-    loaded = LinearPrior("l.safetensors").load(tmp_path)
+    loaded = LinearPriorSpec("l.safetensors").load(tmp_path)
     text = captions(5)
     torch.testing.assert_close(loaded.embed(text), F.normalize(text.embed @ rotation.T, dim=-1), rtol=0, atol=1e-3)
     assert loaded.fingerprint == "c"
@@ -137,22 +145,23 @@ def test_ridge_finds_a_linear_map_and_a_large_penalty_the_mean(tmp_path: Path) -
 
 def test_floor_and_ceiling() -> None:
     batch = PriorBatch(torch.randn(3, D), captions(3))
-    torch.testing.assert_close(TextEmbedding().embed_batch(batch), F.normalize(batch.text.embed, dim=-1))
-    torch.testing.assert_close(TrueEmbedding().embed_batch(batch), F.normalize(batch.image_embed, dim=-1))
+    floor, ceiling = TextEmbeddingSpec().load(Path()), TrueEmbeddingSpec().load(Path())
+    torch.testing.assert_close(floor.embed_batch(batch), F.normalize(batch.text.embed, dim=-1))
+    torch.testing.assert_close(ceiling.embed_batch(batch), F.normalize(batch.image_embed, dim=-1))
     with pytest.raises(ValueError, match="needs the image"):
-        TrueEmbedding().embed(batch.text)
+        ceiling.embed(batch.text)
 
 
 def test_settings_out_of_range_are_refused_before_anything_is_read() -> None:
-    for kind in (ARPrior, DiffusionPrior):
+    for kind in (ARPriorSpec, DiffusionPriorSpec):
         with pytest.raises(ValueError, match=r"guidance >= 0.* Got -1"):
             kind("", guidance=-1.0)
         with pytest.raises(ValueError, match="candidates >= 1"):
             kind("", candidates=0)
     with pytest.raises(ValueError, match=r"temperature > 0.* Got 0.0"):
-        ARPrior("", temperature=0.0)
+        ARPriorSpec("", temperature=0.0)
     with pytest.raises(ValueError, match=r"dot_quantile < 1.* Got 1.0, 1.0"):
-        ARPrior("", dot_quantile=1.0)
+        ARPriorSpec("", dot_quantile=1.0)
 
 
 def test_a_round_trip_is_the_codec_s_and_nearer_with_every_axis(tmp_path: Path) -> None:
@@ -160,11 +169,11 @@ def test_a_round_trip_is_the_codec_s_and_nearer_with_every_axis(tmp_path: Path) 
     codec = EmbeddingCodec.fit(lambda: [(z_i, z_i)], fingerprint="c", code_length=6, buckets=64, dot_buckets=8)
     codec.save(tmp_path / "codec.safetensors")
     batch = PriorBatch(3 * z_i, captions(len(z_i)))
-    trips = [RoundTrip("codec.safetensors", axes).load(tmp_path) for axes in (1, 2, 4, 6)]
+    trips = [RoundTripSpec("codec.safetensors", axes).load(tmp_path) for axes in (1, 2, 4, 6)]
     cosines = [F.cosine_similarity(trip.embed_batch(batch), z_i, dim=-1).mean().item() for trip in trips]
     assert cosines == sorted(cosines)
     torch.testing.assert_close(trips[-1].embed_batch(batch), codec.decode(codec.encode(z_i)))
     assert trips[0].fingerprint == "c"
     for axes in (0, 7):
         with pytest.raises(ValueError, match="from 1 to the 6"):
-            RoundTrip("codec.safetensors", axes).load(tmp_path)
+            RoundTripSpec("codec.safetensors", axes).load(tmp_path)

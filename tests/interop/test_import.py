@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from unclip_pl.cli import main
 from unclip_pl.clip import ClipSpec
-from unclip_pl.generation.pipeline import Unclip, read_run
+from unclip_pl.generation.pipeline import Unclip
+from unclip_pl.generation.run import read_run
 from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
 

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.diffusion import DDIM, Ancestral, LinearSchedule
 from unclip_pl.errors import InputError
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import DiffusionPrior
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
@@ -178,9 +178,9 @@ def test_weights_of_another_clips_space_do_not_go_on(mini_run: Path) -> None:
 
 def test_a_sampler_of_other_noise_levels_is_refused(mini_run: Path) -> None:
     with pytest.raises(ValueError, match=r"'CosineSchedule', 1000.*Got \('LinearSchedule', 1000"):
-        DiffusionPrior("prior/checkpoints/last.ckpt", Ancestral(4, schedule=LinearSchedule())).load(mini_run)
+        DiffusionPriorSpec("prior/checkpoints/last.ckpt", Ancestral(4, schedule=LinearSchedule())).load(mini_run)
     with pytest.raises(ValueError, match=r"'CosineSchedule', 1000.*Got \('CosineSchedule', 500"):
-        Decoder("decoder/checkpoints/last.ckpt", 32, DDIM(4, train_steps=500)).load(mini_run)
+        DecoderSpec("decoder/checkpoints/last.ckpt", 32, DDIM(4, train_steps=500)).load(mini_run)
 
 
 def test_a_decoder_does_not_take_a_priors_scaling() -> None:

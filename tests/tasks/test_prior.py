@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.diffusion import Ancestral, GaussianDiffusion
 from unclip_pl.diffusion.process import Prediction
-from unclip_pl.generation.priors import DiffusionPrior
+from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.tasks import DiffusionPriorTask
@@ -52,7 +52,7 @@ def test_errors_of_x0_whatever_the_network_predicts(prediction: Prediction, tmp_
 
 def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) -> None:
     path = mini_run / "prior" / "checkpoints" / "last.ckpt"
-    prior = DiffusionPrior(path.name, Ancestral(4, "analytic")).load(path.parent)
+    prior = DiffusionPriorSpec(path.name, Ancestral(4, "analytic")).load(path.parent)
     assert isinstance(prior.sampler, Ancestral)
     assert torch.equal(prior.sampler.posterior_mse, torch.load(path, weights_only=True)["posterior_mse"])
 
@@ -60,7 +60,7 @@ def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) 
     del checkpoint["posterior_mse"]
     torch.save(checkpoint, tmp_path / "early.ckpt")
     with pytest.raises(ValueError, match="before any validation"):
-        DiffusionPrior("early.ckpt", Ancestral(4, "analytic")).load(tmp_path)
-    DiffusionPrior("early.ckpt").load(tmp_path)
+        DiffusionPriorSpec("early.ckpt", Ancestral(4, "analytic")).load(tmp_path)
+    DiffusionPriorSpec("early.ckpt").load(tmp_path)
     with pytest.raises(ValueError, match="learned its variance"):
-        DiffusionPrior("early.ckpt", Ancestral(4, "learned")).load(tmp_path)
+        DiffusionPriorSpec("early.ckpt", Ancestral(4, "learned")).load(tmp_path)

@@ -18,8 +18,8 @@ from unclip_pl.data.manifest import read_manifest
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint, replacing
 from unclip_pl.generation.bundle import STATE, Member, some_rows, write_bundle
-from unclip_pl.generation.pipeline import RUN, read_run
 from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.generation.run import RUN, read_run
 
 #: What sampling needs of a checkpoint, beside its weights.
 KEPT = ("hyper_parameters", "global_step", "train_seconds", "posterior_mse")

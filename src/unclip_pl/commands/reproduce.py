@@ -24,8 +24,8 @@ from unclip_pl.commands.plan import Stage, spell_out, work, write_out
 from unclip_pl.data.sources import Shard, list_shards
 from unclip_pl.errors import MissingFileError
 from unclip_pl.files import previous_of, sha256, write_json
-from unclip_pl.generation.pipeline import write_run
 from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.generation.run import write_run
 from unclip_pl.report.report import render
 from unclip_pl.report.study_page import log_study, print_study, render_study
 

@@ -133,7 +133,7 @@ def _lines(path: str) -> list[str]:
 def _embeddings(studio: Studio, path: str) -> "Tensor":
     """What ``unclip predict`` wrote, of this run's CLIP."""
     from unclip_pl.files import read_tensors
-    from unclip_pl.generation.pipeline import check_clip
+    from unclip_pl.generation.run import check_clip
 
     tensors, metadata = read_tensors(path, ["image_embed"], what="embeddings", command="unclip predict")
     check_clip(studio.unclip.clip.fingerprint, metadata.get("fingerprint", ""), path)

@@ -25,9 +25,10 @@ from unclip_pl.evaluation.scores import (
     win_rates,
     zero_shot,
 )
-from unclip_pl.generation.priors import ARPrior, Prior, TrueEmbedding
+from unclip_pl.generation.priors import Prior
 from unclip_pl.metrics.clip_score import retrieval_ranks
 from unclip_pl.metrics.interval import Interval, mean_interval
+from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.shapes.render import Attributes, encode
 from unclip_pl.types import TextFeatures
 
@@ -162,7 +163,7 @@ def assemble(
         metrics |= embedding_scores(material.samples[name], heldout.image_embed)
         entries[name] = {
             "class": type(prior).__name__,
-            "reference": isinstance(prior, TrueEmbedding),
+            "reference": prior.reference,
             "metrics": {key: plain(value) for key, value in metrics.items()},
             "attributes": accuracy_by_attribute(views[name].read, stated),
             **_costs(prior, material.costs[name]),
@@ -172,7 +173,7 @@ def assemble(
         "decoder": _decoder(material, singles["reconstruction"], fd_judge.by_name["reconstruction"]),
         "clip": _clip(material, clip),
         "judge": _retrieval(heldout.judge_text, heldout.judge_image),
-        "codec": next((_codec(p, heldout.image_embed) for p in priors.values() if isinstance(p, ARPrior)), None),
+        "codec": next((_codec(p.codec, heldout.image_embed) for p in priors.values() if p.codec and p.task), None),
         "priors": entries,
         "head_to_head": None,
         "differences": {
@@ -236,8 +237,7 @@ def _retrieval(text_embed: Tensor, image_embed: Tensor) -> dict[str, float]:
     return {f"retrieval_r{k}": (ranks < k).float().mean().item() for k in (1, 10)}
 
 
-def _codec(prior: ARPrior, image_embed: Tensor) -> dict[str, Any]:
-    codec = prior.task.codec
+def _codec(codec: EmbeddingCodec, image_embed: Tensor) -> dict[str, Any]:
     embed = image_embed.to(codec.mean.device)
     return {
         "roundtrip_cosine": codec.roundtrip_cosine(embed).mean().item(),

@@ -15,11 +15,12 @@ from unclip_pl.evaluation.assemble import true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather, join_views
 from unclip_pl.evaluation.sampled import resize
 from unclip_pl.evaluation.scores import View, accuracy_by_attribute
-from unclip_pl.evaluation.task import check_store, streams_for
+from unclip_pl.evaluation.task import store_fingerprint, streams_for
 from unclip_pl.files import replacing
+from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
 from unclip_pl.generation.pictures import grid, save_png
-from unclip_pl.generation.pipeline import Decoder, Upsampler, check_clip
 from unclip_pl.generation.provenance import provenance, settings
+from unclip_pl.generation.run import open_parts
 from unclip_pl.metrics.attributes import captions_right
 from unclip_pl.metrics.frechet import FrechetDistance, frechet_interval
 from unclip_pl.metrics.interval import mean_interval
@@ -73,8 +74,8 @@ class CascadeEvaluation(LightningModule):
         weights: str,
         clip: ClipSpec,
         judge: ClipSpec,
-        decoder: Decoder,
-        upsamplers: list[Upsampler],
+        decoder: DecoderSpec,
+        upsamplers: list[UpsamplerSpec],
         oracle: ShapesOracle,
         out: str,
         shown: int = 8,
@@ -97,24 +98,22 @@ class CascadeEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Loads every network, and refuses to mix CLIPs."""
-        device = str(self.device)
-        fingerprint = self.clip.within(self.run).load().fingerprint
-        check_store(self, fingerprint)
-        self.decoder.load(self.run, device)
-        check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
-        for upsampler in self.upsamplers:
-            upsampler.load(self.weights, device)
+        fingerprint = store_fingerprint(self)
+        parts = open_parts(self.run, self.clip, device=self.device, store_fingerprint=fingerprint, decoder=self.decoder)
+        assert parts.decoder is not None
+        self._stages = [upsampler.load(self.weights, str(self.device)) for upsampler in self.upsamplers]
         judge = self.judge.within(self.run).load().to(self.device)
-        self._painter = Painter(self.decoder, judge, self.oracle, batch_size=0, seed=self.seed)
+        self._painter = Painter(parts.decoder, judge, self.oracle, batch_size=0, seed=self.seed)
         self._seen: dict[str, list[Seen]] = {}
         self._rows: list[Rows] = []
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draws a batch through the cascade and looks at it at every stage."""
         noise = streams_for(batch, self.seed)
-        text = self.decoder.null_text(len(batch.image))
-        drawn = [self.decoder.decode(batch.image_embed, text, generator=noise)]
-        for upsampler in self.upsamplers:
+        decoder = self._painter.decoder
+        text = decoder.null_text(len(batch.image))
+        drawn = [decoder.decode(batch.image_embed, text, generator=noise)]
+        for upsampler in self._stages:
             drawn.append(upsampler.upsample(drawn[-1], generator=noise))
         side = batch.image.shape[-1]
         stages = {str(image.shape[-1]): resize(image, side) for image in drawn} | {REAL: batch.image}

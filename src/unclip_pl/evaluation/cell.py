@@ -28,8 +28,8 @@ from unclip_pl.evaluation.scores import (
     states_unseen_pair,
 )
 from unclip_pl.files import write_json
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec
 from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.metrics.attributes import stated_match
 from unclip_pl.metrics.clip_score import clip_scores
@@ -76,11 +76,11 @@ class Cell(SampledPriors):
         run: str,
         weights: str,
         clip: ClipSpec,
-        priors: dict[str, Prior],
+        priors: dict[str, PriorSpec],
         group: str,
         out: str,
         judge: ClipSpec | None = None,
-        decoder: Decoder | None = None,
+        decoder: DecoderSpec | None = None,
         decoder_run: str | None = None,
         oracle: ShapesOracle | None = None,
         captions: int = 512,
@@ -175,7 +175,7 @@ class Cell(SampledPriors):
         chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
         captions = [heldout.captions[row] for row in chosen]
         many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
-        given = sum(isinstance(prior, TrueEmbedding) for prior in self.priors.values())
+        given = sum(prior.reference for prior in self.priors.values())
         painter.expect(n * len(samples) + len(many.embed) * (len(samples) - given))
         real = heldout.judge_image[:n]
         views = {name: painter.paint(drawn[0, :n], few, what=name, keep=shown) for name, drawn in samples.items()}
@@ -189,7 +189,7 @@ class Cell(SampledPriors):
             if "stated_match" in values:
                 values["unseen_match"] = values["stated_match"].where(states_unseen_pair(stated), torch.nan)
             prior = self.priors[name]
-            if chosen and not isinstance(prior, TrueEmbedding):
+            if chosen and not prior.reference:
                 drawn = painter.paint(self.embed_many(prior, many), many, what=f"{name}, many of a caption")
                 values |= diversity_scores(drawn, captions, self.diversity_samples)
             arms[name]["values"] = values
@@ -199,13 +199,13 @@ class Cell(SampledPriors):
         """What training and sampling took, and how it was trained."""
         prior, cost = self.priors[name], self._costs[name]
         config = training_config(self.weights)
-        task = getattr(prior, "task", None)
+        task = prior.task
         on_device = PriorBatch(pairs.image_embed.to(self.device), pairs.text.to(self.device))
         steps, size = prior.record.steps, config.get("batch_size", 0)
         flops = training_flops(task, on_device) if task is not None and steps else 0
         return {
             "class": type(prior).__name__,
-            "reference": isinstance(prior, TrueEmbedding),
+            "reference": prior.reference,
             "parameters": prior.num_parameters,
             "training_steps": steps,
             "training_samples": steps * size,

@@ -11,6 +11,7 @@ network. No decoder, judge or oracle has a say, and test data are out of reach: 
 validation batches.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,11 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
-from unclip_pl.evaluation.task import check_store
+from unclip_pl.evaluation.task import store_fingerprint
 from unclip_pl.files import write_json
-from unclip_pl.generation.pipeline import check_clip
-from unclip_pl.generation.priors import Prior
+from unclip_pl.generation.priors import PriorSpec
 from unclip_pl.generation.provenance import provenance
+from unclip_pl.generation.run import check_clip, open_parts
 from unclip_pl.metrics.clip_score import retrieval_ranks
 from unclip_pl.metrics.frechet import FrechetDistance
 from unclip_pl.types import PriorBatch, TextFeatures
@@ -73,7 +74,7 @@ class Choice(LightningModule):
         self,
         run: str,
         clip: ClipSpec,
-        priors: dict[str, Prior],
+        priors: dict[str, PriorSpec],
         weights: dict[str, str],
         guidance: list[float],
         out: str,
@@ -104,8 +105,8 @@ class Choice(LightningModule):
         """
         if self.trainer.world_size > 1:
             raise InputError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
-        fingerprint = self.clip.within(self.run).load().fingerprint
-        check_store(self, fingerprint)
+        parts = open_parts(self.run, self.clip, device=self.device, store_fingerprint=store_fingerprint(self))
+        fingerprint = parts.clip.fingerprint
         text = TextFeatures.cat([batch.text for batch in self._batches])
         pairs = PriorBatch(torch.cat([batch.image_embed for batch in self._batches]), text)
         rates = {rate: self._try(pairs, folder, 1.0, fingerprint) for rate, folder in self.weights.items()}
@@ -116,13 +117,13 @@ class Choice(LightningModule):
         print(f"{self.name}: learning rate {rate}, guidance {scale:g}: {self.out}")
 
     def _try(self, pairs: PriorBatch, folder: str, guidance: float, fingerprint: str) -> Trial:
-        self.prior.guidance = guidance  # type: ignore[attr-defined]
-        self.prior.load(Path(folder), str(self.device))
-        check_clip(fingerprint, self.prior.fingerprint, f"the prior in {folder}")
+        spec = replace(self.prior, guidance=guidance)  # type: ignore[call-arg] # the constructor has looked
+        prior = spec.load(Path(folder), str(self.device))
+        check_clip(fingerprint, prior.fingerprint, f"the prior in {folder}")
         width = self.clip.embed_dim
         joint, alone = FrechetDistance(2 * width).to(self.device), FrechetDistance(width).to(self.device)
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.cat([self.prior.embed_batch(batch, generator=generator) for batch in self._batches])
+        drawn = torch.cat([prior.embed_batch(batch, generator=generator) for batch in self._batches])
         samples, true, z_t = (
             F.normalize(embeds.float(), dim=-1) for embeds in (drawn, pairs.image_embed, pairs.text.embed)
         )

@@ -10,8 +10,8 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.assemble import Heldout, Material, assemble
 from unclip_pl.evaluation.sampled import SampledPriors, resize, shown_rows
 from unclip_pl.evaluation.scores import View, open_captions
-from unclip_pl.generation.pipeline import Decoder
-from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec
 from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.report.report import Atlas, print_summary, scalars, write_report
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -53,8 +53,8 @@ class Comparison(SampledPriors):
         run: str,
         clip: ClipSpec,
         judge: ClipSpec,
-        decoder: Decoder,
-        priors: dict[str, Prior],
+        decoder: DecoderSpec,
+        priors: dict[str, PriorSpec],
         oracle: ShapesOracle | None = None,
         captions: int = 512,
         seeds: int = 3,
@@ -68,7 +68,6 @@ class Comparison(SampledPriors):
         seed: int = 0,
     ) -> None:
         super().__init__(run, run, clip, judge, decoder, priors, oracle, captions, seeds, batch_size, seed)
-        self.drawer = decoder
         self.diversity_captions = diversity_captions
         self.diversity_samples = diversity_samples
         self.rivals = rivals
@@ -122,11 +121,12 @@ class Comparison(SampledPriors):
         few = heldout.text.rows(slice(n))
         chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
         many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
-        drawers = {name: prior for name, prior in self.priors.items() if not isinstance(prior, TrueEmbedding)}
-        painter = self.painter(self.drawer)
+        drawers = {name: prior for name, prior in self.priors.items() if not prior.reference}
+        assert self.decoder is not None
+        painter = self.painter(self.decoder)
         with painter:
             painter.expect(n * (len(self.priors) + 1) + len(many.embed) * len(drawers))
-            alone = self.drawer.null_text(n).to("cpu")
+            alone = self.decoder.null_text(n).to("cpu")
             keep = shown_rows(heldout.metadata[:n], self.grid_rows, self.grid_licenses)
             return Material(
                 heldout=heldout,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.evaluation.scores import View
-from unclip_pl.generation.pipeline import Decoder
+from unclip_pl.generation.decoding import Decoder
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import TextFeatures
 

@@ -7,10 +7,11 @@ from lightning import LightningModule
 from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.task import check_store, streams_for, to_bytes
+from unclip_pl.evaluation.task import store_fingerprint, streams_for, to_bytes
 from unclip_pl.files import write_tensors
-from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
-from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
+from unclip_pl.generation.run import open_parts
 from unclip_pl.packing.pack import write_shards
 from unclip_pl.packing.samples import Sample
 from unclip_pl.types import EvaluationBatch, PriorBatch
@@ -29,7 +30,7 @@ class PriorPrediction(LightningModule):
 
     batch_type = PriorBatch
 
-    def __init__(self, run: str, clip: ClipSpec, prior: Prior, out: str, seed: int = 0) -> None:
+    def __init__(self, run: str, clip: ClipSpec, prior: PriorSpec, out: str, seed: int = 0) -> None:
         super().__init__()
         self.run = Path(run)
         self.clip = clip
@@ -40,21 +41,24 @@ class PriorPrediction(LightningModule):
     def on_predict_start(self) -> None:
         """Loads the prior, and refuses another CLIP's."""
         self._embeds: list[Tensor] = []
-        self.prior.load(self.run, str(self.device))
-        fingerprint = self.clip.within(self.run).load().fingerprint
-        check_store(self, fingerprint)
-        check_clip(fingerprint, self.prior.fingerprint, "the prior")
-        self._metadata = {"fingerprint": fingerprint}
+        self._parts = open_parts(
+            self.run,
+            self.clip,
+            device=self.device,
+            store_fingerprint=store_fingerprint(self),
+            priors={"prior": self.prior},
+        )
 
     def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """One embedding a caption."""
         generator = streams_for(batch, self.seed)
-        self._embeds.append(self.prior.embed_batch(batch, generator=generator).float().cpu())
+        self._embeds.append(self._parts.priors["prior"].embed_batch(batch, generator=generator).float().cpu())
 
     def on_predict_end(self) -> None:
         """Writes this rank's embeddings, whole or not at all."""
         path = self.out / f"image_embed-{self.global_rank:05d}.safetensors"
-        write_tensors(path, {"image_embed": torch.cat(self._embeds)}, self._metadata)
+        metadata = {"fingerprint": self._parts.clip.fingerprint}
+        write_tensors(path, {"image_embed": torch.cat(self._embeds)}, metadata)
 
 
 class ImagePrediction(LightningModule):
@@ -72,31 +76,35 @@ class ImagePrediction(LightningModule):
     batch_type = EvaluationBatch
 
     def __init__(
-        self, run: str, clip: ClipSpec, decoder: Decoder, out: str, prior: Prior | None = None, seed: int = 0
+        self, run: str, clip: ClipSpec, decoder: DecoderSpec, out: str, prior: PriorSpec | None = None, seed: int = 0
     ) -> None:
         super().__init__()
         self.run = Path(run)
         self.clip = clip
         self.decoder = decoder
         self.out = Path(out)
-        self.prior = prior or TrueEmbedding(keep_norm=True)
+        self.prior = prior or TrueEmbeddingSpec(keep_norm=True)
         self.seed = seed
 
     def on_predict_start(self) -> None:
         """Loads every network, and refuses to mix CLIPs."""
         self._samples: list[Sample] = []
-        fingerprint = self.clip.within(self.run).load().fingerprint
-        check_store(self, fingerprint)
-        self.decoder.load(self.run, str(self.device))
-        check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
-        check_clip(fingerprint, self.prior.load(self.run, str(self.device)).fingerprint, "the prior")
-        check_norm(self.prior, self.decoder)
+        self._parts = open_parts(
+            self.run,
+            self.clip,
+            device=self.device,
+            store_fingerprint=store_fingerprint(self),
+            decoder=self.decoder,
+            priors={"prior": self.prior},
+        )
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """One image a caption."""
         generator = streams_for(batch, self.seed)
-        z_i = self.prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
-        images = to_bytes(self.decoder.decode(z_i, batch.text, generator=generator)).permute(0, 2, 3, 1).cpu().numpy()
+        decoder, prior = self._parts.decoder, self._parts.priors["prior"]
+        assert decoder is not None
+        z_i = prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
+        images = to_bytes(decoder.decode(z_i, batch.text, generator=generator)).permute(0, 2, 3, 1).cpu().numpy()
         for image, caption in zip(images, batch.captions, strict=True):
             self._samples.append(Sample(f"{self.global_rank:05d}_{len(self._samples):07d}", image, [caption], {}))
 

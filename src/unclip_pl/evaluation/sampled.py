@@ -15,9 +15,10 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.assemble import Cost, Heldout, join_heldout, true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.flops import sampling_flops
-from unclip_pl.evaluation.task import check_store, streams_for
-from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
-from unclip_pl.generation.priors import Prior
+from unclip_pl.evaluation.task import store_fingerprint, streams_for
+from unclip_pl.generation.decoding import Decoder, DecoderSpec
+from unclip_pl.generation.priors import Prior, PriorSpec
+from unclip_pl.generation.run import open_parts
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
@@ -53,8 +54,8 @@ class SampledPriors(LightningModule):
         weights: str,
         clip: ClipSpec,
         judge: ClipSpec | None,
-        decoder: Decoder | None,
-        priors: dict[str, Prior],
+        decoder: DecoderSpec | None,
+        priors: dict[str, PriorSpec],
         oracle: ShapesOracle | None,
         captions: int,
         seeds: int,
@@ -73,8 +74,8 @@ class SampledPriors(LightningModule):
         self.weights = Path(weights)
         self.clip = clip
         self.judge = judge
-        self.decoder = decoder
-        self.priors = priors
+        self.decoder_spec = decoder
+        self.prior_specs = priors
         self.oracle = oracle
         self.captions = captions
         self.seeds = seeds
@@ -84,24 +85,24 @@ class SampledPriors(LightningModule):
     def on_test_start(self) -> None:
         """Loads every network, and refuses to mix CLIPs."""
         self._started = time.perf_counter()
-        device = str(self.device)
-        encoder = self.clip.within(self.run).load().to(self.device)
+        parts = open_parts(
+            self.run,
+            self.clip,
+            device=self.device,
+            store_fingerprint=store_fingerprint(self),
+            decoder=self.decoder_spec,
+            decoder_run=self.decoder_run,
+            priors=self.prior_specs,
+            weights=self.weights,
+        )
+        self.decoder, self.priors = parts.decoder, parts.priors
         # A plain dict keeps them out of the module tree: nobody should find a CLIP in a state dict.
-        self._encoders: dict[str, ClipEncoder] = {"clip": encoder}
+        self._encoders: dict[str, ClipEncoder] = {"clip": parts.clip}
         if self.judge is not None:
             self._encoders["judge"] = self.judge.within(self.run).load().to(self.device)
-        fingerprint = encoder.fingerprint
-        check_store(self, fingerprint)
-        if self.decoder is not None:
-            self.decoder.load(self.decoder_run, device)
-            path = self.decoder_run / self.decoder.checkpoint
-            check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {path}")
         for name, prior in self.priors.items():
-            check_clip(fingerprint, prior.load(self.weights, device).fingerprint, f"the prior {name!r}")
             if prior.keeps_norm:
                 raise InputError(f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm.")
-            if self.decoder is not None:
-                check_norm(prior, self.decoder)
         self._heldout: list[Heldout] = []
         self._samples: dict[str, list[Tensor]] = {name: [] for name in self.priors}
         self._costs = {name: Cost() for name in self.priors}

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.generation.pipeline import Decoder, check_clip, check_norm
-from unclip_pl.generation.priors import Prior, TrueEmbedding
+from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
+from unclip_pl.generation.run import open_parts
 from unclip_pl.metrics import CLIPScore, EmbeddingCalibration, FrechetDistance, NeighbourScores, RetrievalRecall
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
@@ -38,7 +39,7 @@ class PriorEvaluation(LightningModule):
 
     batch_type = PriorBatch
 
-    def __init__(self, run: str, clip: ClipSpec, prior: Prior, seeds: int = 2, seed: int = 0) -> None:
+    def __init__(self, run: str, clip: ClipSpec, prior: PriorSpec, seeds: int = 2, seed: int = 0) -> None:
         super().__init__()
         if seeds < 2:
             raise InputError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
@@ -53,15 +54,19 @@ class PriorEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Loads the prior, and refuses another CLIP's."""
-        self.prior.load(self.run, str(self.device))
-        fingerprint = self.clip.within(self.run).load().fingerprint
-        check_store(self, fingerprint)
-        check_clip(fingerprint, self.prior.fingerprint, "the prior")
+        self._parts = open_parts(
+            self.run,
+            self.clip,
+            device=self.device,
+            store_fingerprint=store_fingerprint(self),
+            priors={"prior": self.prior},
+        )
 
     def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """Embeds the captions ``seeds`` times."""
         generator = streams_for(batch, self.seed)
-        draws = [self.prior.embed_batch(batch, generator=generator).float() for _ in range(self.seeds)]
+        prior = self._parts.priors["prior"]
+        draws = [prior.embed_batch(batch, generator=generator).float() for _ in range(self.seeds)]
         samples = F.normalize(torch.stack(draws, dim=1), dim=-1)  # (B, S, d)
         true = F.normalize(batch.image_embed.float(), dim=-1)
         for metric in (self.distance, self.neighbours):
@@ -108,8 +113,8 @@ class ImageEvaluation(LightningModule):
         run: str,
         clip: ClipSpec,
         judge: ClipSpec,
-        decoder: Decoder,
-        prior: Prior | None = None,
+        decoder: DecoderSpec,
+        prior: PriorSpec | None = None,
         inception_weights: str = "",
         seed: int = 0,
     ) -> None:
@@ -120,7 +125,7 @@ class ImageEvaluation(LightningModule):
         self.clip = clip
         self.judge = judge
         self.decoder = decoder
-        self.prior = prior or TrueEmbedding(keep_norm=True)
+        self.prior = prior or TrueEmbeddingSpec(keep_norm=True)
         self.inception_weights = inception_weights
         self.seed = seed
         self.distance = FrechetDistance(judge.embed_dim)
@@ -131,23 +136,26 @@ class ImageEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Loads every network, and refuses to mix CLIPs."""
-        device = str(self.device)
         judge = self.judge.within(self.run).load().to(self.device)
         inception = load_inception(self.inception_weights).to(self.device) if self.inception_weights else None
         # A tuple keeps them out of the module tree: nobody should find a CLIP in a state dict.
         self._judges = Judges(judge, inception)
-        fingerprint = self.clip.within(self.run).load().fingerprint
-        check_store(self, fingerprint)
-        self.decoder.load(self.run, device)
-        check_clip(fingerprint, self.decoder.fingerprint, f"the decoder {self.run / self.decoder.checkpoint}")
-        check_clip(fingerprint, self.prior.load(self.run, device).fingerprint, "the prior")
-        check_norm(self.prior, self.decoder)
+        self._parts = open_parts(
+            self.run,
+            self.clip,
+            device=self.device,
+            store_fingerprint=store_fingerprint(self),
+            decoder=self.decoder,
+            priors={"prior": self.prior},
+        )
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draws one image for each caption and looks at it."""
         generator = streams_for(batch, self.seed)
-        z_i = self.prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
-        images = self.decoder.decode(z_i, batch.text, generator=generator)
+        decoder, prior = self._parts.decoder, self._parts.priors["prior"]
+        assert decoder is not None
+        z_i = prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
+        images = decoder.decode(z_i, batch.text, generator=generator)
         judge, inception = self._judges
         real, fake = (F.normalize(judge.encode_image(x).float(), dim=-1) for x in (batch.image, images))
         for metric in (self.distance, self.neighbours):
@@ -181,15 +189,10 @@ class Judges(NamedTuple):
     inception: nn.Module | None
 
 
-def check_store(module: LightningModule, fingerprint: str) -> None:
-    """The embeddings that a module is given must be of this CLIP.
-
-    Raises:
-        ValueError: they are another's.
-    """
+def store_fingerprint(module: LightningModule) -> str | None:
+    """Return the fingerprint of the CLIP whose embeddings a module is given; None without a store."""
     data = getattr(module.trainer, "datamodule", None)  # which Lightning attaches without declaring it
-    if isinstance(data, UnclipDataModule):
-        check_clip(fingerprint, data.embeddings.fingerprint, f"the embedding store {data.store}")
+    return data.embeddings.fingerprint if isinstance(data, UnclipDataModule) else None
 
 
 def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torch.Generator]:

@@ -1,8 +1,13 @@
-"""z_i → pixels: a trained decoder, and the upsamplers after it."""
+"""From z_i to pixels: a trained decoder, and the upsamplers after it.
 
+A spec is what a config names, without touching a file. ``spec.load(root)`` reads the weights.
+"""
+
+from abc import ABC
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,105 +21,148 @@ from unclip_pl.types import TextFeatures
 Progress = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
 
 
-class Upsampler:
-    """One stage of the way to larger pictures; each has a sampler of its own, since each has its own schedule.
+@dataclass(frozen=True)
+class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path and no subclass
+    """One stage of the way to larger pictures. Each has a sampler of its own, since each has a schedule of its own.
 
     Args:
-        checkpoint: of an ``UpsamplerTask``, relative to the run.
-        sampler: None is the paper's for 64 → 256 px, 27 DDIM steps; its next stage takes 15 on a linear schedule.
-        last_step: checkpoint of another ``UpsamplerTask`` that takes the last step (Karlo); None: the same takes all.
+        checkpoint: file of an ``UpsamplerTask``, relative to the run.
+        sampler: solver and number of steps; None is the paper's for 64 → 256 px, 27 DDIM steps. The paper's next stage
+            takes 15 on a linear schedule.
+        last_step: file of another ``UpsamplerTask`` that takes the last step (Karlo); None: the same takes all.
     """
 
-    def __init__(self, checkpoint: str, sampler: Sampler | None = None, last_step: str | None = None) -> None:
-        self.checkpoint = checkpoint
-        self.sampler = sampler or DDIM(27)
-        self.last_step = last_step
+    checkpoint: str
+    sampler: Sampler | None = None
+    last_step: str | None = None
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        """Read the checkpoints."""
-        self.task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
-        self.finisher = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else self.task
-        for task in (self.task, self.finisher):
-            self.sampler.check(task.diffusion)
-        return self
+    def load(self, root: Path, device: str = "cpu") -> "Upsampler":
+        """Read the checkpoints.
+
+        Args:
+            root: folder that they are named relative to.
+            device: where to compute.
+        """
+        task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
+        last = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else task
+        return Upsampler(self, task, last)
+
+
+class Upsampler:
+    """A trained upsampler.
+
+    Args:
+        spec: settings of the sampling.
+        task: trained network that takes all steps but the last.
+        finisher: trained network that takes the last step, usually the same.
+
+    Raises:
+        ValueError: a network was not trained for the sampler.
+    """
+
+    def __init__(self, spec: UpsamplerSpec, task: UpsamplerTask, finisher: UpsamplerTask) -> None:
+        self.spec = spec
+        self.sampler = spec.sampler or DDIM(27)
+        self.task = task
+        self.finisher = finisher
+        for part in (task, finisher):
+            self.sampler.check(part.diffusion)
 
     def upsample(self, low: Tensor, *, generator: Streams | None = None) -> Tensor:
-        """(B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
+        """Enlarge pictures (B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
         size = low.shape[-1] * self.task.factor
         x_T = noise_like(torch.empty(len(low), 3, size, size, device=low.device), generator=generator)
         first, last = (task.denoiser(low, size) for task in (self.task, self.finisher))
         return self.sampler.sample(first, x_T, last=last, generator=generator)
 
 
-class Decoder:
-    """z_i (and caption) → pixels, through the upsamplers where there are any.
+@dataclass(frozen=True)
+class DecoderSpec(ABC):  # see UpsamplerSpec
+    """Draws pixels from z_i (and a caption), through the upsamplers if there are any.
 
     Args:
-        checkpoint: of a ``DecoderTask``, relative to the run.
+        checkpoint: file of a ``DecoderTask``, relative to the run.
         image_size: side that the decoder draws, in pixels (paper: 64).
-        sampler: None is the paper's 250 strided steps, ancestral with the learned variance.
-        guidance: scale; 1 is off.
-        upsamplers: smallest first.
-        drop_embedding: draws from the caption alone, z_i giving way to its null: what a prior is better than (§5.1).
-        precision: that the networks draw in; bf16-mixed is faster on a machine that multiplies in bfloat16.
+        sampler: solver and number of steps; None is the paper's 250 strided ancestral steps with the learned variance.
+        guidance: guidance scale; 1 is off.
+        upsamplers: stages after the decoder, smallest first.
+        drop_embedding: draw from the caption alone, with z_i replaced by its null (§5.1).
+        precision: number format that the networks draw in; bf16-mixed is faster on machines that multiply in bfloat16.
     """
 
-    #: Whether it was trained on raw embeddings, so that z_i must come with CLIP's own norm.
-    needs_norm: bool = False
+    checkpoint: str
+    image_size: int = 64
+    sampler: Sampler | None = None
+    guidance: float = 2.0
+    upsamplers: tuple[UpsamplerSpec, ...] = ()
+    drop_embedding: bool = False
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
-    def __init__(
-        self,
-        checkpoint: str,
-        image_size: int = 64,
-        sampler: Sampler | None = None,
-        guidance: float = 2.0,
-        upsamplers: Sequence[Upsampler] = (),
-        drop_embedding: bool = False,
-        precision: Literal["32-true", "bf16-mixed"] = "32-true",
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.image_size = image_size
-        self.sampler = sampler or Ancestral(250, "learned")
-        self.guidance = check_guidance(guidance)
-        self.upsamplers = list(upsamplers)
-        self.drop_embedding = drop_embedding
-        self.precision = precision
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance)
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        """Read the checkpoints."""
-        self.task = load_task(root / self.checkpoint, DecoderTask).to(device)
-        self.sampler.check(self.task.diffusion, learns_variance=self.task.learns_variance)
-        for upsampler in self.upsamplers:
-            upsampler.load(root, device)
-        self.needs_norm = self.task.space.scaling == "raw"
-        return self
+    def load(self, root: Path, device: str = "cpu") -> "Decoder":
+        """Read the checkpoints.
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the CLIP whose embeddings it was trained on."""
-        return self.task.space.fingerprint
+        Args:
+            root: folder that they are named relative to.
+            device: where to compute.
+        """
+        task = load_task(root / self.checkpoint, DecoderTask).to(device)
+        return Decoder(self, task, [upsampler.load(root, device) for upsampler in self.upsamplers])
+
+
+class Decoder:
+    """A trained decoder with its upsamplers.
+
+    Args:
+        spec: settings of the sampling.
+        task: trained network.
+        upsamplers: stages after it, smallest first.
+
+    Raises:
+        ValueError: the network was not trained for the sampler.
+    """
 
     #: Below this noise level an x0-predicting network's error swamps the noise that DDIM inversion asks it for.
     FLOOR = 0.05
 
+    def __init__(self, spec: DecoderSpec, task: DecoderTask, upsamplers: Sequence[Upsampler] = ()) -> None:
+        self.spec = spec
+        self.image_size = spec.image_size
+        self.sampler = spec.sampler or Ancestral(250, "learned")
+        self.task = task
+        self.upsamplers = list(upsamplers)
+        self.sampler.check(task.diffusion, learns_variance=task.learns_variance)
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether it was trained on raw embeddings, so that z_i must come with CLIP's own norm."""
+        return self.task.space.scaling == "raw"
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the CLIP whose embeddings it was trained on."""
+        return self.task.space.fingerprint
+
     def inversion(self, steps: int) -> Inversion:
-        """Of what it draws itself, before any upsampler: to the lowest level that its parameterisation bears."""
+        """Return the DDIM inversion of its own pictures, down to the lowest noise that its parameterisation bears."""
         diffusion = self.task.diffusion
         sigma_min = self.FLOOR if diffusion.prediction == "x0" else 0.0
         return Inversion(steps, sigma_min, diffusion.schedule, train_steps=diffusion.steps)
 
     def denoiser(self, image_embed: Tensor, guidance: float) -> Denoise:
-        """``denoise(x_t, t)`` from embeddings (B, d) alone, without captions."""
+        """Return ``denoise(x_t, t)`` under embeddings (B, d) alone, without captions."""
         return self.task.denoiser(image_embed, self.null_text(len(image_embed)), check_guidance(guidance))
 
     def enlarge(self, image: Tensor, *, generator: Streams | None = None) -> Tensor:
-        """(B, 3, h, h) through the upsamplers, where there are any, to pixels in [-1, 1]."""
+        """Send pictures (B, 3, h, h) through the upsamplers, if there are any, and clamp them to [-1, 1]."""
         for upsampler in self.upsamplers:
             image = upsampler.upsample(image, generator=generator)
         return image.clamp(-1, 1)
 
     def null_text(self, n: int) -> TextFeatures:
-        """n empty captions: decode from the embedding alone."""
+        """Return n empty captions, for drawing from the embedding alone."""
         return self.task.space.null_text.repeat(n)
 
     @torch.no_grad()
@@ -127,19 +175,19 @@ class Decoder:
         generator: Streams | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """(B, 3, H, H) in [-1, 1].
+        """Draw pictures (B, 3, H, H) in [-1, 1].
 
         Args:
-            image_embed: (B, d) raw or unit-norm z_i.
+            image_embed: (B, d) z_i, raw or of unit norm.
             text: raw features of the captions, see :meth:`null_text`.
-            guidance: for this call; None keeps the decoder's own.
-            generator: of the starting noise and of stochastic samplers.
-            progress: called after every step of the first stage.
+            guidance: scale for this call; None keeps the spec's.
+            generator: source of the starting noise and of the noise of stochastic samplers.
+            progress: function that is called after every step of the first stage.
         """
         device, n = image_embed.device, len(image_embed)
-        scale = self.guidance if guidance is None else check_guidance(guidance)
+        scale = self.spec.guidance if guidance is None else check_guidance(guidance)
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.drop_embedding)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.spec.precision == "bf16-mixed"):
+            denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.spec.drop_embedding)
             image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
             return self.enlarge(image, generator=generator)

@@ -289,8 +289,8 @@ class Manipulations:
         space = self.decoder.task.space
         if space.components.numel() == 0:
             raise InputError(
-                f"{self.decoder.checkpoint} knows no principal axes of its training set's embeddings, as an imported "
-                "one: probe a decoder that `unclip fit` has trained."
+                f"{self.decoder.spec.checkpoint} knows no principal axes of its training set's embeddings, as an "
+                "imported one: probe a decoder that `unclip fit` has trained."
             )
         norm = image_embed.norm(dim=-1, keepdim=True)
         y = (image_embed / norm - space.mean) @ space.components.T  # (B, d), by decreasing variance

@@ -1,8 +1,12 @@
-"""Five ways from caption to image embedding, behind one ABC: the paper's two, a baseline, a floor, a ceiling."""
+"""Ways from caption to image embedding: the paper's two priors, a baseline, a floor and two ceilings.
+
+A spec is what a config names: settings, checked when they are given, without touching a file. ``spec.load(root)`` reads
+the weights and returns a prior that is complete.
+"""
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -26,197 +30,267 @@ from unclip_pl.tasks.base import TrainingRecord, count_parameters
 from unclip_pl.types import PriorBatch, TextFeatures
 
 
-class Prior(ABC):
-    """P(z_i | y). Constructed without touching a file, so that configs parse at once; :meth:`load` reads weights."""
-
-    #: Parameters of the network, 0 for what was not trained.
-    num_parameters: int = 0
-    #: Network evaluations per embedding.
-    evaluations: int = 0
-    #: What training took.
-    record: TrainingRecord = TrainingRecord(0, 0.0)
-    #: Whether its embeddings have CLIP's own norm: what a decoder of raw embeddings needs.
-    keeps_norm: bool = False
-    #: Of the CLIP whose embeddings it draws; empty for any.
-    fingerprint: str = ""
+@dataclass(frozen=True)
+class PriorSpec(ABC):
+    """The settings of a prior, as configs and ``run.json`` name them. Subclass it to add a prior of your own."""
 
     @abstractmethod
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        """Read the weights, named relative to a run's folder; returns itself."""
+    def load(self, root: Path, device: str = "cpu") -> "Prior":
+        """Read the weights.
+
+        Args:
+            root: folder that the spec's files are named relative to.
+            device: where to compute.
+
+        Raises:
+            ValueError: a file is missing, damaged, or does not fit the settings.
+        """
+
+
+class Prior(ABC):
+    """P(z_i | y), ready to draw from.
+
+    Args:
+        spec: the settings that it was loaded from.
+    """
+
+    #: Number of the network's parameters; 0 for what was not trained.
+    num_parameters: int = 0
+    #: Steps and seconds of the training.
+    record: TrainingRecord = TrainingRecord(0, 0.0)
+    #: Whether the embeddings have CLIP's own norm, which a decoder of raw embeddings needs.
+    keeps_norm: bool = False
+    #: Fingerprint of the CLIP whose embeddings it draws; empty if it works with any CLIP.
+    fingerprint: str = ""
+    #: Whether it looks at the true embedding, and so contends with no other prior.
+    reference: bool = False
+    #: The codec that its embeddings pass through, if there is one.
+    codec: EmbeddingCodec | None = None
+    #: The trained Task behind it, if there is one.
+    task: EmbeddingTask | None = None
+
+    def __init__(self, spec: PriorSpec) -> None:
+        self.spec = spec
+
+    @property
+    def evaluations(self) -> int:
+        """Number of network evaluations that one embedding takes."""
+        return 0
 
     @abstractmethod
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
-        """One z_i per caption, (B, d), unit norm, or raw where ``keeps_norm``.
+        """Draw one z_i for each caption: (B, d), of unit norm, or raw where ``keeps_norm``.
 
         Args:
-            text: raw features of B captions.
-            generator: of every draw; one for each caption where a draw must not depend on the batch around it
-                (:func:`~unclip_pl.diffusion.process.noise_like` takes either).
+            text: raw CLIP features of B captions.
+            generator: source of every draw. Give one generator for each caption where a draw must not depend on the
+                batch around it.
         """
 
     def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
-        """As :meth:`embed`, for those who may look at the true embedding."""
+        """Draw one z_i for each pair of a batch, (B, d). A reference may look at the true embedding here."""
         return self.embed(batch.text, generator=generator)
 
     def adjusted(self, *, guidance: float | None = None, candidates: int | None = None) -> Self:
-        """The same weights, sampled otherwise.
+        """Return a prior with the same weights and other settings.
 
         Args:
-            guidance: scale; None keeps its own.
-            candidates: drawn per caption, the best by z_i·z_t kept; None keeps its own.
+            guidance: new guidance scale; None keeps the present one.
+            candidates: new number of embeddings to draw per caption, of which the best by z_i·z_t is kept; None keeps
+                the present one.
 
         Raises:
-            ValueError: a value out of range, or a prior without such a setting.
+            ValueError: a value is out of range, or this prior has no such setting.
         """
-        other = copy.copy(self)
-        checks: dict[str, Callable[..., float]] = {"guidance": check_guidance, "candidates": check_candidates}
         given = {name: x for name, x in {"guidance": guidance, "candidates": candidates}.items() if x is not None}
-        for name, value in given.items():
-            if not hasattr(self, name):
-                raise InputError(f"Expected a prior with {name}, as the diffusion prior. Got {type(self).__name__}.")
-            setattr(other, name, checks[name](value))
+        missing = given.keys() - {field.name for field in fields(self.spec)}
+        if missing:
+            raise InputError(
+                f"Expected a prior with {' and '.join(sorted(missing))}, such as DiffusionPrior. Got "
+                f"{type(self).__name__}: choose another prior, or leave the option out."
+            )
+        other = copy.copy(self)
+        other.spec = replace(self.spec, **given)
         return other
 
 
-def check_candidates(candidates: int) -> int:
-    """The number itself.
+def check_candidates(candidates: int) -> None:
+    """Refuse a number of candidates below 1.
 
     Raises:
         ValueError: it is below 1.
     """
     if candidates < 1:
-        raise InputError(f"Expected candidates >= 1. Got {candidates}.")
-    return candidates
+        raise InputError(f"Expected candidates >= 1. Got {candidates}: draw at least one embedding per caption.")
 
 
 def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
-    """The candidate with the largest z_i·z_t, both unit-norm, of each caption (§2.2): (B, N, d) → (B, d)."""
+    """Keep each caption's candidate with the largest z_i·z_t, both of unit norm (§2.2): (B, N, d) → (B, d)."""
     score = torch.einsum("bnd,bd->bn", F.normalize(candidates, dim=-1), F.normalize(text.embed, dim=-1))
     return candidates[torch.arange(len(candidates), device=score.device), score.argmax(dim=1)]
 
 
-class DiffusionPrior(Prior):
+@dataclass(frozen=True)
+class DiffusionPriorSpec(PriorSpec):
     """Samples a :class:`~unclip_pl.tasks.DiffusionPriorTask`.
 
     Args:
-        checkpoint: of the Task, relative to the run.
-        sampler: None is 64 ancestral steps on the paper's strided grid. The paper's analytic variance (``Ancestral``'s
-            ``variance: analytic``) is read from the checkpoint.
-        guidance: scale; 1 is off. Drops the text and never z_i^(t).
-        candidates: drawn per caption; the one with the largest z_i·z_t is kept (paper: 2).
-        x0_bound: the scaled estimate of z_i is clamped to ± this (Karlo: 10); None is the paper's, no clamp.
-        keep_norm: embeddings keep CLIP's own norm, for decoders of raw ones (Karlo); the prior must have learned it.
+        checkpoint: file of the trained Task, relative to the run.
+        sampler: solver and number of steps; None is 64 ancestral steps on the paper's strided grid. The paper's
+            analytic variance (``Ancestral(variance="analytic")``) needs a checkpoint that a validation came before.
+        guidance: guidance scale; 1 is off. It drops the text and never z_i^(t).
+        candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept (paper: 2).
+        x0_bound: bound on the absolute values of the scaled estimate of z_i (Karlo: 10); None sets no bound, as the
+            paper.
+        keep_norm: keep CLIP's own norm, for a decoder of raw embeddings (Karlo); the prior must have learned it.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        sampler: Sampler | None = None,
-        guidance: float = 1.0,
-        candidates: int = 2,
-        x0_bound: float | None = None,
-        keep_norm: bool = False,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.sampler = sampler or Ancestral(64)
-        self.guidance = check_guidance(guidance)
-        self.candidates = check_candidates(candidates)
-        self.x0_bound = x0_bound
-        self.keeps_norm = keep_norm
-        self.evaluations = self.sampler.steps * candidates * (1 if guidance == 1 else 2)
+    checkpoint: str
+    sampler: Sampler | None = None
+    guidance: float = 1.0
+    candidates: int = 2
+    x0_bound: float | None = None
+    keep_norm: bool = False
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance)
+        check_candidates(self.candidates)
+
+    def load(self, root: Path, device: str = "cpu") -> "DiffusionPrior":
         """Read the checkpoint."""
-        self.task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
-        _describe(self, self.task)
-        if self.keeps_norm and self.task.space.scaling not in ("standardize", "raw"):
+        return DiffusionPrior(self, load_task(root / self.checkpoint, DiffusionPriorTask).to(device))
+
+
+class DiffusionPrior(Prior):
+    """The paper's better prior: diffusion over embeddings.
+
+    Args:
+        spec: settings of the sampling.
+        task: trained network and the diffusion that it was trained with.
+
+    Raises:
+        ValueError: the network was not trained for these settings.
+    """
+
+    spec: DiffusionPriorSpec
+    task: DiffusionPriorTask
+
+    def __init__(self, spec: DiffusionPriorSpec, task: DiffusionPriorTask) -> None:
+        super().__init__(spec)
+        _describe(self, task)
+        self.task = task
+        self.keeps_norm = spec.keep_norm
+        self.sampler = spec.sampler or Ancestral(64)
+        if spec.keep_norm and task.space.scaling not in ("standardize", "raw"):
             raise InputError(
-                f"{root / self.checkpoint} was trained on embeddings scaled {self.task.space.scaling!r}, without their "
-                "norm: keep_norm needs 'standardize' or 'raw'."
+                f"{spec.checkpoint} was trained on embeddings scaled {task.space.scaling!r}, without their norm. "
+                "Leave keep_norm out, or train with scaling 'standardize' or 'raw'."
             )
         if isinstance(self.sampler, Ancestral) and self.sampler.variance == "analytic":
-            if self.task.posterior_mse is None:
+            if task.posterior_mse is None:
                 raise InputError(
-                    f"{root / self.checkpoint} was saved before any validation, whose errors the analytic variance "
-                    "needs: fit on data with a validation split, or sample with another variance."
+                    f"{spec.checkpoint} was saved before any validation, whose errors the analytic variance needs: fit "
+                    "on data with a validation split, or sample with another variance."
                 )
-            self.sampler = self.sampler.with_posterior_mse(self.task.posterior_mse)
-        self.sampler.check(self.task.diffusion)
-        return self
+            self.sampler = self.sampler.with_posterior_mse(task.posterior_mse)
+        self.sampler.check(task.diffusion)
+
+    @property
+    def evaluations(self) -> int:
+        """Number of network evaluations that one embedding takes; guidance doubles it."""
+        return self.sampler.steps * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
 
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
-        """Best of ``candidates`` samples. The caption is encoded once for all steps and candidates."""
+        """Draw the candidates and keep the best. The caption is encoded once for all steps and candidates."""
         space, n = self.task.space, len(text.embed)
-        x_T = noise_like(text.embed.new_empty(n, self.candidates, space.embed_dim), generator=generator)
+        x_T = noise_like(text.embed.new_empty(n, self.spec.candidates, space.embed_dim), generator=generator)
         with packed(self.task.net):
             z_i = self.sampler.sample(self._denoiser(text), x_T, generator=generator)
         z_i = space.unscale(z_i)
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
     def _denoiser(self, text: TextFeatures) -> Denoise:
-        space, diffusion, net = self.task.space, self.task.diffusion, self.task.net
+        space, diffusion, net, spec = self.task.space, self.task.diffusion, self.task.net, self.spec
         prefix = net.encode_prefix(space.scale_text(text))
-        if self.guidance != 1:
+        if spec.guidance != 1:
             null = net.encode_prefix(space.scale_text(space.null_text))
             prefix = prefix.cat(null.expand(len(text.embed)))
-        prefix = prefix.pad(prefix.mask.shape[1] + 3 * self.candidates)
+        prefix = prefix.pad(prefix.mask.shape[1] + 3 * spec.candidates)
         step = recorded(partial(net, prefix=prefix, overwrite=True), text.embed.device)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
             index = diffusion.index(t)[:, None].expand(x_t.shape[:2])
             return Denoised(diffusion.to_x0(step(x_t, index), x_t, t))
 
-        whole = guided(denoise, self.guidance) if self.guidance != 1 else denoise
-        return whole if self.x0_bound is None else clip_x0(whole, self.x0_bound)
+        whole = guided(denoise, spec.guidance) if spec.guidance != 1 else denoise
+        return whole if spec.x0_bound is None else clip_x0(whole, spec.x0_bound)
 
 
-class ARPrior(Prior):
+@dataclass(frozen=True)
+class ARPriorSpec(PriorSpec):
     """Samples an :class:`~unclip_pl.tasks.ARPriorTask` code by code.
 
     Args:
-        checkpoint: of the Task, relative to the run.
-        guidance: on the logits; 1 is off.
-        temperature: of the codes.
-        dot_quantile: the dot-product token is drawn above this quantile of its distribution (paper: the top half).
-        candidates: drawn per caption, best z_i·z_t kept; the paper leaves that to the dot-product token.
+        checkpoint: file of the trained Task, relative to the run.
+        guidance: guidance scale on the logits; 1 is off.
+        temperature: divisor of the codes' logits; below 1 samples are surer and less diverse.
+        dot_quantile: lower end of the dot-product token's distribution that is never drawn (paper: 0.5, the top half).
+        candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept. The paper draws
+            one, and leaves the choice to the dot-product token.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        guidance: float = 1.0,
-        temperature: float = 1.0,
-        dot_quantile: float = 0.5,
-        candidates: int = 1,
-    ) -> None:
-        check_draws(temperature, dot_quantile, candidates)
-        self.checkpoint = checkpoint
-        self.guidance = check_guidance(guidance)
-        self.temperature = temperature
-        self.dot_quantile = dot_quantile
-        self.candidates = candidates
+    checkpoint: str
+    guidance: float = 1.0
+    temperature: float = 1.0
+    dot_quantile: float = 0.5
+    candidates: int = 1
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
+    def __post_init__(self) -> None:
+        check_draws(self.temperature, self.dot_quantile, self.candidates)
+        check_guidance(self.guidance)
+
+    def load(self, root: Path, device: str = "cpu") -> "ARPrior":
         """Read the checkpoint."""
-        self.task = load_task(root / self.checkpoint, ARPriorTask).to(device)
-        _describe(self, self.task)
-        self.evaluations = (self.task.codec.code_length + 1) * self.candidates * (1 if self.guidance == 1 else 2)
-        return self
+        return ARPrior(self, load_task(root / self.checkpoint, ARPriorTask).to(device))
+
+
+class ARPrior(Prior):
+    """The paper's other prior: a language model over the codes of an embedding.
+
+    Args:
+        spec: settings of the sampling.
+        task: trained network with its codec.
+    """
+
+    spec: ARPriorSpec
+    task: ARPriorTask
+    codec: EmbeddingCodec
+
+    def __init__(self, spec: ARPriorSpec, task: ARPriorTask) -> None:
+        super().__init__(spec)
+        _describe(self, task)
+        self.task = task
+        self.codec = task.codec
+
+    @property
+    def evaluations(self) -> int:
+        """Number of network evaluations that one embedding takes; guidance doubles it."""
+        return (self.codec.code_length + 1) * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
 
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
-        """Codes drawn one after another with cached keys and values, then decoded."""
-        space, codec = self.task.space, self.task.codec
+        """Draw the codes one after another, with cached keys and values, and decode them."""
+        space, codec, spec = self.task.space, self.codec, self.spec
         with packed(self.task.net):
             codes = self.task.net.generate(
                 space.scale_text(text),
                 values_of=codec.value_table,
                 unconditional=space.scale_text(space.null_text),
-                guidance=self.guidance,
-                temperature=self.temperature,
-                dot_quantile=self.dot_quantile,
-                candidates=self.candidates,
+                guidance=spec.guidance,
+                temperature=spec.temperature,
+                dot_quantile=spec.dot_quantile,
+                candidates=spec.candidates,
                 generator=generator,
             )  # (B, N, n)
         z_i = codec.decode(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
@@ -229,100 +303,156 @@ def _describe(prior: Prior, task: EmbeddingTask) -> None:
     prior.fingerprint = task.space.fingerprint
 
 
-class LinearPrior(Prior):
-    """Ridge regression z_t → z_i in closed form: Kandinsky's surprise (`unclip linear` fits it).
-
-    It answers with the conditional mean, which cosine to the truth rewards and diversity does not.
+@dataclass(frozen=True)
+class LinearPriorSpec(PriorSpec):
+    """Predicts z_i from z_t by ridge regression in closed form, which ``unclip linear`` fits (after Kandinsky).
 
     Args:
         checkpoint: safetensors file with ``weight`` (d, d) and ``bias`` (d,), relative to the run.
     """
 
-    def __init__(self, checkpoint: str) -> None:
-        self.checkpoint = checkpoint
-        self.evaluations = 1
+    checkpoint: str
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
+    def load(self, root: Path, device: str = "cpu") -> "LinearPrior":
         """Read weight and bias."""
         path, names = root / self.checkpoint, ("weight", "bias")
-        tensors, metadata = read_tensors(path, names, what="linear prior", command="unclip linear", device=device)
-        self.weight, self.bias = (tensors[name] for name in names)
+        return LinearPrior(
+            self, *read_tensors(path, names, what="linear prior", command="unclip linear", device=device)
+        )
+
+
+class LinearPrior(Prior):
+    """The conditional mean, which the cosine to the truth rewards and diversity does not.
+
+    Args:
+        spec: settings that it was loaded from.
+        tensors: ``weight`` (d, d) and ``bias`` (d,).
+        metadata: ``seconds`` of the fit and ``fingerprint`` of the CLIP.
+    """
+
+    def __init__(self, spec: LinearPriorSpec, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        super().__init__(spec)
+        self.weight, self.bias = tensors["weight"], tensors["bias"]
         self.num_parameters = self.weight.numel() + self.bias.numel()
         self.record = TrainingRecord(0, float(metadata.get("seconds", 0)))
         self.fingerprint = metadata.get("fingerprint", "")
-        return self
+
+    @property
+    def evaluations(self) -> int:
+        """One product with the matrix."""
+        return 1
 
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
-        """The regression's answer, renormalised; nothing is drawn."""
+        """Return the regression's answer, (B, d) of unit norm; nothing is drawn."""
         return F.normalize(F.normalize(text.embed, dim=-1) @ self.weight.T + self.bias, dim=-1)
 
 
-class TextEmbedding(Prior):
-    """No prior: z_t put in place of z_i (§5.1). The floor."""
+@dataclass(frozen=True)
+class TextEmbeddingSpec(PriorSpec):
+    """Uses no prior: z_t takes the place of z_i (§5.1). The floor."""
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        """Nothing to read."""
-        return self
+    def load(self, root: Path, device: str = "cpu") -> "TextEmbedding":
+        """Return the prior; there is no file to read."""
+        return TextEmbedding(self)
+
+
+class TextEmbedding(Prior):
+    """z_t in place of z_i."""
 
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
-        """z_t itself."""
+        """Return z_t, (B, d) of unit norm."""
         return F.normalize(text.embed, dim=-1)
 
 
-class TrueEmbedding(Prior):
-    """The image's own z_i. The ceiling: what the decoder does when the prior makes no mistake.
+@dataclass(frozen=True)
+class TrueEmbeddingSpec(PriorSpec):
+    """Uses the image's own z_i. The ceiling: what the decoder does when the prior makes no mistake.
 
     Args:
-        keep_norm: embeddings keep CLIP's own norm, for decoders of raw ones.
+        keep_norm: keep CLIP's own norm, for a decoder of raw embeddings.
     """
 
-    def __init__(self, keep_norm: bool = False) -> None:
-        self.keeps_norm = keep_norm
+    keep_norm: bool = False
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
-        """Nothing to read."""
-        return self
+    def load(self, root: Path, device: str = "cpu") -> "TrueEmbedding":
+        """Return the prior; there is no file to read."""
+        return TrueEmbedding(self, keeps_norm=self.keep_norm)
+
+
+class TrueEmbedding(Prior):
+    """The image's own z_i.
+
+    Args:
+        spec: settings that it was loaded from.
+        keeps_norm: keep CLIP's own norm.
+    """
+
+    reference = True
+
+    def __init__(self, spec: PriorSpec, *, keeps_norm: bool = False) -> None:
+        super().__init__(spec)
+        self.keeps_norm = keeps_norm
 
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
-        """A caption alone has no true embedding.
+        """Refuse: a caption alone has no true embedding.
 
         Raises:
             ValueError: always.
         """
-        raise InputError("TrueEmbedding needs the image: use it in a comparison, or pick another prior.")
+        raise InputError(f"{type(self).__name__} needs the image: use it in a comparison, or choose another prior.")
 
     def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
-        """The batch's image embeddings."""
+        """Return the batch's image embeddings, (B, d)."""
         return batch.image_embed if self.keeps_norm else F.normalize(batch.image_embed, dim=-1)
 
 
-class RoundTrip(TrueEmbedding):
-    """The image's own z_i through a codec, cut after some principal axes: the most that an AR prior of them can give.
+@dataclass(frozen=True)
+class RoundTripSpec(PriorSpec):
+    """Sends the image's own z_i through a codec, cut after some principal axes: the ceiling of an AR prior of them.
 
     Args:
         codec: file made by ``unclip codec``, relative to the run.
-        axes: to keep, of the codec's.
+        axes: number of the codec's axes to keep, the first ones.
     """
 
-    def __init__(self, codec: str, axes: int) -> None:
-        super().__init__()
-        self.path = codec
-        self.axes = axes
+    codec: str
+    axes: int
 
-    def load(self, root: Path, device: str = "cpu") -> Self:
+    def load(self, root: Path, device: str = "cpu") -> "RoundTrip":
         """Read the codec.
 
         Raises:
-            ValueError: it has fewer axes.
+            ValueError: the codec has fewer axes.
         """
-        self.codec = EmbeddingCodec(str(root / self.path)).to(device)
-        self.fingerprint = self.codec.fingerprint
-        if not 1 <= self.axes <= self.codec.code_length:
-            raise InputError(f"Expected axes from 1 to the {self.codec.code_length} of {self.path}. Got {self.axes}.")
-        return self
+        return RoundTrip(self, EmbeddingCodec(str(root / self.codec)).to(device))
+
+
+class RoundTrip(TrueEmbedding):
+    """The image's own z_i through a codec.
+
+    Args:
+        spec: settings that it was loaded from.
+        codec: quantises and de-quantises.
+
+    Raises:
+        ValueError: the codec has fewer axes than the spec keeps.
+    """
+
+    spec: RoundTripSpec
+    codec: EmbeddingCodec
+
+    def __init__(self, spec: RoundTripSpec, codec: EmbeddingCodec) -> None:
+        super().__init__(spec)
+        if not 1 <= spec.axes <= codec.code_length:
+            raise InputError(
+                f"Expected axes from 1 to the {codec.code_length} of {spec.codec}. Got {spec.axes}: keep fewer axes, "
+                "or fit a longer codec."
+            )
+        self.codec = codec
+        self.fingerprint = codec.fingerprint
 
     def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
-        """What the codes of the first axes decode to, unit norm."""
-        codec = self.codec
+        """Return what the codes of the first axes decode to, (B, d) of unit norm."""
+        codec, axes = self.codec, self.spec.axes
         y = codec.values(codec.encode(batch.image_embed)) * codec.std
-        return F.normalize(y[:, : self.axes] @ codec.components[: self.axes] + codec.mean, dim=-1)
+        return F.normalize(y[:, :axes] @ codec.components[:axes] + codec.mean, dim=-1)

@@ -30,7 +30,7 @@ def settings(thing: Any) -> Any:
         return {str(key): settings(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple) and not hasattr(thing, "_fields"):
         return [settings(value) for value in thing] if len(thing) <= FEW else f"{len(thing)} values"
-    name = type(thing).__name__
+    name = type(thing).__name__.removesuffix("Spec")
     if isinstance(thing, torch.nn.Module):
         return name
     # Slots-less objects of ours and of the user's: attributes are constructor arguments until something is loaded.

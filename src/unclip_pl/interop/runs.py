@@ -10,7 +10,7 @@ from torch import nn
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
 from unclip_pl.files import replacing
-from unclip_pl.generation.pipeline import write_run
+from unclip_pl.generation.run import write_run
 from unclip_pl.interop.files import KarloFiles, Part
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.interop.sizes import decoder_sizes, prior_sizes, upsampler_sizes
@@ -146,11 +146,11 @@ def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
         upsampler = {"checkpoint": checkpoint("upsampler"), "sampler": ancestral(7, "small")}
         if "upsampler_last" in parts:
             upsampler["last_step"] = checkpoint("upsampler_last")
-        decoder["upsamplers"] = [{"class_path": "unclip_pl.generation.pipeline.Upsampler", "init_args": upsampler}]
+        decoder["upsamplers"] = [{"class_path": "unclip_pl.generation.decoding.UpsamplerSpec", "init_args": upsampler}]
     priors: dict[str, Any] = {}
     if "prior" in parts:
         priors["diffusion"] = {
-            "class_path": "unclip_pl.generation.priors.DiffusionPrior",
+            "class_path": "unclip_pl.generation.priors.DiffusionPriorSpec",
             "init_args": {
                 "checkpoint": checkpoint("prior"),
                 "sampler": ancestral(25, "small"),
@@ -162,6 +162,6 @@ def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
         }
     return {
         "clip": {"name": clip.name, "pretrained": clip.pretrained},
-        "decoder": {"class_path": "unclip_pl.generation.pipeline.Decoder", "init_args": decoder},
+        "decoder": {"class_path": "unclip_pl.generation.decoding.DecoderSpec", "init_args": decoder},
         "priors": priors,
     }
