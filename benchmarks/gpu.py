@@ -148,7 +148,7 @@ def waits() -> list[Row]:
     for name in ("clip", "prior", "ar_prior", "decoder", "upsampler"):
         part = build(f"{name}/tiny", "cuda")
         step, average = step_of(part.task, to_device(part.batch(8))), WarmupEMA()
-        average.setup(Trainer(accelerator="gpu", logger=False), part.task, "fit")
+        average.on_fit_start(Trainer(accelerator="gpu", logger=False), part.task)
         step()
         found = 0
         torch.cuda.set_sync_debug_mode("error")

@@ -78,7 +78,7 @@ def test_several_processes_are_lightnings(
     cli = build(["--config", "configs/prior/tiny.yaml", *line[2:], "--trainer.devices", "2", "--config", SLURM])
     trainer = cli.trainer
     assert (trainer.num_nodes, trainer.world_size, trainer.global_rank, trainer.local_rank) == (2, 4, 3, 1)
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = trainer.strategy.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
     assert (trainer.logger.name, trainer.logger.version) == ("prior-tiny", "")

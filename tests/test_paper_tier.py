@@ -214,7 +214,7 @@ def held(name: str) -> Held:
     callbacks = [callback["class_path"].rsplit(".", 1)[1] for callback in trainer["callbacks"]]
     net = network(name).to(torch.bfloat16)
     n, ranks = count(net), trainer.get("num_nodes", 1) * trainer.get("devices", 1)
-    if "ShardedEMA" in callbacks:
+    if "strategy" in trainer and "FullySharded" in str(trainer["strategy"]):
         blocks = [count(unit) for unit in units(net)]
         # Between its forward and its backward the rest, and two blocks; the gradients of one, and their sum in float32.
         gathered = 2 * (n - sum(blocks)) + (2 * 2 + 2 + 4) * max(blocks)
@@ -278,7 +278,7 @@ def test_the_settings_are_appendix_cs(part: Part) -> None:
     assert trainer["max_steps"] == part.steps
     assert given.keys() == part.optimization.keys()  # nothing that the paper does not have
     callbacks = {callback["class_path"]: callback.get("init_args", {}) for callback in trainer["callbacks"]}
-    assert callbacks["unclip_pl.training.sharding.ShardedEMA"] == {"decay": part.ema}
+    assert callbacks["unclip_pl.training.callbacks.WarmupEMA"] == {"decay": part.ema}
     assert "unclip_pl.training.sharding.ActivationCheckpointing" in callbacks
     assert trainer["strategy"] == {"class_path": "unclip_pl.training.sharding.FullySharded"}
 

@@ -18,6 +18,7 @@ MOVED = {
     "unclip_pl.priors": "unclip_pl.generation.priors",
     "unclip_pl.resume": "unclip_pl.training.resume",
     "unclip_pl.sharding": "unclip_pl.training.sharding",
+    "unclip_pl.sharding.ShardedEMA": "unclip_pl.training.callbacks.WarmupEMA",
     "unclip_pl.trainer_cli": "unclip_pl.training.cli",
 }
 

@@ -18,7 +18,7 @@ class Number(LightningModule):
 
 def test_the_average_follows_its_recursion() -> None:
     ema, model, trainer = WarmupEMA(decay=0.9), Number(), Trainer(logger=False, accelerator="cpu")
-    ema.setup(trainer, model, "fit")
+    ema.on_fit_start(trainer, model)
     expected = 0.0
     for n in range(120):
         value = float(n % 7)

@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import Callback
 from unclip_pl.cli import main
 from unclip_pl.files import read_checkpoint
 from unclip_pl.training.cli import build
-from unclip_pl.training.resume import CheckpointFiles, Signals, random_state, set_random_state
+from unclip_pl.training.private import accumulates
+from unclip_pl.training.resume import CheckpointFiles, Signals, StepCheckpoint, random_state, set_random_state
 
 Small = Callable[..., list[str]]
 PARTS = ("prior", "ar_prior", "decoder", "upsampler", "clip")
@@ -42,7 +43,7 @@ class Fit(Callback):
     last: Path | None = None
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
+        if not accumulates(trainer):
             self.train[trainer.global_step] = outputs["loss"].item()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -69,8 +70,8 @@ def fit(line: list[str], *callbacks: Callback, resume: Path | str | None = None,
     seen = Fit()
     cli.trainer.callbacks[:0] = [seen, *callbacks]
     for callback in cli.trainer.callbacks:
-        if hasattr(callback, "_every_n_train_steps"):
-            callback._every_n_train_steps = every
+        if isinstance(callback, StepCheckpoint):
+            callback.every_n_train_steps = every
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
     seen.last = Path(cli.trainer.checkpoint_callback.last_model_path)
     seen.weights = state(read_checkpoint(seen.last))

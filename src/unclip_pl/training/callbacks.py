@@ -1,122 +1,164 @@
-"""What Lightning's own callbacks leave to us: a warm-up for EMA, a bar over the whole fit, grids of samples."""
+"""What Lightning's own callbacks leave to us: an average of the weights, a bar over the whole fit, grids of samples."""
 
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torchvision.utils import make_grid
 
 from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import Block
 
 
-class WarmupEMA(WeightAveraging):
-    """Exponential moving average with decay min(d, (1 + n) / (10 + n)) after n updates.
+class WarmupEMA(Callback):
+    """Exponential moving average of the weights, with decay min(d, (1 + n) / (10 + n)) after n updates.
 
-    Early weights are forgotten fast, so that short runs profit too. Validation and checkpoints use the average. A
-    sharded network takes :class:`~unclip_pl.training.sharding.ShardedEMA`.
+    The average forgets early weights fast, so that short runs profit too. Validation and checkpoints use it: in a
+    checkpoint ``state_dict`` holds the average, and ``current_model_state`` the weights that training goes on from.
+    Buffers (statistics, fingerprints) are not averaged. Every rank averages what it holds, so that a sharded network
+    costs one more copy of its shards. The file is the same with sharding and without.
+
+    Lightning's ``WeightAveraging`` has no warm-up, waits for the GPU at every update, and does not work on shards.
 
     Args:
-        decay: d, the decay it ends at.
+        decay: d, the largest decay.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
         self.decay = decay
-        # Buffers are statistics and fingerprints: copied, never averaged.
-        super().__init__(use_buffers=False)
+        self._average: list[Tensor] = []  # one tensor for each parameter, or for this rank's shard of it
         self._updates = 0
+        self._step = 0
         self._swapped = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes room for the average, on the device that trains.
-
-        Raises:
-            ValueError: the network is sharded.
-        """
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise InputError(
-                "WarmupEMA copies whole networks. Use unclip_pl.training.sharding.ShardedEMA for a sharded one."
-            )
-        # The module is still on the CPU here. Left there, the average would fetch all weights at every step.
-        self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the weights at hand; after a checkpoint was loaded, only follow the network to its device."""
+        weights = local_parameters(pl_module)
+        if self._average:
+            self._average = [mine.to(weight.device) for mine, weight in zip(self._average, weights, strict=True)]
+        else:
+            self._average = [weight.clone() for weight in weights]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Moves the average after every optimizer step."""
-        if trainer.global_step > self._latest_update_step:
+        """Move the average after every optimizer step."""
+        if trainer.global_step > self._step:
             self.update(pl_module)
-            self._latest_update_step = trainer.global_step
+            self._step = trainer.global_step
 
     @torch.no_grad()
     def update(self, pl_module: LightningModule) -> None:
-        """Towards the weights as they are. Unlike torch's own, it waits for no device to say how often it has moved."""
-        average = self._average_model
-        assert average is not None
+        """Move the average towards the weights."""
         decay = warmup_decay(self.decay, self._updates) if self._updates else 0.0
-        torch._foreach_lerp_([*average.module.parameters()], [*pl_module.parameters()], 1 - decay)
-        for mine, yours in zip(average.module.buffers(), pl_module.buffers(), strict=True):
-            mine.copy_(yours)
-        average.n_averaged += 1
+        torch._foreach_lerp_(self._average, local_parameters(pl_module), 1 - decay)
         self._updates += 1
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes the average back, and how often it has moved."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if self._average_model is not None:
-            self._updates = int(self._average_model.n_averaged)
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the average."""
+        if self._average:
+            self._swap(pl_module)
 
-    def _swap_models(self, pl_module: LightningModule) -> None:
-        super()._swap_models(pl_module)
-        self._swapped = not self._swapped
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights back."""
+        if self._swapped:
+            self._swap(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts the current weights back where a validation was cut: a checkpoint may be about to be written."""
+        """Put the weights back where a validation was cut: a checkpoint may be about to be written."""
         if self._swapped:
-            self._swap_models(pl_module)
+            self._swap(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the network."""
+        for weight, average in zip(local_parameters(pl_module), self._average, strict=True):
+            weight.copy_(average)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the average of a finished fit, so that the next fit begins with its own weights."""
+        self._average, self._updates, self._step = [], 0, 0
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the average in the place of the weights, and the weights beside it."""
+        if not self._average:
+            return
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        self._swap(pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()  # gathered: a copy
+        else:
+            checkpoint["state_dict"] = {k: v.to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
+        self._swap(pl_module)
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._updates)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the average, which Lightning has loaded into the network, and load the weights."""
+        self._average = [weight.clone() for weight in local_parameters(pl_module)]
+        self._step = checkpoint["global_step"]
+        if "current_model_state" in checkpoint:
+            self._updates = int(checkpoint["averaging_state"]["n_averaged"])
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                everything = StateDictOptions(full_state_dict=True)
+                set_model_state_dict(pl_module, checkpoint["current_model_state"], options=everything)
+            else:
+                pl_module.load_state_dict(checkpoint["current_model_state"])
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        for weight, average in zip(local_parameters(pl_module), self._average, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+        self._swapped = not self._swapped
+
+
+def local_parameters(module: nn.Module) -> list[Tensor]:
+    """Return this rank's part of every parameter. The tensors share the parameters' memory and need no gradient."""
+    parts: list[Any] = [*module.parameters()]
+    return [(p.to_local() if hasattr(p, "to_local") else p).detach() for p in parts]
 
 
 def warmup_decay(decay: float, updates: int) -> float:
-    """Of an average after that many updates: min(d, (1 + n) / (10 + n))."""
+    """Return the decay of an average that was updated that many times: min(decay, (1 + n) / (10 + n))."""
     return min(decay, (1 + updates) / (10 + updates))
 
 
 class CompiledBlocks(Callback):
-    """torch.compile of every transformer block by itself: what is alike shares a graph, so compiling takes a minute.
+    """Compiles every transformer block by itself: equal blocks share a graph, so that compiling takes a minute.
 
     Worth it where a prior trains for hours on a GPU:
     ``--trainer.callbacks+=unclip_pl.training.callbacks.CompiledBlocks``.
-    U-Nets stay as they are: no two of their blocks are of one shape.
+    U-Nets stay as they are: no two of their blocks have the same shapes.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Parameters keep their names: a checkpoint does not know."""
+        """Compile in place. Parameters keep their names, so that checkpoints stay the same."""
         compile_blocks(pl_module)
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Each transformer block in ``module``, in place, at its first call."""
-    torch._dynamo.config.recompile_limit = 64  # lengths of captions, the top layer, validation: each its own graph
+    """Compile each transformer block of a module, in place, at its first call."""
+    torch._dynamo.config.recompile_limit = 64  # each length of captions, the top layer and validation have a graph
     for part in module.modules():
         if isinstance(part, Block):
             part.compile()
 
 
 class StepProgressBar(TQDMProgressBar):
-    """One bar over all optimizer steps of the fit, not one an epoch: its time left is the training's.
+    """One bar over all optimizer steps of the fit, not one for each epoch: it shows when training will end.
 
     Args:
-        refresh_rate: steps between two updates.
+        refresh_rate: number of steps between two updates of the bar.
     """
 
     def __init__(self, refresh_rate: int = 5) -> None:
         super().__init__(refresh_rate=refresh_rate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the total, and where a resumed run stands."""
+        """Set the total, and where a resumed run stands."""
         super().on_train_start(trainer, pl_module)
         total = trainer.estimated_stepping_batches
         self.train_progress_bar.reset(total if total != float("inf") else None)
@@ -124,17 +166,17 @@ class StepProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(type(pl_module).__name__.removesuffix("Task"))
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """The bar goes on."""
+        """Go on with the same bar."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Moves to the optimizer step reached."""
-        step = trainer.global_step
-        if self._should_update(step, self.train_progress_bar.total):
+        """Move to the optimizer step reached."""
+        step, total = trainer.global_step, self.train_progress_bar.total
+        if self.is_enabled and (step % self.refresh_rate == 0 or step == total):
             self.train_progress_bar.n = step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Losses without the version number."""
+        """Return the losses, without the version number."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return items
@@ -144,8 +186,8 @@ class SampleGrid(Callback):
     """Draws images for the first validation pairs, always from the same noise, into TensorBoard.
 
     Args:
-        every_n_steps: optimizer steps between two grids; drawn at the validation that follows.
-        num: images.
+        every_n_steps: number of optimizer steps between two grids; drawn at the validation that follows.
+        num: number of images.
     """
 
     def __init__(self, every_n_steps: int = 1000, num: int = 16) -> None:
@@ -154,26 +196,26 @@ class SampleGrid(Callback):
         self._next = every_n_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One rank draws.
+        """Check that one rank holds the whole network.
 
         Raises:
-            ValueError: the network is sharded, so that one rank cannot.
+            InputError: the network is sharded.
         """
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise InputError("SampleGrid draws on one rank, which has but a shard of the network: leave it out.")
+            raise InputError("SampleGrid draws on one rank, which holds only a shard of the network. Leave it out.")
 
     def state_dict(self) -> dict[str, Any]:
-        """When the next grid is due."""
+        """Return the step of the next grid."""
         return {"next": self._next}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Restore the step of the next grid."""
         self._next = state_dict["next"]
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """At the first batch of a validation that is due: the averaged weights are in place here."""
+        """Draw at the first batch of a validation where a grid is due. The averaged weights are in place then."""
         if batch_idx or trainer.sanity_checking or trainer.global_step < self._next:
             return
         self._next = trainer.global_step + self.every_n_steps
@@ -186,5 +228,5 @@ class SampleGrid(Callback):
 
 
 def first(batch: Any, n: int) -> Any:
-    """The first n samples of a batch, which may hold batches."""
+    """Return the first n samples of a batch, which may hold batches."""
     return type(batch)(*(part[:n] if isinstance(part, Tensor) else first(part, n) for part in batch))

@@ -1,10 +1,8 @@
-"""LightningCLI with our links, our callbacks, and no surprises on resume."""
+"""LightningCLI with arguments linked to the data, with our callbacks, and with exact resume."""
 
 import signal
 import sys
 import threading
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.training.callbacks import StepProgressBar
+from unclip_pl.training.private import ConfiguredCLI
 from unclip_pl.training.resume import CheckpointFiles, ExactResume, Signals
 
 #: Arguments that the data determine: (source, target). No config may write them.
@@ -33,14 +32,14 @@ LINKS = (
 )
 
 
-class UnclipCLI(LightningCLI):
+class UnclipCLI(ConfiguredCLI):
     """``unclip fit|validate|test|predict``: a Task and a DataModule, both named in the config.
 
     Args:
-        model_class: base of what ``model`` may name.
-        data_class: base of what ``data`` may name.
+        model_class: base of the classes that ``model`` may name.
+        data_class: base of the classes that ``data`` may name.
         args: words of the command line.
-        parser_class: class of the parser, for errors of another form.
+        parser_class: class of the parser, which decides the form of its errors.
         run: False builds everything and runs nothing.
     """
 
@@ -59,8 +58,7 @@ class UnclipCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            # The samplers know their rank; the bar counts the whole fit.
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={"use_distributed_sampler": False},  # our samplers know their rank
             parser_class=parser_class,
             parser_kwargs={"prog": "unclip"},
             save_config_callback=RunConfig,
@@ -70,30 +68,23 @@ class UnclipCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Widths and files come from the data: a config that writes them would be a second truth."""
+        """Take widths and files from the data: a config that wrote them could contradict the data."""
         for source, target in LINKS:
             parser.link_arguments(source, target, apply_on="instantiate")
 
-    def _add_instantiators(self) -> None:
-        super()._add_instantiators()
-        self.parser.add_instantiator(_Instantiator(cli=self, key="model"), LightningModule, subclasses=True)
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning lets a checkpoint's hyperparameters win over YAML and command line; here they lose."""
-
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the option to unpickle whatever a checkpoint holds."""
+        """Return Lightning's, without the option to unpickle a checkpoint."""
         return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With what makes runs exact to resume, and with our bar, unless none is wanted or there is one."""
-        own = self._get(self.config_init, "trainer.callbacks") or []
-        wanted = self._get(self.config_init, "trainer.enable_progress_bar") is not False
-        bar = [StepProgressBar()] if wanted and not any(isinstance(callback, ProgressBar) for callback in own) else []
+        """Add what makes runs exact to resume, and our progress bar unless the config has one or wants none."""
+        settings = (self.config_init[self.subcommand] if self.subcommand else self.config_init).trainer
+        own = settings.callbacks or []
+        bar = settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in own)
         self.signals = Signals()
-        self.trainer_defaults["callbacks"] = [ExactResume(), self.signals, *bar]
-        plugins = self._get(self.config_init, "trainer.plugins") or []
+        self.trainer_defaults["callbacks"] = [ExactResume(), self.signals, *([StepProgressBar()] if bar else [])]
+        plugins = settings.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, CheckpointFiles()]
@@ -102,11 +93,11 @@ class UnclipCLI(LightningCLI):
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; a run that is stopped says what goes on from where.
+        """Train. A run that is stopped by a signal prints the checkpoint to go on from.
 
         Raises:
-            SIGTERMException: by SIGTERM, with everything saved.
-            KeyboardInterrupt: by Ctrl-C, likewise.
+            SIGTERMException: SIGTERM arrived; everything is saved.
+            KeyboardInterrupt: Ctrl-C arrived; everything is saved.
         """
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -124,10 +115,9 @@ class UnclipCLI(LightningCLI):
 
 
 def only_plain(strategy: Strategy) -> None:
-    """Lightning's FSDP and DeepSpeed read checkpoints in ways of their own, by pickle: a file has to prove plain first.
+    """Make a strategy of Lightning's that reads checkpoints by pickle check first that a file holds plain data only.
 
-    Raises:
-        ValueError: by the strategy, on loading anything else.
+    FSDP and DeepSpeed are such strategies. Loading anything else raises an :class:`InputError`.
     """
     kind = type(strategy)
     if kind.load_checkpoint is Strategy.load_checkpoint or not kind.__module__.startswith("lightning."):
@@ -137,8 +127,8 @@ def only_plain(strategy: Strategy) -> None:
     def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(checkpoint_path).is_dir():
             raise InputError(
-                f"{checkpoint_path} is a folder of shards, which torch unpickles. Expected one file: save with "
-                "trainer.strategy.init_args.state_dict_type full."
+                f"Expected a checkpoint in one file. Got {checkpoint_path}, a folder of shards, which torch would "
+                "unpickle. Save with trainer.strategy.init_args.state_dict_type full."
             )
         read_checkpoint(checkpoint_path, mmap=True)
         return load(checkpoint_path, *args, **kwargs)
@@ -147,19 +137,19 @@ def only_plain(strategy: Strategy) -> None:
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved ``config.yaml``, and takes it along in checkpoints: a resumed run says what differs."""
+    """Writes the resolved ``config.yaml``, and stores it in checkpoints, so that a resumed run can say what differs."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Where something is logged or trained: a test without a logger would litter the current folder."""
+        """Write where something is logged or trained: a test without a logger would litter the current folder."""
         if trainer.loggers or stage == TrainerFn.FITTING:
             super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """As plain data."""
+        """Store the config as plain data."""
         checkpoint["config"] = self._plain()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Names every setting that is not as it was. What is given now holds."""
+        """Print every setting that differs from the checkpoint's. The present setting holds."""
         if "config" not in checkpoint or trainer.state.fn != TrainerFn.FITTING:
             return
         before, now = _flat(checkpoint["config"]), _flat(self._plain())
@@ -173,7 +163,7 @@ class RunConfig(SaveConfigCallback):
 
 
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
-    """A tree of dictionaries and lists as one dictionary of dotted paths."""
+    """Return a tree of dictionaries and lists as one dictionary with dotted paths as keys."""
     if not isinstance(config, dict | list) or not config:
         return {path: config}
     items = config.items() if isinstance(config, dict) else enumerate(config)
@@ -181,30 +171,6 @@ def _flat(config: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for part in parts for key, leaf in part.items()}
 
 
-class _Instantiator(_InstantiatorFn):
-    """Lightning's, which writes every link into the hyperparameters: here only those that the class takes."""
-
-    def __call__(self, class_type: type[Any], *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
-        self.cli._dump_config()
-        model = {self.key: self.cli.config_dump[self.key]}
-        links = {key: value for key, value in applied_instantiation_links.items() if _takes(model, key.split("."))}
-        return super().__call__(class_type, *args, applied_instantiation_links=links, **kwargs)
-
-
-def _takes(config: dict[str, Any], path: list[str]) -> bool:
-    """Whether the class that owns the last key of ``… init_args NAME`` has an argument of that name."""
-    *parents, init_args, name = path
-    node: Any = config
-    for key in parents:
-        if not isinstance(node, dict) or key not in node:
-            return False
-        node = node[key]
-    if init_args != "init_args" or not isinstance(node, dict) or "class_path" not in node:
-        return False
-    module, _, cls = node["class_path"].rpartition(".")
-    return name in signature(getattr(import_module(module), cls)).parameters
-
-
-def build(args: list[str]) -> Any:
-    """Trainer, model and data of a config, unrun: what tests and notebooks take apart."""
+def build(args: list[str]) -> UnclipCLI:
+    """Return the trainer, model and data of a config, without running them: tests and notebooks take them apart."""
     return UnclipCLI(LightningModule, LightningDataModule, args, run=False)

@@ -1,7 +1,7 @@
 """Runs that can be cut at any moment: when a checkpoint is taken, how it gets to disk, and the random state in it.
 
-What else a resumed run needs is where it belongs: the position in the data in ``data.datamodule``, the optimizer's
-settings in ``tasks.base``. Together they make it the same run, bit for bit on CPU.
+The position in the data is stored by ``data.datamodule``, the optimizer's settings by ``tasks.base``. On a CPU a resumed
+run equals the uninterrupted one bit for bit.
 """
 
 import os
@@ -17,46 +17,47 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from unclip_pl.errors import InputError
 from unclip_pl.files import previous_of, read_checkpoint, replacing
+from unclip_pl.training.private import accumulates, save_last, stop_after_this_batch, validation_is_due
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints are whole or not there, and one that went bad on disk does not end the run.
+    """Writes checkpoints that are whole or absent, and reads the one before where a file is damaged.
 
-    Written under a temporary name in the same folder and renamed (Lightning goes through the system's temporary folder,
-    and copies where that is another file system); what is replaced stays as ``*.previous.ckpt``, and is read with a
-    warning in place of a damaged one. Nothing but plain data is ever read, see
+    A checkpoint is written under a temporary name in its own folder and renamed. (Lightning goes through the system's
+    temporary folder, and copies where that is another file system.) The file that it replaces stays as
+    ``*.previous.ckpt``, which is read with a warning where the newer one is damaged. Only plain data are read, see
     :func:`~unclip_pl.files.read_checkpoint`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Lightning's for URLs."""
+        """Write a checkpoint to a local path; Lightning writes to URLs."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed here
-            left.unlink(missing_ok=True)
         with replacing(path) as temporary:
             torch.save(checkpoint, temporary)
             if path.is_file():
                 _keep(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """The checkpoint, or the one before it where this one is damaged.
+        """Return the checkpoint, or the one before where this one is damaged.
 
         Raises:
-            FileNotFoundError: there is neither.
-            ValueError: what is there cannot be read.
+            MissingFileError: neither exists.
+            InputError: neither can be read.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location=map_location, weights_only=True)
         try:
             return read_checkpoint(path)
-        except (FileNotFoundError, ValueError) as error:
+        except InputError as error:
             previous = previous_of(Path(path))
             if not previous.is_file():
                 raise
@@ -66,7 +67,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def _keep(path: Path) -> None:
-    """Give a file its second name; there is no moment without the first, where the file system knows hard links."""
+    """Give a file its second name. Where the file system has hard links, the first name never disappears."""
     previous = previous_of(path)
     spare = previous.with_name(f".{previous.name}.tmp")
     spare.unlink(missing_ok=True)
@@ -78,15 +79,15 @@ def _keep(path: Path) -> None:
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """``last.ckpt`` every n steps, at the last step, and when SIGTERM or Ctrl-C ends the run.
+    """Writes ``last.ckpt`` every n steps, at the last step, and when SIGTERM or Ctrl-C ends the run.
 
-    Lightning's ModelCheckpoint saves before a validation that is due at the same step, and whoever resumes there never
-    makes up for it. Here the validation comes first, or is made up for. Nothing is saved between two optimizer steps,
-    where gradients are half accumulated.
+    Lightning's ModelCheckpoint saves before a validation that is due at the same step, and a run resumed there never
+    makes up for the validation. Here the validation comes first, or is made up for. Nothing is saved between two
+    optimizer steps, where gradients are half accumulated.
 
     Args:
-        every_n_train_steps: optimizer steps between two checkpoints.
-        dirpath: folder; None is ``checkpoints`` in the logger's.
+        every_n_train_steps: number of optimizer steps between two checkpoints.
+        dirpath: folder of the checkpoint; None is ``checkpoints`` in the logger's folder.
     """
 
     def __init__(self, every_n_train_steps: int = 100, dirpath: str | None = None) -> None:
@@ -97,11 +98,12 @@ class StepCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
-        self._due = False  # left to the validation that follows
-        self._owed = False  # a validation that the resumed run was cut in
+        self.every_n_train_steps = every_n_train_steps
+        self._due = False  # a checkpoint, left to the validation that follows
+        self._owed = False  # a validation, which a signal has cut
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Makes up for the validation that a signal has cut."""
+        """Make up for the validation that a signal has cut."""
         super().on_train_start(trainer, *_)
         if self._owed:
             self._owed = False
@@ -112,80 +114,73 @@ class StepCheckpoint(ModelCheckpoint):
             trainer.training = True
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Saves where it is due, or leaves it to the validation that follows."""
-        loop = trainer.fit_loop
-        if loop._should_accumulate():
+        """Save where a checkpoint is due, or leave it to the validation that follows."""
+        if accumulates(trainer):
             return
-        due = trainer.global_step % self._every_n_train_steps == 0 or _ends(trainer) or trainer.received_sigterm
+        due = trainer.global_step % self.every_n_train_steps == 0 or _ends(trainer) or trainer.received_sigterm
         if not (due or self._due):
             return
-        fetcher: Any = loop._data_fetcher
-        self._due = sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(fetcher)
+        self._due = sum(trainer.num_val_batches) > 0 and validation_is_due(trainer)
         if not self._due:
-            self._save(trainer)
+            save_last(self, trainer)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        """Saves what was left to it."""
+        """Save what was left to the validation."""
         if self._due or trainer.received_sigterm:
             self._due = False
-            self._save(trainer)
+            save_last(self, trainer)
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """Steps count, not epochs."""
+        """Do nothing: steps count, not epochs."""
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        """For runs that end early, by time or by another callback."""
-        self._save(trainer)
+        """Save where the run ends early, by time or by another callback."""
+        save_last(self, trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves on SIGTERM, which Lightning answers between two batches: after anything else, nothing is whole.
+        """Save on SIGTERM, which Lightning answers between two batches. After other errors the state is not whole.
 
-        A validation that is cut at the very last step is not saved: nothing would make up for it.
+        Nothing is saved where a validation is cut at the very last step: no later step would make up for it.
         """
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if not isinstance(exception, SIGTERMException) or trainer.fit_loop._should_accumulate():
+        if not isinstance(exception, SIGTERMException) or accumulates(trainer):
             return
         self._owed = bool(trainer.validating)
-        if not _ends(trainer) if self._owed else not progress.is_last_batch:
-            self._save(trainer)
+        if not (_ends(trainer) if self._owed else trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+            save_last(self, trainer)
 
     @property
     def state_key(self) -> str:
-        """The same whatever the settings: they may change on resume."""
+        """Return a key without the settings, which may change on resume."""
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, and whether a validation is owed."""
+        """Return Lightning's state, and whether a validation was cut."""
         return super().state_dict() | {"owed": self._owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Restore the state."""
         super().load_state_dict(state_dict)
         self._owed = state_dict["owed"]
 
-    def _save(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
 
 def _ends(trainer: Trainer) -> bool:
-    """Whether the fit is over with this batch."""
+    """Return whether the fit ends with this batch."""
     last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     return last_step or (last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
 class ExactResume(Callback):
-    """The state of every global generator (Python's, NumPy's, torch's on CPU and GPU) of every rank, there and back.
+    """Saves and restores every rank's global generators: Python's, NumPy's, and torch's on CPU and GPU.
 
-    What workers make needs none: a batch is a pure function of the sampler's seed, epoch and rows.
+    Data workers have no state to save: a batch is a pure function of the sampler's seed, epoch and rows.
     """
 
     def __init__(self) -> None:
         self._saved: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes it down, by rank."""
+        """Store one state for each rank."""
         states = [random_state()]
         if trainer.world_size > 1:
             states *= trainer.world_size
@@ -193,19 +188,19 @@ class ExactResume(Callback):
         checkpoint["random_state"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps it until everything is built that draws numbers."""
+        """Keep the states until everything is built that draws numbers."""
         self._saved = checkpoint.get("random_state", [])
         if self._saved and len(self._saved) != trainer.world_size:
             rank_zero_warn(
-                f"The checkpoint is of {len(self._saved)} processes, and there are {trainer.world_size} now: what "
-                "follows is a good run, but not the same."
+                f"The checkpoint was written by {len(self._saved)} processes, and {trainer.world_size} run now. "
+                "Training goes on correctly, but its random numbers differ from those of the uninterrupted run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts it back, and opens the epoch that follows one whose last batch the checkpoint is of.
+        """Restore the state of this rank, or begin a new run with one that depends on ``seed_everything`` alone.
 
-        Lightning closes the finished one and leaves it at that: its count of epochs would be one behind from here on.
-        A new run begins with a state that depends on ``seed_everything`` alone, on any number of processes.
+        After a checkpoint of an epoch's last batch, Lightning ends that epoch and does not open the next: its count of
+        epochs would stay one behind.
         """
         loop = trainer.fit_loop
         epochs = loop.epoch_progress
@@ -217,11 +212,11 @@ class ExactResume(Callback):
             self._saved = []
         elif not trainer.global_step:
             reset_seed()
-            torch.manual_seed(random.getrandbits(63))  # another stream than the one that made the weights
+            torch.manual_seed(random.getrandbits(63))  # not the stream that made the weights
 
 
 def random_state() -> dict[str, Any]:
-    """Of this process, as plain data."""
+    """Return the state of this process's global generators as plain data."""
     legacy: Any = np.random.get_state()
     kind, keys, *rest = legacy
     state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
@@ -229,7 +224,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of :func:`random_state`."""
+    """Set this process's global generators to what :func:`random_state` returned."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
@@ -239,57 +234,57 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Signals(Callback):
-    """SIGTERM during a fit is Lightning's: it ends the batch, and the checkpoint is saved. So is the first Ctrl-C.
+    """Makes SIGTERM and the first Ctrl-C end a fit after the batch, with a checkpoint. The second Ctrl-C stops at once.
 
-    The second Ctrl-C stops at once. Several processes agree on the batch: Lightning has each of them broadcast from
-    inside its signal handler, in the midst of whatever they exchange there, and they hang.
+    Several processes agree on the batch at which they stop. Lightning would let each broadcast from inside its signal
+    handler, in the middle of another exchange, and they would hang.
     """
 
     def __init__(self) -> None:
         self.ctrl_c = False
         self._asked = False
-        self._trainer: Trainer | None = None
+        self._strategy: Strategy | None = None
         self._before: Any = None
 
     def on_fit_start(self, *_: Any) -> None:
-        """Takes other handlers of SIGTERM away, which Lightning would call too."""
+        """Remove other handlers of SIGTERM, which Lightning would call as well."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._finish_step)
             if trainer.world_size > 1:
-                self._trainer = trainer
+                self._strategy = trainer.strategy
                 signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Asks the others."""
+        """Stop here if a process was told to."""
         self._agree(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Likewise."""
+        """Stop here if a process was told to."""
         if not trainer.sanity_checking:
             self._agree(trainer)
 
     def on_train_end(self, *_: Any) -> None:
-        """Listens no more."""
+        """Remove the handlers."""
         self._restore()
 
     def on_exception(self, *_: Any) -> None:
-        """Likewise."""
+        """Remove the handlers."""
         self._restore()
 
     def _ask(self, number: int, _: Any) -> None:
-        launcher = self._trainer.strategy.launcher if self._trainer else None
+        launcher = self._strategy.launcher if self._strategy else None
         if launcher is not None and not self._asked:
             launcher.kill(signal.Signals(number))
         self._asked = True
 
     def _agree(self, trainer: Trainer) -> None:
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            trainer._signal_connector.received_sigterm = True
+            stop_after_this_batch(trainer)
 
     def _finish_step(self, *_: Any) -> None:
         self.ctrl_c = True
