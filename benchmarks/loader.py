@@ -17,11 +17,19 @@ from measure import Row, clock, floor, growth, show
 from torch.utils.data import DataLoader
 
 from unclip_pl.data.datamodule import Batches
-from unclip_pl.data.features import Contents, ShardFeatures, moments_of, offsets_of, pack_texts, write_features
-from unclip_pl.data.manifest import ShardRecord, write_manifest
 from unclip_pl.data.sampler import BlockShuffleSampler
 from unclip_pl.data.shards import Split
-from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.store import (
+    Contents,
+    EmbeddingStore,
+    ShardFeatures,
+    ShardRecord,
+    moments_of,
+    offsets_of,
+    pack_texts,
+    write_features,
+    write_manifest,
+)
 from unclip_pl.files import sha256
 
 WIDTH, SHARD = 512, 10_000

@@ -16,8 +16,7 @@ from PIL import Image
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data.precompute import embed_share, finish
-from unclip_pl.data.shards import index_shard, read_span
-from unclip_pl.data.sources import list_shards
+from unclip_pl.data.shards import index_shard, list_shards, read_span
 from unclip_pl.data.transforms import load_square, to_pixels
 from unclip_pl.packing.pack import write_shards
 from unclip_pl.packing.samples import Sample, shapes_samples

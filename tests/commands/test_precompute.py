@@ -70,7 +70,7 @@ def ended(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(words: list[str], undisturbed: dict[str, bytes], tmp_path: Path, kills: int) -> None:
     assert ended(start(words, tmp_path / "first")) == 0  # waits for the server's imports
     begin = time.monotonic()

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from unclip_pl.clip.encoder import ClipSpec
-from unclip_pl.data.manifest import read_manifest
 from unclip_pl.data.precompute import precompute
 from unclip_pl.data.shards import decode_entries, index_shard, parse_json, read_span
+from unclip_pl.data.store import read_manifest
 
 FOLDER = Path(__file__).parent / "img2dataset"
 

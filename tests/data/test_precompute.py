@@ -13,13 +13,11 @@ import torch
 
 from unclip_pl.cli import main
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data import embed as module
-from unclip_pl.data.features import map_features, read_contents, read_moments
-from unclip_pl.data.manifest import read_manifest
+from unclip_pl.data import precompute as module
 from unclip_pl.data.precompute import deal, embed_share, finish, pending, precompute
 from unclip_pl.data.sampler import RowBatch
-from unclip_pl.data.sources import Shard
-from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.shards import Shard
+from unclip_pl.data.store import EmbeddingStore, map_features, read_contents, read_manifest, read_moments
 from unclip_pl.nn.space import EmbeddingSpace, Moments
 from unclip_pl.packing.pack import Sample, write_shards
 

@@ -8,10 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from unclip_pl.clip.encoder import ClipEncoder
-from unclip_pl.data.features import pack_texts, unpack_texts
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
-from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.store import EmbeddingStore, pack_texts, unpack_texts
 
 SAMPLES = {"t": 50, "v": 6, "h": 7}
 
@@ -25,8 +24,14 @@ def first(rows: list[int] | np.ndarray) -> RowBatch:
     return RowBatch(np.asarray(rows), np.zeros(len(rows), np.uint64))
 
 
+def keys_of(opened: EmbeddingStore) -> np.ndarray:
+    """Return the key of every row."""
+    features = [opened.features(shard) for shard in range(len(opened.shards))]
+    return np.array([key for f in features for key in unpack_texts(f.keys, f.keys_offsets, np.arange(len(f.split)))])
+
+
 def test_rows_are_all_samples_by_split(opened: EmbeddingStore) -> None:
-    keys = {split: opened.keys(first(opened.rows(split))) for split in Split}
+    keys = {split: keys_of(opened)[opened.rows(split)].tolist() for split in Split}
     assert keys[Split.TRAIN] == [f"t{i:04d}" for i in range(50)]
     assert keys[Split.VAL] == [f"v{i:04d}" for i in range(6)]
     assert keys[Split.HELDOUT] == [f"h{i:04d}" for i in range(7)]
@@ -51,7 +56,7 @@ def test_everything_of_a_row_belongs_together(opened: EmbeddingStore, encoder: C
     assert torch.equal(batch.text.mask, text.mask)
     torch.testing.assert_close(batch.text.states, text.states, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(batch.text.embed, text.embed, rtol=2e-3, atol=2e-3)
-    assert [meta["number"] for meta in batch.metadata] == [int(key[1:]) for key in opened.keys(first(rows))]
+    assert [meta["number"] for meta in batch.metadata] == [int(key[1:]) for key in keys_of(opened)[rows]]
     assert {value.dtype for value in (batch.image, batch.image_embed, batch.text.states)} == {torch.float32}
 
 
@@ -127,3 +132,13 @@ def test_errors_name_the_shard(store: Path, source: Path, tmp_path: Path) -> Non
         tar.write(bytes(512))
     with pytest.raises(ValueError, match=r"train-000000.tar is not the file that was embedded"):
         EmbeddingStore(embeddings, str(shards), image_size=32)
+
+
+def test_an_unknown_format_is_said_in_one_line(store: Path, source: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    manifest = (copy / "manifest.jsonl").read_text()
+    (copy / "manifest.jsonl").write_text(manifest.replace('"format": 1', '"format": 2, "shape": "new"'))
+    with pytest.raises(ValueError, match=r"manifest\.jsonl in format 1\. Got 2: install the version"):
+        EmbeddingStore(copy, str(source), image_size=32)
+    (copy / "manifest.jsonl").write_text(manifest.replace(', "format": 1', ""))  # of before there were versions
+    assert len(EmbeddingStore(copy, str(source), image_size=32)) == 63

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unclip_pl.clip import ClipEncoder
-from unclip_pl.data.features import map_features
-from unclip_pl.data.manifest import read_manifest
+from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint, replacing
 from unclip_pl.generation.bundle import STATE, Member, some_rows, write_bundle

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
 from tqdm import tqdm
 
 from unclip_pl.data.transforms import Encoding
@@ -12,17 +13,19 @@ from unclip_pl.packing.pack import Form, pack_shards, require_good
 from unclip_pl.packing.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
 from unclip_pl.shapes.render import Split
 
+Quality = restricted_number_type("Quality", int, [(">=", 1), ("<=", 100)], join="and")
+
 
 def pack_shapes(
     out: str,
     *,
-    train: int = 20000,
-    val: int = 1000,
-    heldout: int = 2000,
-    size: int = 32,
-    seed: int = 0,
-    shard_size: int = 2000,
-    num_workers: int = 0,
+    train: NonNegativeInt = 20000,
+    val: NonNegativeInt = 1000,
+    heldout: NonNegativeInt = 2000,
+    size: PositiveInt = 32,
+    seed: NonNegativeInt = 0,
+    shard_size: PositiveInt = 2000,
+    num_workers: NonNegativeInt = 0,
 ) -> None:
     """Render and caption the built-in shapes. Run again, it goes on where it stopped.
 
@@ -32,9 +35,9 @@ def pack_shapes(
         val: validation images.
         heldout: images of (shape, colour) pairs that train never shows together.
         size: side in pixels.
-        seed: of everything that is drawn.
+        seed: base seed of every random draw.
         shard_size: images of a shard.
-        num_workers: processes that encode and write; 0 is this one.
+        num_workers: threads that encode and write; 0 is this one.
     """
     for split, count in zip(get_args(Split), (train, val, heldout), strict=True):
         if count:
@@ -43,20 +46,7 @@ def pack_shapes(
 
 
 def pack_folder(
-    images: str,
-    table: str,
-    out: str,
-    *,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    split: str = "data",
-    size: int | None = None,
-    resize: Literal["square", "shorter"] = "square",
-    encode: Encoding | None = None,
-    quality: int = 95,
-    shard_size: int = 1000,
-    num_workers: int = 0,
-    max_bad_fraction: float = 0.01,
+    images: str, table: str, out: str, *, image_column: str = "image", caption_column: str = "caption", **options: Any
 ) -> None:
     """Pack a folder of images whose captions stand in a CSV or TSV file. Run again, it goes on where it stopped.
 
@@ -66,52 +56,50 @@ def pack_folder(
         out: folder of the shards.
         image_column: column of the file names, relative to the folder.
         caption_column: column of the captions.
-        split: train, val or heldout; any other name leaves the split to a hash of the key (96, 2 and 2 %).
-        size: pixels of the shorter side; without it every image keeps its size.
-        resize: square cuts the central square, as CLIP does; shorter keeps the whole picture.
-        encode: format of all images; without it each keeps its own. A file that is neither resized nor brought into
-            another format stays as it is.
-        quality: of JPEG and WebP images that are encoded, 1 to 100.
-        shard_size: rows of a shard, by images.
-        num_workers: processes that read, resize and write; 0 is this one.
-        max_bad_fraction: largest share of images that are missing, damaged or without a caption.
     """
     samples = table_samples(images, table, image_column=image_column, caption_column=caption_column)
-    form = Form(size, resize, encode, quality)
-    _pack(samples, len(samples), out, split, shard_size, form, num_workers, max_bad_fraction)
+    _pack_files(samples, out, **options)
 
 
-def pack_coco(
-    images: str,
-    annotations: str,
-    out: str,
-    *,
-    split: str = "data",
-    size: int | None = None,
-    resize: Literal["square", "shorter"] = "square",
-    encode: Encoding | None = None,
-    quality: int = 95,
-    shard_size: int = 1000,
-    num_workers: int = 0,
-    max_bad_fraction: float = 0.01,
-) -> None:
+def pack_coco(images: str, annotations: str, out: str, **options: Any) -> None:
     """Pack COCO images with all their captions. Run again, it goes on where it stopped.
 
     Args:
         images: folder of the images.
         annotations: captions_train2014.json or the like.
         out: folder of the shards.
+    """
+    _pack_files(coco_samples(images, annotations), out, **options)
+
+
+def _pack_files(
+    samples: FileSamples,
+    out: str,
+    *,
+    split: str = "data",
+    size: PositiveInt | None = None,
+    resize: Literal["square", "shorter"] = "square",
+    encode: Encoding | None = None,
+    quality: Quality = 95,  # type: ignore[valid-type]
+    shard_size: PositiveInt = 1000,
+    num_workers: NonNegativeInt = 0,
+    max_bad_fraction: ClosedUnitInterval = 0.01,
+) -> None:
+    """Pack image files.
+
+    Args:
+        samples: images and captions.
+        out: folder of the shards.
         split: train, val or heldout; any other name leaves the split to a hash of the key (96, 2 and 2 %).
         size: pixels of the shorter side; without it every image keeps its size.
-        resize: square cuts the central square, as CLIP does; shorter keeps the whole picture.
+        resize: square cuts the central square like CLIP; shorter keeps the whole picture.
         encode: format of all images; without it each keeps its own. A file that is neither resized nor brought into
             another format stays as it is.
-        quality: of JPEG and WebP images that are encoded, 1 to 100.
+        quality: quality of JPEG and WebP images that are encoded, 1 to 100.
         shard_size: images of a shard.
-        num_workers: processes that read, resize and write; 0 is this one.
+        num_workers: threads that read, resize and write; 0 is this one.
         max_bad_fraction: largest share of images that are missing, damaged or without a caption.
     """
-    samples: FileSamples = coco_samples(images, annotations)
     form = Form(size, resize, encode, quality)
     _pack(samples, len(samples), out, split, shard_size, form, num_workers, max_bad_fraction)
 

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from unclip_pl.cli import dispatch
 from unclip_pl.commands.plan import Stage, spell_out, work, write_out
-from unclip_pl.data.sources import Shard, list_shards
+from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.errors import MissingFileError
 from unclip_pl.files import previous_of, sha256, write_json
 from unclip_pl.generation.provenance import STAGES, commit

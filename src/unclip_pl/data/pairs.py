@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip_pl.data.features import offsets_of
 from unclip_pl.data.sampler import RowBatch
-from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, read_span
-from unclip_pl.data.sources import list_shards
+from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, list_shards, read_span
+from unclip_pl.data.store import offsets_of
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
 from unclip_pl.errors import InputError
 from unclip_pl.types import ClipBatch

@@ -1,30 +1,63 @@
-"""Frozen CLIP features of a source, shard by shard: what is done stays done, whatever happens next.
+"""Frozen CLIP features of a source, shard by shard: a finished shard stays finished, also after a crash.
 
-A shard is done when its file is in its place; the file's head says what it is of. When all are, the store's statistics
-and its manifest are written, and it can be opened.
+A shard is done when its file is in its place; the file's header holds the shard's record. When all shards are done, the
+store's statistics and its manifest are written, and it can be opened. While CLIP embeds one shard, a thread reads and
+decodes the next, and another one writes the last.
 """
 
 import logging
+import queue
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data.embed import embed_shards, features_file
-from unclip_pl.data.features import map_features, moments_of, read_contents, read_moments, read_record
-from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip, write_manifest
-from unclip_pl.data.sources import Shard, list_shards
-from unclip_pl.data.store import STATISTICS
+from unclip_pl.data.shards import Entry, Shard, ShardIndex, Split, decode_entries, index_shard, list_shards
+from unclip_pl.data.store import (
+    STATISTICS,
+    Contents,
+    ShardFeatures,
+    ShardRecord,
+    map_features,
+    moments_of,
+    offsets_of,
+    pack_texts,
+    read_contents,
+    read_manifest,
+    read_moments,
+    read_record,
+    require_one_clip,
+    tool_version,
+    write_features,
+    write_manifest,
+)
+from unclip_pl.data.transforms import to_pixels
 from unclip_pl.errors import InputError
+from unclip_pl.files import sha256
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
+
+#: Batches that wait decoded while CLIP is busy.
+DEPTH = 2
+#: Folder inside the store for copies of remote shards while they are read.
+INCOMING = ".incoming"
+
+Advance = Callable[[int], None]
+Skipped = dict[str, list[str]]  # keys of bad samples by reason
+T = TypeVar("T")
 
 
 def precompute(
@@ -40,17 +73,17 @@ def precompute(
     """Embed every image and caption of a source once, in this process. Run again, it goes on where it stopped.
 
     Args:
-        source: see ``list_shards``.
+        source: shards, see ``list_shards``.
         store: folder of the embeddings.
-        clip: the CLIP that embeds.
+        clip: CLIP that embeds.
         batch_size: images, and captions, that CLIP sees at once.
         max_bad_fraction: largest share of samples without a readable image and caption.
         device: auto, cpu, cuda, cuda:1, …
-        verify: read what is done against its checksums, and make again what differs.
+        verify: read finished files against their checksums, and make again those that differ.
 
     Raises:
-        FileNotFoundError: no shards at ``source``.
-        ValueError: too many bad samples, none that is good, or the store belongs to another CLIP.
+        MissingFileError: no shards at ``source``.
+        InputError: too many bad samples, none that is good, or the store belongs to another CLIP.
     """
     encoder = clip.load().to(resolve_device(device))
     embed_share(source, store, encoder, batch_size=batch_size, verify=verify)
@@ -70,17 +103,17 @@ def embed_share(
     """Embed one rank's shards. Ranks need not know of each other: no file has two writers.
 
     Args:
-        source: see ``list_shards``.
+        source: shards, see ``list_shards``.
         store: folder of the embeddings.
         encoder: CLIP, on the device that shall do the work.
         batch_size: images, and captions, that CLIP sees at once.
-        verify: read what is done against its checksums, and make again what differs.
-        rank: of this process, below ``world_size``.
+        verify: read finished files against their checksums, and make again those that differ.
+        rank: number of this process, below ``world_size``.
         world_size: number of processes.
 
     Raises:
-        FileNotFoundError: no shards at ``source``.
-        ValueError: the store belongs to another CLIP.
+        MissingFileError: no shards at ``source``.
+        InputError: the store belongs to another CLIP.
     """
     shards, folder = deal(list_shards(source), rank, world_size), Path(store)
     manifest = read_manifest(folder)
@@ -95,21 +128,21 @@ def embed_share(
 
 
 def deal(shards: list[Shard], rank: int, world_size: int) -> list[Shard]:
-    """A rank's shards: the counts of two ranks differ by one at most."""
+    """Return a rank's shards: the counts of two ranks differ by one at most."""
     return shards[rank::world_size]
 
 
 def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: float = 0.01) -> None:
-    """Make a store of the embedded shards: statistics first, then the manifest, by which it opens.
+    """Make a store of the embedded shards: write statistics first, then the manifest, by which it opens.
 
     Args:
-        source: see ``list_shards``.
+        source: shards, see ``list_shards``.
         store: folder of the embeddings.
-        encoder: the CLIP that embedded them.
+        encoder: CLIP that embedded them.
         max_bad_fraction: largest share of samples without a readable image and caption.
 
     Raises:
-        ValueError: a shard is missing, too many samples are bad, or none is good.
+        InputError: a shard is missing, too many samples are bad, or none is good.
     """
     shards, folder = list_shards(source), Path(store)
     found = {shard: read_record(features_file(folder, shard)) for shard in shards}
@@ -121,18 +154,23 @@ def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: f
             "run `unclip precompute` again."
         )
     _require_good(source, records, max_bad_fraction)
-    moments, null_text = _moments(folder, records), _null_text(encoder)
-    write_statistics(folder / STATISTICS, moments=moments, null_text=null_text, fingerprint=encoder.fingerprint)
+    null_text = TextFeatures(*(value.cpu() for value in encoder.describe([""])))
+    write_statistics(
+        folder / STATISTICS,
+        moments=_moments(folder, records),
+        null_text=null_text,
+        fingerprint=encoder.fingerprint,
+    )
     write_manifest(folder, (read_manifest(folder) | {record.shard: record for record in records}).values())
 
 
 def pending(source: str, store: str, fingerprint: str) -> list[Shard]:
-    """Shards of a source whose embeddings by this CLIP are not in the store, or all if its statistics are missing.
+    """Return the shards that have no embeddings by this CLIP in a store, or all if its statistics are missing.
 
     Whether a remote shard has changed is for ``unclip precompute`` to ask: here it would take a request each.
 
     Raises:
-        ValueError: the store belongs to another CLIP.
+        InputError: the store belongs to another CLIP.
     """
     shards, folder = list_shards(source), Path(store)
     records = read_manifest(folder)
@@ -144,10 +182,15 @@ def pending(source: str, store: str, fingerprint: str) -> list[Shard]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the machine's accelerator, or its CPU if there is none."""
+    """Return a device by name; ``auto`` is the machine's accelerator, or its CPU if there is none."""
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def features_file(folder: Path, shard: Shard) -> Path:
+    """Return the path of a shard's features in a store."""
+    return folder / f"{shard.name.removesuffix('.tar')}.safetensors"
 
 
 def _is_done(shard: Shard, folder: Path, record: ShardRecord | None) -> bool:
@@ -158,7 +201,7 @@ def _is_done(shard: Shard, folder: Path, record: ShardRecord | None) -> bool:
 
 
 def _is_whole(file: Path, line: ShardRecord | None) -> bool:
-    """Whether a file holds what its head, and the manifest's line, say."""
+    """Say whether a file agrees with its header and with the manifest's line."""
     record = read_record(file)
     try:
         if record is not None and line in (None, record) and read_contents(file).checksum() == record.sha256:
@@ -167,6 +210,55 @@ def _is_whole(file: Path, line: ShardRecord | None) -> bool:
         pass
     log.warning("%s is not as it was written: making it again.", file)
     return False
+
+
+def _require_good(source: str, records: list[ShardRecord], max_bad_fraction: float) -> None:
+    reasons: Counter[str] = sum((Counter(record.skipped) for record in records), Counter())
+    named = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+    good, bad = sum(record.images for record in records), reasons.total()
+    if good == 0:
+        raise InputError(
+            f"Expected images with captions in {source}. Got no usable sample in {len(records)} shard(s) "
+            f"({named or 'they are empty'}): give key.png, .jpg or .webp, with key.txt or key.json beside it."
+        )
+    if bad > max_bad_fraction * (good + bad):
+        raise InputError(
+            f"{bad} of {good + bad} samples of {source} are bad ({named}), more than max_bad_fraction = "
+            f"{max_bad_fraction}. What is embedded is kept: correct the shards, or run `unclip precompute` with a "
+            "larger --max_bad_fraction."
+        )
+
+
+def _moments(folder: Path, records: Iterable[ShardRecord]) -> Moments:
+    """Add up the training split's moments; of a source without one, those of everything."""
+    files = [folder / record.file for record in records]
+    moments = reduce(Moments.plus, map(read_moments, files))
+    if moments.total > 0:
+        return moments
+    log.warning("No training images in %s: its statistics are those of the other splits.", folder)
+    return reduce(Moments.plus, (moments_of(map_features(file).image_embed) for file in files))
+
+
+# --- Embedding
+
+
+class Opened(NamedTuple):
+    """A shard before its images come."""
+
+    shard: Shard
+    opened_ns: int  # time
+    size: int  # bytes
+    mark: str  # see `Stamp`
+    sha256: str
+    samples: ShardIndex
+
+
+class Decoded(NamedTuple):
+    """A batch of a shard."""
+
+    entries: list[Entry]  # those with a good image
+    images: Tensor  # (n, 3, H, H) uint8
+    bad: list[tuple[str, str]]  # (reason, key) of the others
 
 
 def _embed(todo: list[Shard], folder: Path, encoder: ClipEncoder, batch_size: int, *, quiet: bool) -> None:
@@ -188,32 +280,187 @@ def _embed(todo: list[Shard], folder: Path, encoder: ClipEncoder, batch_size: in
             progress.advance(task)
 
 
-def _require_good(source: str, records: list[ShardRecord], max_bad_fraction: float) -> None:
-    reasons: Counter[str] = sum((Counter(record.skipped) for record in records), Counter())
-    named = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-    good, bad = sum(record.images for record in records), reasons.total()
-    if good == 0:
-        raise InputError(
-            f"Expected images with captions in {source}. Got no usable sample in {len(records)} shard(s)"
-            f" ({named or 'they are empty'}): a sample is key.png or .jpg or .webp, with key.txt or key.json beside it."
-        )
-    if bad > max_bad_fraction * (good + bad):
-        raise InputError(
-            f"{bad} of {good + bad} samples of {source} are bad ({named}), more than max_bad_fraction = "
-            f"{max_bad_fraction}. What is embedded is kept: mend the shards, or run `unclip precompute` with a larger "
-            "--max_bad_fraction."
-        )
+def embed_shards(
+    shards: Iterable[Shard], folder: Path, encoder: ClipEncoder, *, batch_size: int, advance: Advance
+) -> Iterator[tuple[ShardRecord, Skipped]]:
+    """Embed shards into their files, reading the next and writing the last one meanwhile.
+
+    A batch never holds images of two shards: a shard's features are the same whichever shards are done beside it.
+
+    Args:
+        shards: shards to embed.
+        folder: the store's folder.
+        encoder: CLIP, on the device that shall do the work.
+        batch_size: images, or captions, at a time.
+        advance: told the number of images of each batch, good or bad.
+
+    Yields:
+        Records that are written, each with the keys of its bad samples by reason.
+    """
+    fingerprint = encoder.fingerprint
+    written: list[Future[tuple[ShardRecord, Skipped]]] = []
+    read = _ahead(_read(shards, folder / INCOMING, encoder.image_size, batch_size), DEPTH)
+    with ThreadPoolExecutor(1) as writer, closing(read) as events:
+        for opened in events:
+            assert isinstance(opened, Opened)
+            batches = iter(lambda: next(events), None)  # of this shard: None ends them
+            contents = embed_shard(opened, batches, encoder, batch_size, advance)  # type: ignore[arg-type]
+            written.append(writer.submit(_write, opened, contents, folder, fingerprint))
+            if len(written) > 1:
+                yield written.pop(0).result()
+        for last in written:
+            yield last.result()
 
 
-def _moments(folder: Path, records: Iterable[ShardRecord]) -> Moments:
-    """Of the training split; of everything where a source has none, as one that is only for evaluation."""
-    files = [folder / record.file for record in records]
-    moments = reduce(Moments.plus, map(read_moments, files))
-    if moments.total > 0:
-        return moments
-    log.warning("No training images in %s: its statistics are those of the other splits.", folder)
-    return reduce(Moments.plus, (moments_of(map_features(file).image_embed) for file in files))
+def _read(shards: Iterable[Shard], incoming: Path, size: int, batch_size: int) -> Iterator[Opened | Decoded | None]:
+    """Yield each shard, its batches, and None after the last of them."""
+    for shard in shards:
+        opened_ns, mark = time.time_ns(), shard.stamp().mark
+        with shard.fetched(incoming) as path:
+            index = index_shard(path)
+            yield Opened(shard, opened_ns, path.stat().st_size, mark, sha256(path), index)
+            for batch in decode_entries(path, index.entries, size, batch_size):
+                good = [(entry, image) for entry, image in batch if isinstance(image, Tensor)]
+                images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, size, size)
+                bad = [(str(image), entry.key) for entry, image in batch if not isinstance(image, Tensor)]
+                yield Decoded([entry for entry, _ in good], images, bad)
+        yield None
 
 
-def _null_text(encoder: ClipEncoder) -> TextFeatures:
-    return encoder.describe([""]).to("cpu")
+def embed_shard(
+    opened: Opened, batches: Iterator[Decoded], encoder: ClipEncoder, batch_size: int, advance: Advance
+) -> Contents:
+    """Embed a shard's good samples; each distinct caption is encoded once."""
+    device = next(encoder.parameters()).device
+    skipped = {reason: list(keys) for reason, keys in opened.samples.skipped.items()}
+    entries: list[Entry] = []
+    embeds = [torch.empty(0, encoder.embed_dim, device=device)]
+    for batch in batches:
+        if batch.entries:
+            embeds.append(encoder.encode_image(to_pixels(batch.images.to(device, non_blocking=True))))
+        entries += batch.entries
+        for reason, key in batch.bad:
+            skipped.setdefault(reason, []).append(key)
+        advance(len(batch.entries) + len(batch.bad))
+
+    distinct = list(dict.fromkeys(caption for entry in entries for caption in entry.captions))
+    captions, text_embed, states, tokens, lengths = _embed_captions(distinct, encoder, batch_size, opened.shard)
+    place = {caption: row for row, caption in enumerate(captions)}
+    packed_captions, captions_offsets = pack_texts(captions)
+    packed_keys, keys_offsets = pack_texts([entry.key for entry in entries])
+    features = ShardFeatures(
+        image_embed=_half(torch.cat(embeds), opened.shard),
+        text_embed=text_embed,
+        text_states=states,
+        text_tokens=tokens,
+        text_offsets=offsets_of(lengths),
+        caption_rows=np.array([place[caption] for entry in entries for caption in entry.captions], np.int32),
+        caption_offsets=offsets_of(len(entry.captions) for entry in entries),
+        captions=packed_captions,
+        captions_offsets=captions_offsets,
+        keys=packed_keys,
+        keys_offsets=keys_offsets,
+        image_offset=np.array([entry.image.offset for entry in entries], np.int64),
+        image_size=np.array([entry.image.size for entry in entries], np.int64),
+        json_offset=np.array([entry.json.offset for entry in entries], np.int64),
+        json_size=np.array([entry.json.size for entry in entries], np.int64),
+        split=np.array([entry.split for entry in entries], np.uint8),
+    )
+    moments = moments_of(features.image_embed[features.split == Split.TRAIN])
+    return Contents(features, moments, skipped)
+
+
+def _embed_captions(
+    captions: list[str], encoder: ClipEncoder, batch_size: int, shard: Shard
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Embed captions from short to long, so that a batch is hardly padded.
+
+    Returns:
+        The captions in that order, their z_t (M, d), the real tokens' states (T, W) and ids (T,), and the number of
+        tokens of each.
+    """
+    embeds = [np.empty((0, encoder.embed_dim), np.float16)]
+    states, ids = [np.empty((0, encoder.text_width), np.float16)], [np.empty(0, np.int32)]
+    lengths: list[int] = []
+    tokens = encoder.tokenize(captions)
+    order = tokens.argmax(-1).argsort(stable=True)  # the end token's place, see `ClipEncoder.encode_text`
+    for chunk in tokens[order].split(batch_size) if captions else ():
+        text = encoder.encode_text(chunk.to(next(encoder.parameters()).device))
+        embeds.append(_half(text.embed, shard))
+        states.append(_half(text.states[text.mask], shard))
+        ids.append(text.tokens[text.mask].to("cpu", torch.int32).numpy())
+        lengths += text.mask.sum(1).tolist()
+    ordered = [captions[row] for row in order]
+    return ordered, np.concatenate(embeds), np.concatenate(states), np.concatenate(ids), lengths
+
+
+def _half(values: Tensor, shard: Shard) -> np.ndarray:
+    half = values.to("cpu", torch.float16)
+    if not half.isfinite().all():
+        raise InputError(f"CLIP gave values for {shard} that are not finite in float16: check its weights.")
+    return half.numpy()
+
+
+def _write(opened: Opened, contents: Contents, folder: Path, fingerprint: str) -> tuple[ShardRecord, Skipped]:
+    features, file = contents.features, features_file(folder, opened.shard)
+    record = ShardRecord(
+        shard=opened.shard.name,
+        source_size=opened.size,
+        source_mark=opened.mark,
+        source_sha256=opened.sha256,
+        file=file.name,
+        sha256=contents.checksum(),
+        clip=fingerprint,
+        images=len(features.image_embed),
+        splits=np.bincount(features.split, minlength=len(Split)).tolist(),
+        captions=len(features.text_embed),
+        dtype=str(features.image_embed.dtype),
+        skipped={reason: len(keys) for reason, keys in contents.skipped.items()},
+        version=tool_version(),
+    )
+    write_features(file, contents, record, opened.opened_ns)
+    return record, contents.skipped
+
+
+class _End(NamedTuple):
+    """Mark after the last item, with the error that ended them."""
+
+    error: BaseException | None
+
+
+def _ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """Yield the same items, drawn by a thread of their own, up to ``depth`` before they are asked for.
+
+    An error in the thread is raised here, in its place. Closed early, the thread ends with the item it is at.
+    """
+    ready: queue.Queue[T | _End] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: T | _End) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def draw() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            put(_End(error))
+        else:
+            put(_End(None))
+
+    thread = threading.Thread(target=draw, name="ahead", daemon=True)  # a server that hangs must not hold up an exit
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stopped.set()
+        thread.join(timeout=5)

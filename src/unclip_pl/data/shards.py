@@ -1,25 +1,40 @@
-"""Source shards: webdataset tars of ``key.png`` + ``key.txt`` (+ ``key.json``), read by their headers alone."""
+"""Source shards: webdataset tars of ``key.png`` + ``key.txt`` (+ ``key.json``), local or behind URLs.
+
+Tars are read by their headers alone: nothing is unpacked to disk.
+"""
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from enum import IntEnum
+from glob import glob, has_magic
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
+from urllib.parse import urlsplit
 
+import fsspec
 from torch import Tensor
 
 from unclip_pl.data.transforms import BadSample, load_square
+from unclip_pl.errors import InputError, MissingFileError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or JSON member
 MAX_IMAGE = 2**28  # bytes of an image file
 MAX_HEADER = 2**14  # bytes of a long name and what else a tar says of one file
+#: Size of a file whose server does not say.
+UNKNOWN = -1
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+#: Names that file systems give to the mark by which two versions of a file differ, the surest first.
+_MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
 _MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
 _UNSAFE = re.compile(r"^/|(?:^|/)\.\.(?:/|$)|[\x00-\x1f\x7f-\x9f]")  # a key becomes a file's name sooner or later
 _NAME_TYPES = (
@@ -32,15 +47,175 @@ _NAME_TYPES = (
 
 
 class Split(IntEnum):
-    """Which part of a data set a sample belongs to."""
+    """Part of a data set that a sample belongs to."""
 
     TRAIN = 0
     VAL = 1
     HELDOUT = 2
 
 
+class Stamp(NamedTuple):
+    """Size and mark of a file, which tell a changed shard apart without reading it."""
+
+    size: int  # bytes, or UNKNOWN
+    mark: str  # ETag, time or the like of a remote file; empty for a local one, whose times are looked at themselves
+
+
+class Shard(NamedTuple):
+    """One tar of a source."""
+
+    address: str  # a local path, or a URL
+
+    def __str__(self) -> str:
+        return self.address
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is behind a URL."""
+        return "://" in self.address
+
+    @property
+    def name(self) -> str:
+        """File name, without a URL's query."""
+        return os.path.basename(urlsplit(self.address).path if self.remote else self.address)
+
+    @property
+    def path(self) -> Path:
+        """The local file.
+
+        Raises:
+            InputError: the shard is remote.
+        """
+        if self.remote:
+            raise InputError(f"Expected local shards, whose images can be read in any order. Got {self}: download it.")
+        return Path(self.address)
+
+    def stamp(self) -> Stamp:
+        """Look up size and mark as they are now.
+
+        Raises:
+            InputError: the shard is not there, or its server does not answer.
+        """
+        if not self.remote:
+            return Stamp(self.path.stat().st_size, "")
+        info = _asked(self, lambda system, path: system.info(path))
+        size = info.get("size")
+        mark = next((str(info[key]) for key in _MARKS if info.get(key)), "")
+        return Stamp(UNKNOWN if size is None else int(size), mark)
+
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read the bytes at some (offset, size).
+
+        Raises:
+            InputError: the shard is not there, or its server cannot give parts of a file.
+        """
+        if not self.remote:
+            with self.path.open("rb") as file:
+                found = [read_span(file, *span) for span in spans]
+        else:
+            starts, ends = [offset for offset, _ in spans], [offset + size for offset, size in spans]
+            found = _asked(self, lambda system, path: system.cat_ranges([path] * len(spans), starts, ends))
+        if any(len(data) != size for data, (_, size) in zip(found, spans, strict=True)):
+            raise InputError(
+                f"Parts of {self} cannot be read: it was cut short, or its server gives whole files only. Download it."
+            )
+        return found
+
+    @contextmanager
+    def fetched(self, folder: Path) -> Iterator[Path]:
+        """Give the local file, or for a remote shard a copy of the same name in ``folder``, which is removed again.
+
+        Raises:
+            InputError: the shard is not there, or cannot be read to its end.
+        """
+        if not self.remote:
+            yield self.path
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        copy = folder / self.name
+        try:
+            _asked(self, lambda system, path: system.get_file(path, str(copy)))
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
+            with suppress(OSError):  # others are still in there
+                folder.rmdir()
+
+
+def _asked(shard: Shard, question: Callable[[Any, str], Any]) -> Any:
+    """Return what a shard's file system answers; its errors become one that names the shard."""
+    try:
+        return question(*fsspec.url_to_fs(shard.address))
+    except Exception as error:  # each file system has errors of its own
+        # fsspec's HTTP says "not found" also where no server answered, and gives the reason as the cause
+        if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, OSError):
+            raise MissingFileError(f"Shard {shard} does not exist: correct the source, or make the shard.") from error
+        raise InputError(f"Shard {shard} cannot be read ({type(error).__name__}: {error}): try again.") from error
+
+
+def list_shards(source: str) -> list[Shard]:
+    """List the shards of a source, sorted by file name.
+
+    Args:
+        source: a folder of ``.tar`` files, one tar, a glob, or a range such as ``train-{000000..000012}.tar``; local,
+            or a URL of any file system that fsspec knows. The tars of a remote range are not looked for before they
+            are read.
+
+    Raises:
+        MissingFileError: there is no shard.
+        InputError: two shards have one name, or a server does not answer.
+    """
+    source = source.removeprefix("file://")
+    match = _remote_matches if "://" in source else _local_matches
+    shards = [Shard(found) for pattern in _expand(source) for found in match(pattern)]
+    if not shards:
+        raise MissingFileError(
+            f"Expected a folder of .tar files, a glob, or a range such as train-{{000000..000012}}.tar. Got no shards "
+            f"at {source!r}: make them with `unclip pack`."
+        )
+    shards.sort(key=lambda shard: shard.name)
+    for one, other in pairwise(shards):
+        if one.name == other.name:
+            raise InputError(f"Expected shards of different names. Got {one} and {other}: rename one of them.")
+    return shards
+
+
+def _expand(pattern: str) -> list[str]:
+    """Expand numeric brace ranges like the shell: ``a-{08..10}`` → a-08 a-09 a-10."""
+    parts = _RANGE.split(pattern)
+    texts, ends = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
+    ranges = [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in ends]
+    return ["".join(a + b for a, b in zip(texts, (*numbers, ""), strict=True)) for numbers in product(*ranges)]
+
+
+def _local_matches(pattern: str) -> Sequence[str]:
+    path = Path(pattern)
+    if path.is_dir():
+        return [str(found) for found in path.glob("*.tar")]
+    if has_magic(pattern):
+        return glob(pattern)
+    if not path.is_file():
+        raise MissingFileError(f"Shard {pattern} does not exist: correct the source, or make the shard.")
+    return [pattern]
+
+
+def _remote_matches(pattern: str) -> Sequence[str]:
+    path = urlsplit(pattern).path  # a question mark may begin a query
+    if path.endswith(".tar") and not has_magic(path):
+        return [pattern]
+
+    def search(system: Any, path: str) -> list[str]:
+        found = system.glob(path) if has_magic(path) else system.glob(f"{path.rstrip('/')}/*.tar")
+        return [system.unstrip_protocol(each) for each in found]
+
+    return _asked(Shard(pattern), search)
+
+
+# --- What a shard holds
+
+
 class Span(NamedTuple):
-    """A file inside a tar."""
+    """Place of a file inside a tar."""
 
     offset: int
     size: int
@@ -68,28 +243,28 @@ class ShardIndex(NamedTuple):
 
 
 def split_of_file(name: str) -> Split | None:
-    """The split that a shard's name announces, if any: ``train*``, ``val*``, ``heldout*`` or ``test*``."""
+    """Return the split that a shard's name announces, if any: ``train*``, ``val*``, ``heldout*`` or ``test*``."""
     names = {"train": Split.TRAIN, "val": Split.VAL, "heldout": Split.HELDOUT, "test": Split.HELDOUT}
     return next((split for word, split in names.items() if name.startswith(word)), None)
 
 
 def split_of_key(key: str) -> Split:
-    """96 % train, 2 % val, 2 % held-out, by a hash of the key: adding samples moves none."""
+    """Draw a split by a hash of the key: 96 % train, 2 % val, 2 % held-out. Adding samples moves none."""
     point = int.from_bytes(hashlib.blake2b(encode_text(key), digest_size=8).digest()) / 2**64
     return Split.TRAIN if point < 0.96 else Split.VAL if point < 0.98 else Split.HELDOUT
 
 
 def encode_text(text: str) -> bytes:
-    """UTF-8; what a tar held in another encoding passes through unchanged."""
+    """Encode as UTF-8; bytes that a tar held in another encoding pass through unchanged."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Where each sample of a shard lies, and its captions.
+    """Find where each sample of a shard lies, and read its captions.
 
-    Members are grouped as webdataset does, at the first dot of the base name. Nothing is unpacked to disk, and what is
-    skipped, and why, depends on the shard's bytes alone. A tar that breaks off gives what lies before the break; a
-    file that is no tar at all gives nothing. Both are named as "broken tar".
+    Members are grouped like webdataset does, at the first dot of the base name. Which samples are skipped, and why,
+    depends on the shard's bytes alone. A tar that breaks off gives what lies before the break; a file that is no tar
+    gives nothing. Both are named as "broken tar".
     """
     skipped: dict[str, list[str]] = defaultdict(list)
     groups: dict[str, dict[str, Span]] = defaultdict(dict)
@@ -126,7 +301,7 @@ def index_shard(path: Path) -> ShardIndex:
 
 
 class _Header(tarfile.TarInfo):
-    """Without the headers by which a crafted tar makes ``tarfile`` read backwards, or match expressions for hours."""
+    """Tar header without the kinds by which a crafted tar makes ``tarfile`` read backwards, or match for hours."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -137,7 +312,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(path: Path, skipped: dict[str, list[str]]) -> Iterator[tuple[str, Span]]:
-    """Name and place of each file in a tar; links, devices and sparse files are ``NOWHERE``.
+    """Yield name and place of each file in a tar; links, devices and sparse files are ``NOWHERE``.
 
     A header that cannot be right ends the tar.
     """
@@ -155,7 +330,7 @@ def _members(path: Path, skipped: dict[str, list[str]]) -> Iterator[tuple[str, S
                         yield info.name, Span(info.offset_data, info.size)
                     elif not info.isdir():
                         yield info.name, NOWHERE
-        except Exception:  # what damaged headers raise inside tarfile ranges from TarError to IndexError
+        except Exception:  # damaged headers raise errors from TarError to IndexError inside tarfile
             end = length + 1
         # tarfile takes a header that it cannot read for the end of the archive; the true end is a block of zeros.
         file.seek(min(end, length))
@@ -175,7 +350,7 @@ def _image(members: dict[str, Span]) -> Span:
 
 
 def _captions(file: BinaryIO, members: dict[str, Span]) -> list[str]:
-    """``captions`` or ``caption`` of ``key.json``, else the lines of ``key.txt``."""
+    """Read ``captions`` or ``caption`` of ``key.json``, else the lines of ``key.txt``."""
     span = members.get("json", NOWHERE)
     captions = _listed(read_span(file, *span)) if 0 < span.size <= MAX_TEXT else []
     if "txt" in members and not captions:
@@ -201,7 +376,7 @@ def _listed(data: bytes) -> list[str]:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The object in a ``key.json``; empty where it is none, damaged or larger than ``MAX_TEXT``."""
+    """Parse a ``key.json``; anything but an object of at most ``MAX_TEXT`` bytes gives an empty one."""
     try:
         meta = json.loads(data) if len(data) <= MAX_TEXT else {}
     except (ValueError, RecursionError):
@@ -210,7 +385,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def read_span(file: BinaryIO, offset: int, size: int) -> bytes:
-    """``size`` bytes at ``offset``."""
+    """Read ``size`` bytes at ``offset``."""
     file.seek(offset)
     return file.read(size)
 
@@ -221,7 +396,7 @@ def decode_entries(
     """Decode a shard's images batch by batch in threads, one batch ahead of the consumer.
 
     Yields:
-        Per entry its (3, size, size) uint8 image, or what is wrong with it.
+        Batches of entries, each with its (3, size, size) uint8 image, or with what is wrong with it.
     """
     waiting: deque[list[tuple[Entry, Future[Tensor | BadSample]]]] = deque()
     with path.open("rb") as file, ThreadPoolExecutor() as pool:

@@ -1,36 +1,306 @@
 """The embedding store: frozen CLIP features of a whole source, mapped from disk and gathered batch by batch.
 
-Rows count the images of all shards, sorted by shard name; within a shard train stands before val before held-out. A
-row's caption is chosen by its draw: ``draw % captions``.
+A store is a folder: one safetensors file for each source shard, ``manifest.jsonl`` with one line for each of them, and
+the statistics that ``EmbeddingSpace`` reads. Rows count the images of all shards, sorted by shard name; within a shard
+train stands before val before held-out. A row's caption is chosen by its draw: ``draw % captions``.
+
+Legend: N images, M distinct captions, P (image, caption) pairs, T text tokens of all captions, d CLIP's embedding
+dimension, W its text width. Ragged values lie end to end, with offsets: item i is ``values[offsets[i]:offsets[i+1]]``.
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from functools import lru_cache
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from unclip_pl.data.features import ShardFeatures, map_features, unpack_texts
-from unclip_pl.data.manifest import ShardRecord, read_manifest, require_one_clip
 from unclip_pl.data.sampler import BLOCK, Blocks, RowBatch
-from unclip_pl.data.shards import Split, parse_json
-from unclip_pl.data.sources import Shard, list_shards
+from unclip_pl.data.shards import UNKNOWN, Shard, Split, encode_text, list_shards, parse_json
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import UnknownFormatError, replacing, require_format, sha256, write_text
+from unclip_pl.nn.space import Moments
 from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, TextFeatures, UpsamplerBatch
 
-STATISTICS = "statistics.safetensors"
-
+MANIFEST, STATISTICS = "manifest.jsonl", "statistics.safetensors"
+#: Format of a shard's features and of its record. Records of before there was an entry have the first one.
+FORMAT = 1
 #: Shards that are mapped at a time; the system allows a process 65,530 maps.
 OPEN = 256
 
+_DTYPES = {"F16": "<f2", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1"}
+_MOMENTS = "moments."
+_HEAD = "shard"
+
+
+# --- The manifest
+
+
+class ShardRecord(NamedTuple):
+    """Facts about one source shard; none depends on this machine or on the time of the run."""
+
+    shard: str  # file name of the tar
+    source_size: int  # bytes
+    source_mark: str  # of a remote tar, see `Stamp`
+    source_sha256: str
+    file: str  # in the store's folder
+    sha256: str  # of what that file holds, see `Contents.checksum`
+    clip: str  # fingerprint
+    images: int
+    splits: list[int]  # images of each `Split`, in that order, which is their order in the file
+    captions: int  # distinct ones
+    dtype: str
+    skipped: dict[str, int]  # bad samples by reason; their keys are in the file's header
+    version: str  # of unclip_pl
+    format: int = FORMAT
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], path: Path) -> "ShardRecord":
+        """Make a record of its JSON.
+
+        Raises:
+            UnknownFormatError: another version of the package wrote it.
+            TypeError: the values are no record.
+        """
+        require_format(dict(values).get("format", 1), FORMAT, path)
+        return cls(**values)
+
+    def describes(self, shard: Shard, file: Path) -> bool:
+        """Say whether a tar is the one that was embedded.
+
+        A local tar that was touched after its features were written is read again; if it is the same after all, its
+        features are touched, so that this happens once.
+
+        Args:
+            shard: the tar, in its present state.
+            file: the features.
+        """
+        if shard.remote:
+            stamp = shard.stamp()
+            return stamp.mark == self.source_mark and stamp.size in (self.source_size, UNKNOWN)
+        stat = shard.path.stat()
+        if stat.st_size != self.source_size:
+            return False
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) < file.stat().st_mtime_ns:
+            return True
+        looked_ns = time.time_ns()
+        same = sha256(shard.path) == self.source_sha256
+        if same:
+            with suppress(OSError):  # a store that this user may only read
+                os.utime(file, ns=(looked_ns, looked_ns))
+        return same
+
+
+def tool_version() -> str:
+    """Return the version of the installed package."""
+    try:
+        return version("unclip_pl")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
+def read_manifest(store: Path) -> dict[str, ShardRecord]:
+    """Read the records by shard name; there are none where there is no store yet.
+
+    Raises:
+        InputError: a line is no record, or of an unknown format.
+    """
+    path = store / MANIFEST
+    records: dict[str, ShardRecord] = {}
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = ShardRecord.parse(json.loads(line), path)
+        except UnknownFormatError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}, line {number} is no shard record ({error}): delete the manifest and run `unclip precompute`, "
+                "which makes it again from the files beside it."
+            ) from error
+        records[record.shard] = record
+    return records
+
+
+def write_manifest(store: Path, records: Iterable[ShardRecord]) -> None:
+    """Put a new manifest in the old one's place, sorted by shard name."""
+    lines = [json.dumps(record._asdict()) + "\n" for record in sorted(records, key=lambda record: record.shard)]
+    write_text(store / MANIFEST, "".join(lines))
+
+
+def require_one_clip(store: Path, records: Iterable[ShardRecord], fingerprint: str) -> None:
+    """Raise InputError where the store holds another CLIP's embeddings."""
+    foreign = sorted({record.clip for record in records} - {fingerprint})
+    if foreign:
+        raise InputError(
+            f"Embeddings in {store} were made by CLIP {foreign[0]!r}, but this run uses {fingerprint!r}. Run "
+            "`unclip precompute` with another --store for it (and name that as data.store), or change the clip."
+        )
+
+
+# --- One shard's features
+
+
+class ShardFeatures(NamedTuple):
+    """Raw embeddings of a shard's images and captions, and where everything came from."""
+
+    image_embed: np.ndarray  # (N, d) float16
+    text_embed: np.ndarray  # (M, d) float16
+    text_states: np.ndarray  # (T, W) float16, real tokens only
+    text_tokens: np.ndarray  # (T,) int32
+    text_offsets: np.ndarray  # (M + 1,) int64, into the T tokens
+    caption_rows: np.ndarray  # (P,) int32, into the M captions
+    caption_offsets: np.ndarray  # (N + 1,) int64, into the P pairs
+    captions: np.ndarray  # uint8, UTF-8
+    captions_offsets: np.ndarray  # (M + 1,) int64
+    keys: np.ndarray  # uint8, UTF-8
+    keys_offsets: np.ndarray  # (N + 1,) int64
+    image_offset: np.ndarray  # (N,) int64, of the image file in the tar
+    image_size: np.ndarray  # (N,) int64, bytes
+    json_offset: np.ndarray  # (N,) int64, of key.json in the tar
+    json_size: np.ndarray  # (N,) int64, bytes; 0 where there is none
+    split: np.ndarray  # (N,) uint8, a `Split`
+
+
+def offsets_of(lengths: Iterable[int]) -> np.ndarray:
+    """Return (n + 1,) int64: where each of n ragged items begins, and where the last ends."""
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def pack_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Lay texts end to end as UTF-8 bytes, and return them with their (n + 1,) offsets."""
+    encoded = [encode_text(text) for text in texts]
+    return np.frombuffer(b"".join(encoded), np.uint8), offsets_of(map(len, encoded))
+
+
+def unpack_texts(packed: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> list[str]:
+    """Return the texts of some rows."""
+    spans = zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)
+    return [packed[start:stop].tobytes().decode("utf-8", "surrogateescape") for start, stop in spans]
+
+
+class Contents(NamedTuple):
+    """Everything in a shard's file but the record in its header."""
+
+    features: ShardFeatures
+    moments: Moments  # of its training images
+    skipped: dict[str, list[str]]  # keys of the bad samples by reason
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return the arrays by their name in the file."""
+        moments = {_MOMENTS + name: value.numpy() for name, value in self.moments._asdict().items()}
+        arrays = self.features._asdict() | moments
+        return {name: np.asarray(value, order="C") for name, value in arrays.items()}  # a scalar stays one
+
+    def checksum(self) -> str:
+        """Return SHA-256 over every array with its name, type and shape, and the bad samples' keys."""
+        digest = hashlib.sha256(json.dumps(self.skipped, sort_keys=True).encode())
+        for name, value in self.tensors().items():
+            digest.update(f"{name} {value.dtype.str} {value.shape}".encode())
+            digest.update(value.reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+
+def write_features(path: Path, contents: Contents, record: ShardRecord, opened_ns: int) -> None:
+    """Write a shard's file and put it in place.
+
+    Args:
+        path: file to write.
+        contents: arrays and bad samples of the shard.
+        record: the manifest's line. It also goes into the file's header, where no kill can part the two.
+        opened_ns: time at which the source was opened. It becomes the file's: a source that is newer may have changed.
+
+    Raises:
+        OSError: the disk is full, or must not be written to.
+    """
+    head = json.dumps({"record": record._asdict(), "skipped": contents.skipped})
+    with replacing(path) as temporary:
+        try:
+            save_file(contents.tensors(), temporary, metadata={_HEAD: head})  # one entry: of several the order varies
+        except SafetensorError as error:
+            raise InputError(f"{path} cannot be written ({error}): free some space, or use another store.") from error
+        os.utime(temporary, ns=(opened_ns, opened_ns))
+
+
+def read_record(path: Path) -> ShardRecord | None:
+    """Read the record in a file's header; None where there is no file, or none that is whole.
+
+    Raises:
+        UnknownFormatError: another version of the package wrote the file.
+    """
+    try:
+        return ShardRecord.parse(_head(path)["record"], path)
+    except UnknownFormatError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def read_contents(path: Path) -> Contents:
+    """Read all of a shard's file.
+
+    Raises:
+        InputError: the file is damaged or of another layout.
+    """
+    return Contents(map_features(path), read_moments(path), _head(path)["skipped"])
+
+
+def _head(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="numpy") as file:
+        return json.loads((file.metadata() or {})[_HEAD])
+
+
+def map_features(path: Path) -> ShardFeatures:
+    """Return a shard's arrays as views of the mapped file: nothing is read until it is used.
+
+    Raises:
+        InputError: the file is damaged or of another layout.
+    """
+    try:
+        with safe_open(path, framework="numpy"):  # checks header and length
+            pass
+        buffer = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        base = 8 + int(buffer[:8].view("<u8")[0])
+        header = json.loads(buffer[8:base].tobytes())
+        arrays = {}
+        for name in ShardFeatures._fields:
+            start, stop = header[name]["data_offsets"]
+            view = buffer[base + start : base + stop].view(_DTYPES[header[name]["dtype"]])
+            arrays[name] = view.reshape(header[name]["shape"])
+        return ShardFeatures(**arrays)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{path} is missing or damaged ({error!r}): run `unclip precompute`, which makes it again."
+        ) from error
+
+
+def read_moments(path: Path) -> Moments:
+    """Read the moments of a shard's training images."""
+    with safe_open(path, framework="pt") as file:
+        return Moments(*(file.get_tensor(_MOMENTS + name) for name in Moments._fields))
+
+
+def moments_of(image_embed: np.ndarray) -> Moments:
+    """Compute the moments of (N, d) float16 embeddings."""
+    return Moments.of(torch.from_numpy(image_embed.astype(np.float32)))
+
+
+# --- The store
+
 
 class _Part(NamedTuple):
-    """The rows of a batch that lie in one shard."""
+    """Rows of a batch that lie in one shard."""
 
     shard: Shard
     features: ShardFeatures
@@ -42,16 +312,16 @@ class _Part(NamedTuple):
 class EmbeddingStore:
     """Batches of float32 features (raw, as CLIP gave them) and images, by row.
 
-    Cheap to send to a worker process, which maps the files anew.
+    It is cheap to send to a worker process, which maps the files itself.
 
     Args:
-        path: the folder that ``unclip precompute`` wrote.
-        source: the shards it was made of, see ``list_shards``.
+        path: folder that ``unclip precompute`` wrote.
+        source: shards that it was made of, see ``list_shards``.
         image_size: side of the images in batches that have some.
 
     Raises:
-        FileNotFoundError: no store or no shards there.
-        ValueError: the store does not cover the source, mixes CLIPs, or a file of it is damaged.
+        MissingFileError: no store or no shards there.
+        InputError: the store does not cover the source, mixes CLIPs, or a file of it is damaged.
     """
 
     def __init__(self, path: str | Path, source: str, *, image_size: int) -> None:
@@ -63,46 +333,46 @@ class EmbeddingStore:
         self.counts = np.array([record.splits for record in self.records], np.int64)  # (S, splits)
         self.starts = np.cumsum([0, *(record.images for record in self.records)])  # (S + 1,), of each shard's rows
         self.features = lru_cache(OPEN)(self._map)
-        for shard in range(min(OPEN, len(self.shards))):  # what is damaged shall show now where it costs little
+        for shard in range(min(OPEN, len(self.shards))):  # damage shows now where looking costs little
             self.features(shard)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _open, (self.path, self.source, self.image_size)
+        return partial(EmbeddingStore, self.path, self.source, image_size=self.image_size), ()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
     def fingerprint(self) -> str:
-        """Of the CLIP that made the embeddings."""
+        """Fingerprint of the CLIP that made the embeddings."""
         return self.records[0].clip
 
     @property
     def embed_dim(self) -> int:
-        """d."""
+        """Width d of the embeddings."""
         return self.features(0).image_embed.shape[1]
 
     @property
     def statistics(self) -> Path:
-        """The file that ``EmbeddingSpace`` reads."""
+        """Path of the file that ``EmbeddingSpace`` reads."""
         return self.path / STATISTICS
 
     def count(self, split: Split) -> int:
-        """Images of a split."""
+        """Count the images of a split."""
         return int(self.counts[:, split].sum())
 
     def rows(self, split: Split) -> np.ndarray:
-        """(n,) rows of a split, ascending."""
+        """Return the (n,) rows of a split, ascending."""
         runs = self.blocks(split, max(1, len(self)))
         return runs.rows(np.arange(len(runs.first)))
 
     def blocks(self, split: Split, size: int = BLOCK) -> Blocks:
-        """The rows of a split in blocks of at most ``size`` neighbours of one shard."""
+        """Cut the rows of a split into blocks of at most ``size`` neighbours of one shard."""
         first = self.starts[:-1] + self.counts[:, :split].sum(1)
         return Blocks.between(first, first + self.counts[:, split], size)
 
     def embed_chunks(self, split: Split, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw (image_embed, text_embed) of a split in order, each image with its first caption."""
+        """Yield raw (image_embed, text_embed) of a split in order, each image with its first caption."""
         blocks = self.blocks(split, size)
         for first, stop in zip(*blocks, strict=True):
             rows = np.arange(first, stop)
@@ -113,39 +383,32 @@ class EmbeddingStore:
             yield self._image_embed(parts, len(rows)), torch.from_numpy(text).float()
 
     def prior_batch(self, batch: RowBatch) -> PriorBatch:
-        """Embeddings and captions."""
+        """Gather embeddings and captions."""
         parts, size = self._parts(batch), len(batch.rows)
         return PriorBatch(self._image_embed(parts, size), self._text(parts, size))
 
     def decoder_batch(self, batch: RowBatch) -> DecoderBatch:
-        """Embeddings, captions and images."""
+        """Gather embeddings, captions and images."""
         parts, size = self._parts(batch), len(batch.rows)
         return DecoderBatch(self._images(parts, size), self._image_embed(parts, size), self._text(parts, size))
 
     def evaluation_batch(self, batch: RowBatch) -> EvaluationBatch:
-        """As ``decoder_batch``, with the captions as text and the samples' JSON."""
+        """Gather a decoder's batch, the captions as text and the samples' JSON."""
         return EvaluationBatch(*self.decoder_batch(batch), self.captions(batch), self.metadata(batch))
 
     def upsampler_batch(self, batch: RowBatch) -> UpsamplerBatch:
-        """Images alone."""
+        """Gather images alone."""
         return UpsamplerBatch(self._images(self._parts(batch), len(batch.rows)))
 
     def captions(self, batch: RowBatch) -> list[str]:
-        """The caption of each row, as text."""
+        """Return the caption of each row, as text."""
         texts = np.empty(len(batch.rows), object)
         for part in self._parts(batch):
             texts[part.where] = unpack_texts(part.features.captions, part.features.captions_offsets, part.captions)
         return texts.tolist()
 
-    def keys(self, batch: RowBatch) -> list[str]:
-        """The key of each row."""
-        texts = np.empty(len(batch.rows), object)
-        for part in self._parts(batch):
-            texts[part.where] = unpack_texts(part.features.keys, part.features.keys_offsets, part.rows)
-        return texts.tolist()
-
     def metadata(self, batch: RowBatch) -> list[dict[str, Any]]:
-        """The JSON object of each row, empty where it has none."""
+        """Return the JSON object of each row, empty where it has none."""
         found: list[dict[str, Any]] = [{} for _ in batch.rows]
         for shard, features, where, rows, _ in self._parts(batch):
             spans = zip(features.json_offset[rows].tolist(), features.json_size[rows].tolist(), strict=True)
@@ -172,7 +435,7 @@ class EmbeddingStore:
         return torch.from_numpy(embed).float()
 
     def _text(self, parts: list[_Part], size: int) -> TextFeatures:
-        """Ragged to padded by index arithmetic alone."""
+        """Pad ragged text features by index arithmetic alone."""
         first, length = np.empty(size, np.int64), np.empty(size, np.int64)
         for part in parts:
             first[part.where] = part.features.text_offsets[part.captions]
@@ -187,7 +450,7 @@ class EmbeddingStore:
             source = first[part.where][row] + column
             row = part.where[row]
             tokens[row, column] = part.features.text_tokens[source]
-            # torch converts faster than NumPy; shard by shard, or batches of halves would fragment the heap.
+            # torch converts faster than NumPy. Shard by shard, since batches of halves would fragment the heap.
             states[row, column] = torch.from_numpy(part.features.text_states[source]).float().numpy()
             embed[part.where] = part.features.text_embed[part.captions]
         return TextFeatures(
@@ -198,7 +461,7 @@ class EmbeddingStore:
         )
 
     def _images(self, parts: list[_Part], size: int) -> Tensor:
-        """(B, 3, H, H) in [-1, 1]: the crop that CLIP saw, from the source tars."""
+        """Return (B, 3, H, H) in [-1, 1]: the crop that CLIP saw, from the source tars."""
         images = torch.empty(size, 3, self.image_size, self.image_size, dtype=torch.uint8)
         for shard, features, where, rows, _ in parts:
             offsets, sizes = features.image_offset[rows].tolist(), features.image_size[rows].tolist()
@@ -231,7 +494,7 @@ class EmbeddingStore:
         for shard in self.shards:
             record = records[shard.name]
             if record.file not in files:
-                raise MissingFileError(f"{self.path / record.file} is gone: run `unclip precompute`.")
+                raise MissingFileError(f"{self.path / record.file} is gone: run `unclip precompute` again.")
             if not shard.remote and not record.describes(shard, self.path / record.file):
                 raise InputError(
                     f"{shard} is not the file that was embedded as {self.path / record.file}: run `unclip precompute` "
@@ -240,10 +503,6 @@ class EmbeddingStore:
         found = [records[shard.name] for shard in self.shards]
         require_one_clip(self.path, found, found[0].clip)
         return found
-
-
-def _open(path: Path, source: str, image_size: int) -> EmbeddingStore:
-    return EmbeddingStore(path, source, image_size=image_size)
 
 
 def _ascends(offsets: np.ndarray) -> bool:
@@ -255,7 +514,7 @@ def _lies_in(values: np.ndarray, count: int) -> bool:
 
 
 def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
-    """Counts of the manifest against those of the file, and those of the file against each other."""
+    """Compare the manifest's counts with the file's, and the file's with each other."""
     images, captions = len(features.image_embed), len(features.text_embed)
     agree = (
         (images, captions) == (record.images, record.captions)
