@@ -192,7 +192,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_damage_is_refused_in_one_clear_error_or_harmless(bench: Bench, kind: str) -> None:
     count = 100 if kind == "config" else 300  # a parser is built for each config
     came = {trial(bench, kind, seed) for seed in range(count)}
-    assert came <= {"fine", "InputError", "MissingFileError", "UnicodeDecodeError", "OSError"}
+    assert came <= {"fine", "InputError", "UnknownFormatError", "MissingFileError", "UnicodeDecodeError", "OSError"}
 
 
 def test_damaged_training_configs_are_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
