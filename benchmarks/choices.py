@@ -46,7 +46,7 @@ def variance(run: Path) -> list[dict[str, Any]]:
     """
     prior = DiffusionPriorSpec("prior/checkpoints/last.ckpt", candidates=1).load(run)
     task, store = prior.task, EmbeddingStore(run / "store", str(run / "data"), image_size=1)
-    if task.posterior_mse is None:  # a checkpoint from before it was kept: estimate it as validation does
+    if task.diffusion.posterior_mse is None:  # a checkpoint from before it was kept: estimate it as validation does
         task.draws_per_caption = 8
         unseen = [store.prior_batch(rows) for rows in batches_of(store.rows(Split.VAL))]
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -59,7 +59,7 @@ def variance(run: Path) -> list[dict[str, Any]]:
             floor.update(F.normalize(batch.image_embed.float(), dim=-1), real=real)
     rows: list[dict[str, Any]] = [{"embed_fd": floor.compute().item(), "of": "4,096 other true embeddings"}]
     for seed, kind in product(range(2), ("small", "large", "analytic")):
-        prior.sampler = Ancestral(5, kind, posterior_mse=task.posterior_mse)  # type: ignore[arg-type]
+        prior.sampler = Ancestral(5, kind)  # type: ignore[arg-type]
         metric, generator, cosines = FrechetDistance(task.space.embed_dim), torch.Generator().manual_seed(seed), []
         for batch in batches:
             z_i = prior.embed(batch.text, generator=generator)

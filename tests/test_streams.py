@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import Ancestral, Denoised
+from unclip_pl.diffusion import Ancestral, Denoised, GaussianDiffusion
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.nn.ar_prior import draw
 from unclip_pl.streams import Streams
@@ -23,7 +23,7 @@ def normal(rows: int, streams: Streams) -> Tensor:
 
 
 def sampled(rows: int, streams: Streams) -> Tensor:
-    return Ancestral(4).sample(denoise, normal(rows, streams), generator=streams)
+    return Ancestral(4).sample(denoise, normal(rows, streams), GaussianDiffusion(), generator=streams)
 
 
 def codes(rows: int, streams: Streams) -> Tensor:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
+from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule, VariancePreserving
 
 T = 1000
 TIMES = torch.arange(1, T + 1, dtype=torch.float64) / T
@@ -55,29 +55,29 @@ def test_posterior_is_the_table() -> None:
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(), LinearSchedule()])
 class TestEverySchedule:
-    def test_clean_at_0(self, schedule: Schedule) -> None:
+    def test_clean_at_0(self, schedule: VariancePreserving) -> None:
         alpha, sigma = schedule.alpha_sigma(torch.zeros(1))
         assert alpha.item() == 1
         assert sigma.item() == 0
 
-    def test_falls_and_preserves_variance(self, schedule: Schedule) -> None:
+    def test_falls_and_preserves_variance(self, schedule: VariancePreserving) -> None:
         assert (schedule.log_snr(TIMES).diff() < 0).all()
         alpha, sigma = schedule.alpha_sigma(TIMES)
         torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(TIMES), rtol=1e-14, atol=0)
 
-    def test_log_snr_is_the_ratio(self, schedule: Schedule) -> None:
+    def test_log_snr_is_the_ratio(self, schedule: VariancePreserving) -> None:
         alpha, sigma = schedule.alpha_sigma(TIMES)
         torch.testing.assert_close(2 * (alpha / sigma).log(), schedule.log_snr(TIMES))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_keeps_dtype_and_is_finite(self, schedule: Schedule, dtype: torch.dtype) -> None:
+    def test_keeps_dtype_and_is_finite(self, schedule: VariancePreserving, dtype: torch.dtype) -> None:
         for value in schedule.alpha_sigma(torch.tensor([0.0, 1e-3, 0.5, 1.0], dtype=dtype)):
             assert value.dtype == dtype
             assert value.isfinite().all()
         assert (schedule.alpha_sigma(torch.ones(1, dtype=dtype))[0] > 0).all()
 
     @pytest.mark.parametrize("stride", [1, 37, 250])
-    def test_posterior_composes_to_the_marginal(self, schedule: Schedule, stride: int) -> None:
+    def test_posterior_composes_to_the_marginal(self, schedule: VariancePreserving, stride: int) -> None:
         """E and Var of x_s drawn from q(x_s | x_t, x0), x_t from q(x_t | x0), are those of q(x_s | x0)."""
         t, s = TIMES[stride:], TIMES[:-stride]
         q = schedule.posterior(t, s)
@@ -86,8 +86,15 @@ class TestEverySchedule:
         torch.testing.assert_close((q.c_xt * sigma_t).square() + q.beta_tilde, sigma_s.square())
         assert (q.beta_tilde <= q.beta).all()
 
-    def test_posterior_of_the_clean_end(self, schedule: Schedule) -> None:
+    def test_posterior_of_the_clean_end(self, schedule: VariancePreserving) -> None:
         q = schedule.posterior(TIMES, torch.zeros_like(TIMES))
         torch.testing.assert_close(q.c_x0, torch.ones_like(TIMES))
         assert (q.c_xt == 0).all()
         assert (q.beta_tilde == 0).all()
+
+    @pytest.mark.parametrize("stride", [1, 37, 250])
+    def test_any_path_has_such_a_posterior(self, schedule: VariancePreserving, stride: int) -> None:
+        """The rule for every schedule, which cancels where alpha and sigma lie close, against that of log-SNRs."""
+        t, s = TIMES[stride:], TIMES[:-stride]
+        general, own = Schedule.posterior(schedule, t, s), schedule.posterior(t, s)
+        torch.testing.assert_close(general, own, rtol=1e-9, atol=1e-12)

@@ -174,7 +174,7 @@ def test_an_edit_turns_the_embedding_and_leaves_the_rest(unclip: Manipulations, 
     edited = unclip.edit(latent, "blue", "red", thetas=(0.0, 0.25, 0.5)).view(2, 3, 3, SIDE, SIDE)
     torch.testing.assert_close(edited[:, 0], images, rtol=0, atol=0.02)
     direction = F.normalize(torch.eye(D)[2] - torch.eye(D)[0], dim=-1)
-    lowest = torch.tensor(unclip.decoder.inversion(400).times[-1])
+    lowest = torch.tensor(unclip.decoder.inversion(400).times(unclip.decoder.task.diffusion)[-1])
     alpha, sigma = CosineSchedule().alpha_sigma(lowest)
     gain = alpha * VAR / (alpha.square() * VAR + sigma.square())
     for i, theta in ((1, 0.25), (2, 0.5)):

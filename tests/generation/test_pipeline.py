@@ -144,9 +144,9 @@ def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pyt
         return UpsamplerTask(UpsamplerUNet(8, [1], 1, dropout=0.0), diffusion=diffusion).eval()
 
     monkeypatch.setattr(decoding, "load_task", load)
-    with pytest.raises(ValueError, match=r"\('LinearSchedule', 1000\).*Got \('CosineSchedule', 1000\)"):
-        UpsamplerSpec("second.ckpt", DDIM(15)).load(Path())
-    specs = [UpsamplerSpec("first.ckpt"), UpsamplerSpec("second.ckpt", DDIM(15, schedule=LinearSchedule()))]
+    with pytest.raises(ValueError, match=r"last_step first.ckpt to be trained on the noise levels of second.ckpt"):
+        UpsamplerSpec("second.ckpt", DDIM(15), last_step="first.ckpt").load(Path())
+    specs = [UpsamplerSpec("first.ckpt"), UpsamplerSpec("second.ckpt", DDIM(15))]
     stages = [spec.load(Path()) for spec in specs]
     assert [stage.sampler.steps for stage in stages] == [27, 15]
     image = torch.zeros(1, 3, 2, 2)
@@ -166,7 +166,7 @@ def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.Monk
         return UpsamplerTask(UpsamplerUNet(8, [1, 1, 2], 1, dropout=0.0), diffusion=diffusion).eval()
 
     monkeypatch.setattr(decoding, "load_task", load)
-    second = UpsamplerSpec("second.ckpt", DDIM(15, schedule=LinearSchedule()))
+    second = UpsamplerSpec("second.ckpt", DDIM(15))
     decoder.upsamplers = [stage.load(Path()) for stage in (UpsamplerSpec("first.ckpt"), second)]
     z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))
     image = decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1))

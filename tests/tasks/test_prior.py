@@ -37,8 +37,9 @@ def test_errors_of_x0_whatever_the_network_predicts(prediction: Prediction, tmp_
     loader = DataLoader([PriorBatch(part, text(len(part))) for part in z_i.split(1000)], batch_size=None)
     trainer.validate(task, loader, verbose=False)
 
-    assert task.posterior_mse is not None
-    assert task.posterior_mse.shape == (1000,)
+    c_t = task.diffusion.posterior_mse
+    assert c_t is not None
+    assert c_t.shape == (1000,)
     variance = task.space.unit_scale**2 / D
     middle = torch.arange(200, 800)
     alpha, sigma = diffusion.schedule.alpha_sigma((middle + 1) / 1000)
@@ -47,19 +48,20 @@ def test_errors_of_x0_whatever_the_network_predicts(prediction: Prediction, tmp_
         "eps": (sigma / alpha) ** 2,
         "v": sigma**4 * variance + (alpha * sigma) ** 2,
     }[prediction]
-    torch.testing.assert_close(task.posterior_mse[middle], error.clamp(max=variance), rtol=0.1, atol=0.02)
+    torch.testing.assert_close(c_t[middle], error.clamp(max=variance), rtol=0.1, atol=0.02)
 
 
 def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) -> None:
     path = mini_run / "prior" / "checkpoints" / "last.ckpt"
     prior = DiffusionPriorSpec(path.name, Ancestral(4, "analytic")).load(path.parent)
-    assert isinstance(prior.sampler, Ancestral)
-    assert torch.equal(prior.sampler.posterior_mse, torch.load(path, weights_only=True)["posterior_mse"])
+    c_t = prior.task.diffusion.posterior_mse
+    assert c_t is not None
+    assert torch.equal(c_t, torch.load(path, weights_only=True)["posterior_mse"])
 
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["posterior_mse"]
     torch.save(checkpoint, tmp_path / "early.ckpt")
-    with pytest.raises(ValueError, match="before any validation"):
+    with pytest.raises(ValueError, match="Expected posterior_mse, the errors"):
         DiffusionPriorSpec("early.ckpt", Ancestral(4, "analytic")).load(tmp_path)
     DiffusionPriorSpec("early.ckpt").load(tmp_path)
     with pytest.raises(ValueError, match="learned its variance"):

@@ -78,7 +78,7 @@ def test_applied_at_full_size_it_does_what_it_does_on_crops() -> None:
 def test_it_draws_at_four_times_the_side() -> None:
     model, low = task().eval(), torch.rand(2, 3, 4, 4)
     x_T = torch.randn(2, 3, 16, 16)
-    image = DDIM(3).sample(model.denoiser(low, 16), x_T)
+    image = DDIM(3).sample(model.denoiser(low, 16), x_T, model.diffusion)
     assert image.shape == (2, 3, 16, 16)
     assert image.abs().max() <= 1
 
@@ -87,7 +87,7 @@ def test_an_untrained_network_that_predicts_x0_draws_the_enlarged_image() -> Non
     net = UpsamplerUNet(8, [1, 2], 1, dropout=0.0)  # its last convolution is zero
     model, low = UpsamplerTask(net, diffusion=GaussianDiffusion(prediction="x0")), torch.rand(2, 3, 4, 4)
     with torch.no_grad():
-        image = DDIM(3).sample(model.denoiser(low, 16), torch.randn(2, 3, 16, 16))
+        image = DDIM(3).sample(model.denoiser(low, 16), torch.randn(2, 3, 16, 16), model.diffusion)
     torch.testing.assert_close(image, model.enlarge(low, 16))
 
 

@@ -1,9 +1,11 @@
-"""Gaussian diffusion: schedules, parameterisations, objectives and samplers; nothing here knows what is diffused."""
+"""Gaussian diffusion: schedules, parameterisations, objectives and solvers; nothing here knows what is diffused."""
 
 from unclip_pl.diffusion.analytic import PosteriorMSE
-from unclip_pl.diffusion.inversion import Inversion, check_eta
+from unclip_pl.diffusion.guidance import check_guidance, clip_x0, guided
+from unclip_pl.diffusion.inversion import Inversion
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss, variational_bound
 from unclip_pl.diffusion.process import (
+    Denoise,
     Denoised,
     GaussianDiffusion,
     PowerTime,
@@ -11,18 +13,8 @@ from unclip_pl.diffusion.process import (
     UniformTime,
     noise_like,
 )
-from unclip_pl.diffusion.sampling import (
-    DDIM,
-    Ancestral,
-    Denoise,
-    Sampler,
-    check_guidance,
-    clip_x0,
-    dynamic_threshold,
-    guided,
-    time_grid,
-)
-from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Posterior, Schedule
+from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Posterior, Schedule, VariancePreserving
+from unclip_pl.diffusion.solvers import DDIM, Ancestral, Progress, Sampler, check_eta, time_grid
 
 __all__ = [
     "DDIM",
@@ -36,14 +28,15 @@ __all__ = [
     "Posterior",
     "PosteriorMSE",
     "PowerTime",
+    "Progress",
     "Sampler",
     "Schedule",
     "TimeDensity",
     "UniformTime",
+    "VariancePreserving",
     "check_eta",
     "check_guidance",
     "clip_x0",
-    "dynamic_threshold",
     "guided",
     "hybrid_loss",
     "noise_like",

@@ -1,7 +1,8 @@
 """The forward process and what a network predicts of it."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ Prediction = Literal["x0", "eps", "v"]
 
 
 class Denoised(NamedTuple):
-    """What a sampler sees of a network.
+    """What a solver sees of a network.
 
     x0: estimate of the clean data, (B, ...).
     frac: learned variance as a fraction of the way, in logarithms, from beta_tilde (0) to beta (1); the network's raw
@@ -25,6 +26,9 @@ class Denoised(NamedTuple):
     frac: Tensor | None = None
 
 
+Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,) in (0, 1]
+
+
 class TimeDensity(ABC):
     """How training draws the time: on the grid k / steps, k in 1..steps."""
 
@@ -32,7 +36,7 @@ class TimeDensity(ABC):
     def draw(
         self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """n times in {1 / steps, ..., 1}, float32, (n,). Drawn on the generator's device, then moved."""
+        """Draw n times in {1 / steps, ..., 1}, float32, (n,), on the generator's device, and move them."""
 
 
 class UniformTime(TimeDensity):
@@ -41,7 +45,7 @@ class UniformTime(TimeDensity):
     def draw(
         self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """As `TimeDensity.draw`."""
+        """Draw n times, each of the grid's equally likely."""
         source = device if generator is None else generator.device
         return (torch.randint(1, steps + 1, (n,), generator=generator, device=source) / steps).to(device)
 
@@ -51,19 +55,22 @@ class PowerTime(TimeDensity):
 
     Small image networks learn what to draw, decided at high noise, much sooner with power about 2.
 
+    Args:
+        power: exponent of the uniform draw, above 0.
+
     Raises:
-        ValueError: power is not positive.
+        InputError: power is not positive.
     """
 
     def __init__(self, power: float) -> None:
         if not power > 0:
-            raise InputError(f"Expected power > 0. Got {power}.")
+            raise InputError(f"Expected power > 0. Got {power}: give 1 for uniform times, 2 for times near noise.")
         self.power = power
 
     def draw(
         self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """As `TimeDensity.draw`."""
+        """Draw n times of that density."""
         source = device if generator is None else generator.device
         u = torch.rand(n, generator=generator, device=source)
         return (((1 - u**self.power) * steps).ceil().clamp(1, steps) / steps).to(device)
@@ -79,20 +86,24 @@ class GaussianDiffusion:
     ==========  ======  ============  =======================
     x0          0       1             x0
     eps         1/alpha -sigma/alpha  eps (Ho et al. 2020)
-    v           alpha   -sigma        alpha eps - sigma x0 (Salimans & Ho 2022)
+    v           alpha   -sigma        alpha eps - sigma x0 (Salimans & Ho 2022; variance-preserving schedules)
     ==========  ======  ============  =======================
 
     Times t are (B,) in [0, 1], clean at 0; data and noise are (B, ...).
 
     Args:
-        schedule: log-SNR over time; cosine when None.
-        prediction: what the network's output estimates.
+        schedule: signal and noise over time; cosine when None.
+        prediction: quantity that the network's output estimates.
         steps: T, the number of training times k / T.
-        time_density: how training draws k; uniform when None.
+        time_density: distribution of k in training; uniform when None.
 
     Raises:
-        ValueError: unknown prediction, or steps < 1.
+        InputError: unknown prediction, or steps < 1.
     """
+
+    #: c_t, (T,): the variance of x0 given x_t at every training time, per dimension, from a trained network's errors
+    #: (`PosteriorMSE`). `Ancestral(variance="analytic")` reads it; None until it was measured.
+    posterior_mse: Tensor | None = None
 
     def __init__(
         self,
@@ -102,9 +113,9 @@ class GaussianDiffusion:
         time_density: TimeDensity | None = None,
     ) -> None:
         if prediction not in ("x0", "eps", "v"):
-            raise InputError(f"Expected prediction 'x0', 'eps' or 'v'. Got {prediction!r}.")
+            raise InputError(f"Expected prediction 'x0', 'eps' or 'v'. Got {prediction!r}: choose one of them.")
         if steps < 1:
-            raise InputError(f"Expected steps >= 1. Got {steps}.")
+            raise InputError(f"Expected steps >= 1. Got {steps}: give the number of training times, 1000 in the paper.")
         self.schedule = schedule or CosineSchedule()
         self.prediction = prediction
         self.steps = steps
@@ -113,20 +124,20 @@ class GaussianDiffusion:
     def draw_t(
         self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """n training times, (n,) float32 in {1/T, ..., 1}."""
+        """Draw n training times, (n,) float32 in {1/T, ..., 1}."""
         return self.time_density.draw(n, steps=self.steps, device=device, generator=generator)
 
     def index(self, t: Tensor) -> Tensor:
-        """The 0-based index t T - 1 that networks embed: float, fractional between the training times."""
+        """Return the 0-based index t T - 1 that networks embed: float, fractional between the training times."""
         return t * self.steps - 1
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t = alpha x0 + sigma eps, Ho et al. (2020), eq. 4."""
+        """Return x_t = alpha x0 + sigma eps, Ho et al. (2020), eq. 4."""
         alpha, sigma = self._alpha_sigma(t, x0)
         return alpha * x0 + sigma * eps
 
     def to_x0(self, F: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The x0 that the network output F means: c_skip x_t + c_out F."""
+        """Return the x0 that the network output F means: c_skip x_t + c_out F."""
         alpha, sigma = self._alpha_sigma(t, x_t)
         match self.prediction:
             case "x0":
@@ -137,7 +148,7 @@ class GaussianDiffusion:
                 return alpha * x_t - sigma * F
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What F is regressed on: the line of `to_x0` solved for F at the true x0."""
+        """Return the regression target of F: the line of `to_x0` solved for F at the true x0."""
         match self.prediction:
             case "x0":
                 return x0
@@ -153,5 +164,5 @@ class GaussianDiffusion:
 
 
 def noise_like(x: Tensor, *, generator: Streams | None = None) -> Tensor:
-    """Standard normal noise of x's shape, dtype and device, drawn on the generator's device."""
+    """Draw standard normal noise of x's shape, dtype and device, on the generator's device, and move it."""
     return fill_like(x, lambda rows, stream: rows.normal_(generator=stream), generator)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unclip_pl.diffusion import DDIM, Ancestral, Denoise, Inversion, Sampler, check_guidance
 from unclip_pl.diffusion.process import noise_like
+from unclip_pl.errors import InputError
 from unclip_pl.streams import Streams
 from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
@@ -57,7 +58,7 @@ class Upsampler:
         finisher: trained network that takes the last step, usually the same.
 
     Raises:
-        ValueError: a network was not trained for the sampler.
+        InputError: a network was not trained for the sampler, or the two were trained on other noise levels.
     """
 
     def __init__(self, spec: UpsamplerSpec, task: UpsamplerTask, finisher: UpsamplerTask) -> None:
@@ -65,15 +66,20 @@ class Upsampler:
         self.sampler = spec.sampler or DDIM(27)
         self.task = task
         self.finisher = finisher
-        for part in (task, finisher):
-            self.sampler.check(part.diffusion)
+        levels = [(type(part.diffusion.schedule), part.diffusion.steps) for part in (task, finisher)]
+        if levels[0] != levels[1]:
+            raise InputError(
+                f"Expected last_step {spec.last_step} to be trained on the noise levels of {spec.checkpoint}. Got "
+                "another schedule or number of training steps: name an upsampler of the same diffusion."
+            )
+        self.sampler.check(task.diffusion)
 
     def upsample(self, low: Tensor, *, generator: Streams | None = None) -> Tensor:
         """Enlarge pictures (B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
         size = low.shape[-1] * self.task.factor
         x_T = noise_like(torch.empty(len(low), 3, size, size, device=low.device), generator=generator)
         first, last = (task.denoiser(low, size) for task in (self.task, self.finisher))
-        return self.sampler.sample(first, x_T, last=last, generator=generator)
+        return self.sampler.sample(first, x_T, self.task.diffusion, last=last, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,7 @@ class Decoder:
 
     def inversion(self, steps: int) -> Inversion:
         """Return the DDIM inversion of its own pictures, down to the lowest noise that its parameterisation bears."""
-        diffusion = self.task.diffusion
-        sigma_min = self.FLOOR if diffusion.prediction == "x0" else 0.0
-        return Inversion(steps, sigma_min, diffusion.schedule, train_steps=diffusion.steps)
+        return Inversion(steps, self.FLOOR if self.task.diffusion.prediction == "x0" else 0.0)
 
     def denoiser(self, image_embed: Tensor, guidance: float) -> Denoise:
         """Return ``denoise(x_t, t)`` under embeddings (B, d) alone, without captions."""
@@ -189,5 +193,5 @@ class Decoder:
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.spec.precision == "bf16-mixed"):
             denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.spec.drop_embedding)
-            image = self.sampler.sample(denoise, x_T, generator=generator, progress=progress)
+            image = self.sampler.sample(denoise, x_T, self.task.diffusion, generator=generator, progress=progress)
             return self.enlarge(image, generator=generator)

@@ -99,7 +99,7 @@ class Manipulations:
         z_i = self.clip.encode_image(images)
         x0 = resize(images, self.decoder.image_size)
         denoise = self.decoder.denoiser(z_i, guidance)
-        x_T = self.decoder.inversion(steps).invert(denoise, x0, progress=progress)
+        x_T = self.decoder.inversion(steps).invert(denoise, x0, self.decoder.task.diffusion, progress=progress)
         return Latent(z_i, x_T, steps, guidance)
 
     def restore(
@@ -302,8 +302,10 @@ class Manipulations:
     ) -> Tensor:
         """(B, 3, H, H), before any upsampler."""
         denoise = self.decoder.denoiser(latent.image_embed, latent.guidance)
-        inversion = self.decoder.inversion(latent.steps)
-        return inversion.restore(denoise, latent.x_T, eta=eta, own=own, generator=generator, progress=progress)
+        inversion, diffusion = self.decoder.inversion(latent.steps), self.decoder.task.diffusion
+        return inversion.restore(
+            denoise, latent.x_T, diffusion, eta=eta, own=own, generator=generator, progress=progress
+        )
 
     def _noise(self, seed: int) -> Tensor:
         """(1, 3, H, H)."""

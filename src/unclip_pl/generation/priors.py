@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral, Denoised, Sampler, check_guidance, clip_x0, guided
+from unclip_pl.diffusion import Ancestral, Denoise, Denoised, Sampler, check_guidance, clip_x0, guided
 from unclip_pl.diffusion.process import noise_like
-from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_tensors
 from unclip_pl.nn.ar_prior import check_draws
@@ -186,19 +185,12 @@ class DiffusionPrior(Prior):
                 f"{spec.checkpoint} was trained on embeddings scaled {task.space.scaling!r}, without their norm. "
                 "Leave keep_norm out, or train with scaling 'standardize' or 'raw'."
             )
-        if isinstance(self.sampler, Ancestral) and self.sampler.variance == "analytic":
-            if task.posterior_mse is None:
-                raise InputError(
-                    f"{spec.checkpoint} was saved before any validation, whose errors the analytic variance needs: fit "
-                    "on data with a validation split, or sample with another variance."
-                )
-            self.sampler = self.sampler.with_posterior_mse(task.posterior_mse)
         self.sampler.check(task.diffusion)
 
     @property
     def evaluations(self) -> int:
         """Number of network evaluations that one embedding takes; guidance doubles it."""
-        return self.sampler.steps * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
+        return self.sampler.evaluations * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
 
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
@@ -206,7 +198,7 @@ class DiffusionPrior(Prior):
         space, n = self.task.space, len(text.embed)
         x_T = noise_like(text.embed.new_empty(n, self.spec.candidates, space.embed_dim), generator=generator)
         with packed(self.task.net):
-            z_i = self.sampler.sample(self._denoiser(text), x_T, generator=generator)
+            z_i = self.sampler.sample(self._denoiser(text), x_T, self.task.diffusion, generator=generator)
         z_i = space.unscale(z_i)
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 

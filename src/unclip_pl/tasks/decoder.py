@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0, guided
+from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, clip_x0, guided
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
 from unclip_pl.diffusion.process import noise_like
-from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.errors import InputError
 from unclip_pl.nn.space import Scaling
 from unclip_pl.nn.unet import UNet
@@ -107,5 +106,4 @@ class DecoderTask(EmbeddingTask):
     def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
         """Images decoded from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
         x_T = noise_like(batch.image, generator=generator)
-        sampler = DDIM(25, schedule=self.diffusion.schedule, train_steps=self.diffusion.steps)
-        return sampler.sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T)
+        return DDIM(25).sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T, self.diffusion)

@@ -39,10 +39,6 @@ class DiffusionPriorTask(EmbeddingTask):
     batch_type = PriorBatch
     net: PriorTransformer
 
-    #: c_t, (T,): the variance of x0 given x_t at every training time, from the last validation's errors. In the
-    #: checkpoint, but no buffer: EMA would put an older one back.
-    posterior_mse: Tensor | None = None
-
     def __init__(
         self,
         net: PriorTransformer,
@@ -102,7 +98,7 @@ class DiffusionPriorTask(EmbeddingTask):
         if self.trainer.sanity_checking:
             return
         self._errors.sums = self.trainer.strategy.reduce(self._errors.sums, reduce_op="sum")
-        self.posterior_mse = self._errors.compute(bound=self._variance())
+        self.diffusion.posterior_mse = self._errors.compute(bound=self._variance())
 
     def _variance(self) -> float | None:
         """Per dimension, of the data: no posterior is wider. None where the scaling does not fix the norm."""
@@ -111,12 +107,12 @@ class DiffusionPriorTask(EmbeddingTask):
         return self.space.unit_scale**2 * (1 - self.space.mean.square().sum().item()) / self.space.embed_dim
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """``posterior_mse`` travels beside the weights."""
+        """Store ``posterior_mse`` beside the weights: as a buffer, EMA would put an older one back."""
         super().on_save_checkpoint(checkpoint)
-        if self.posterior_mse is not None:
-            checkpoint["posterior_mse"] = self.posterior_mse
+        if self.diffusion.posterior_mse is not None:
+            checkpoint["posterior_mse"] = self.diffusion.posterior_mse
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Take ``posterior_mse`` back."""
         super().on_load_checkpoint(checkpoint)
-        self.posterior_mse = checkpoint.get("posterior_mse")
+        self.diffusion.posterior_mse = checkpoint.get("posterior_mse")

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, clip_x0
+from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, clip_x0
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.diffusion.process import noise_like
-from unclip_pl.diffusion.sampling import Denoise
 from unclip_pl.errors import InputError
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks.base import Optimization, Task
@@ -119,5 +118,5 @@ class UpsamplerTask(Task):
     def draw(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """Images drawn again from their own small versions, for the sample grid: 27 DDIM steps."""
         x_T = noise_like(batch.image, generator=generator)
-        sampler = DDIM(27, schedule=self.diffusion.schedule, train_steps=self.diffusion.steps)
-        return sampler.sample(self.denoiser(shrink(batch.image, self.factor), batch.image.shape[-1]), x_T)
+        denoise = self.denoiser(shrink(batch.image, self.factor), batch.image.shape[-1])
+        return DDIM(27).sample(denoise, x_T, self.diffusion)

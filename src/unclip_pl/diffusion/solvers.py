@@ -1,0 +1,295 @@
+"""Solvers: from noise to data, given only `denoise(x_t, t) -> Denoised` and the diffusion of the network's training.
+
+To add one, derive from `Sampler` and write `sample`. The loop belongs to the solver, so it may keep older estimates
+(multistep) or look twice per step (Heun).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion.process import Denoise, Denoised, GaussianDiffusion, noise_like
+from unclip_pl.diffusion.schedule import Schedule
+from unclip_pl.errors import InputError
+from unclip_pl.streams import Streams
+
+Grid: TypeAlias = Literal["strided", "uniform"]
+Variance: TypeAlias = Literal["small", "large", "learned", "analytic"]
+Progress: TypeAlias = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
+
+
+def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
+    """Return the times that a solver of n steps visits, from 1 down, and 0 after them: n + 1 numbers.
+
+    Args:
+        steps: n, the number of times.
+        grid: `strided`, the training indices round(i (T - 1) / (n - 1)), i < n, the paper's; or `uniform`, i / n.
+        train_steps: T, the number of training times; index k is the time (k + 1) / T.
+
+    Raises:
+        InputError: steps < 1, more steps than training steps, or an unknown grid.
+    """
+    if not 1 <= steps <= train_steps:
+        raise InputError(f"Expected from 1 to {train_steps} steps, the training steps. Got {steps}: change steps.")
+    if grid == "uniform":
+        return [i / steps for i in range(steps, -1, -1)]
+    if grid != "strided":
+        raise InputError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}: choose one of them.")
+    # Stride first, as Karlo and diffusers do: the order decides which way a tie such as 499.5 goes.
+    stride = (train_steps - 1) / (steps - 1) if steps > 1 else 0.0
+    indices = [round(i * stride) for i in range(steps - 1)] + [train_steps - 1]
+    return [(k + 1) / train_steps for k in reversed(indices)] + [0.0]
+
+
+def time_of(t: float, x: Tensor) -> Tensor:
+    """Return one time for each of B samples, (B,), in float32 (float64 if x is)."""
+    return torch.full((x.shape[0],), t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+class Sampler(ABC):
+    """A solver: walks a grid of times from t = 1 to clean data.
+
+    Args:
+        steps: number of times that it visits.
+        grid: spacing of the times, see `time_grid`.
+    """
+
+    def __init__(self, steps: int, grid: Grid) -> None:
+        time_grid(min(steps, 1000), grid)  # refuses what no diffusion could follow
+        self.steps = steps
+        self.grid: Grid = grid
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations that one sample takes, without guidance."""
+        return self.steps
+
+    def times(self, diffusion: GaussianDiffusion) -> list[float]:
+        """Return the times that it visits, from 1 down, and 0 after them."""
+        return time_grid(self.steps, self.grid, diffusion.steps)
+
+    def check(self, diffusion: GaussianDiffusion, *, learns_variance: bool = False) -> None:
+        """Refuse a network that was not trained for what the solver asks of it.
+
+        Args:
+            diffusion: diffusion of the network's training.
+            learns_variance: whether the network predicts its variance.
+
+        Raises:
+            InputError: more steps than in training, or a variance that nobody knows.
+        """
+        self.times(diffusion)
+
+    @abstractmethod
+    def sample(
+        self,
+        denoise: Denoise,
+        x_T: Tensor,
+        diffusion: GaussianDiffusion,
+        *,
+        last: Denoise | None = None,
+        generator: Streams | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw data (B, ...) from x_T ~ N(0, 1) of the same shape; call it without gradients.
+
+        Args:
+            denoise: estimates x0, (B, ...), from x_t and t, (B,) in float32 (float64 if x_T is).
+            x_T: noise to start from, on the device to work on.
+            diffusion: diffusion of the network's training.
+            last: takes the last step instead, where another network was trained for it (Karlo's upsampler).
+            generator: source of a stochastic solver's noise, or one for each row. The same state gives the same bytes.
+            progress: called after each step as progress(steps done, steps, x0).
+        """
+
+
+class Step(NamedTuple):
+    """x_s = c_x0 x0 + c_xt x_t + std n: one step of a first-order solver. Python floats, so no device is asked."""
+
+    c_x0: float
+    c_xt: float
+    std: float
+
+
+def _walk(
+    step: Callable[[int, Tensor, Denoised], Tensor],
+    times: list[float],
+    denoise: Denoise,
+    x_T: Tensor,
+    last: Denoise | None,
+    progress: Progress | None,
+) -> Tensor:
+    """Run a first-order solver: one estimate per time, and the last one is the sample, without noise.
+
+    Args:
+        step: makes x at times[i + 1] of i, x_t at times[i] and the estimate there.
+        times: the grid with 0 at its end.
+        denoise, x_T, last, progress: arguments of `Sampler.sample`.
+    """
+    x_t, steps = x_T, len(times) - 1
+    for i, t in enumerate(times[:-1]):
+        ends = i + 1 == steps
+        denoised = (last if ends and last is not None else denoise)(x_t, time_of(t, x_t))
+        x_t = denoised.x0 if ends else step(i, x_t, denoised)
+        if progress is not None:
+            progress(i + 1, steps, denoised.x0)
+    return x_t
+
+
+class Ancestral(Sampler):
+    """Ho et al. (2020), algorithm 2, on any grid: draws x_s from q(x_s | x_t, x0) with the estimate for x0.
+
+    Args:
+        steps: number of times that it visits, one network evaluation each.
+        variance: variance of each draw. `small`: beta_tilde. `large`: beta. `learned`: between them as `Denoised.frac`
+            says. `analytic`: beta_tilde + c_x0^2 c_t with c_t = `GaussianDiffusion.posterior_mse`, the variance of x0
+            given x_t: exact for a Gaussian posterior of independent dimensions (Bao et al. 2022, eq. 8).
+        grid: spacing of the times, see `time_grid`.
+
+    Raises:
+        InputError: unknown variance or grid, or steps < 1.
+    """
+
+    def __init__(self, steps: int = 64, variance: Variance = "small", grid: Grid = "strided") -> None:
+        super().__init__(steps, grid)
+        if variance not in ("small", "large", "learned", "analytic"):
+            raise InputError(
+                f"Expected variance 'small', 'large', 'learned' or 'analytic'. Got {variance!r}: choose one of them."
+            )
+        self.variance: Variance = variance
+
+    def check(self, diffusion: GaussianDiffusion, *, learns_variance: bool = False) -> None:
+        """Refuse a network without the variance that is asked for, see `Sampler.check`."""
+        super().check(diffusion, learns_variance=learns_variance)
+        if self.variance == "learned" and not learns_variance:
+            raise InputError(
+                "Expected a network that learned its variance, for variance='learned'. Got one that did not: sample "
+                "with 'small' or 'large', or by DDIM."
+            )
+        if self.variance == "analytic":
+            _posterior_mse(diffusion)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Denoise,
+        x_T: Tensor,
+        diffusion: GaussianDiffusion,
+        *,
+        last: Denoise | None = None,
+        generator: Streams | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw data as `Sampler.sample` describes."""
+        times = self.times(diffusion)
+        path, log_ratio = self._plan(times, diffusion)
+
+        def step(i: int, x_t: Tensor, denoised: Denoised) -> Tensor:
+            c_x0, c_xt, std = path[i]
+            noise = std * noise_like(x_t, generator=generator)
+            if self.variance == "learned":
+                if denoised.frac is None:
+                    raise InputError(
+                        "Expected a network that predicts its variance, for variance='learned'. Got none: sample with "
+                        "'small' or 'large'."
+                    )
+                noise = noise * (0.5 * log_ratio[i] * (denoised.frac - 1)).exp()
+            return c_x0 * denoised.x0 + c_xt * x_t + noise
+
+        return _walk(step, times, denoise, x_T, last, progress)
+
+    def _plan(self, times: list[float], diffusion: GaussianDiffusion) -> tuple[list[Step], list[float]]:
+        """Return every step but the last, which is noise-free, and log(beta / beta_tilde) there."""
+        t = torch.tensor(times, dtype=torch.float64, device="cpu")[:-1]
+        q = diffusion.schedule.posterior(t[:-1], t[1:])
+        variance = q.beta if self.variance in ("large", "learned") else q.beta_tilde
+        if self.variance == "analytic":
+            c_t = _posterior_mse(diffusion).detach().double().cpu().numpy().clip(min=0)
+            index = t[:-1].numpy() * diffusion.steps - 1
+            variance = variance + q.c_x0.square() * torch.from_numpy(np.interp(index, np.arange(len(c_t)), c_t))
+        path = torch.stack([q.c_x0, q.c_xt, variance.sqrt()], dim=1)
+        return [Step(*row) for row in path.tolist()], (q.beta / q.beta_tilde).log().tolist()
+
+
+def _posterior_mse(diffusion: GaussianDiffusion) -> Tensor:
+    c_t = diffusion.posterior_mse
+    if c_t is None:
+        raise InputError(
+            "Expected posterior_mse, the errors of a diffusion prior's validation, for variance='analytic'. Got a "
+            "network without them: fit a prior on data with a validation split, or sample with 'small' or by DDIM."
+        )
+    if c_t.shape != (diffusion.steps,) or not c_t.isfinite().all():
+        raise InputError(
+            f"Expected posterior_mse of shape ({diffusion.steps},), all finite. Got {tuple(c_t.shape)} with "
+            f"{int(c_t.isfinite().sum())} finite numbers: train the network longer, or sample with another variance."
+        )
+    return c_t
+
+
+class DDIM(Sampler):
+    """Song et al. (2021), eq. 12 and 16, with the noise re-derived from the (clipped, guided) estimate of x0.
+
+    Args:
+        steps: number of times that it visits, one network evaluation each.
+        eta: share of fresh noise: 0 is deterministic, 1 is `Ancestral` with the small variance.
+        grid: spacing of the times, see `time_grid`.
+
+    Raises:
+        InputError: eta outside [0, 1], unknown grid, or steps < 1.
+    """
+
+    def __init__(self, steps: int = 27, eta: float = 0.0, grid: Grid = "strided") -> None:
+        super().__init__(steps, grid)
+        self.eta = check_eta(eta)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Denoise,
+        x_T: Tensor,
+        diffusion: GaussianDiffusion,
+        *,
+        last: Denoise | None = None,
+        generator: Streams | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw data as `Sampler.sample` describes."""
+        times = self.times(diffusion)
+        path = ddim_path(diffusion.schedule, times[:-1], self.eta)
+
+        def step(i: int, x_t: Tensor, denoised: Denoised) -> Tensor:
+            c_x0, c_xt, std = path[i]
+            x_s = c_x0 * denoised.x0 + c_xt * x_t
+            return x_s + std * noise_like(x_t, generator=generator) if self.eta > 0 else x_s
+
+        return _walk(step, times, denoise, x_T, last, progress)
+
+
+def ddim_path(schedule: Schedule, times: list[float], eta: float = 0.0) -> list[Step]:
+    """Return the DDIM step between each two neighbouring times, in either direction if eta is 0; t > 0."""
+    t = torch.tensor(times, dtype=torch.float64, device="cpu")
+    levels = torch.stack([*schedule.alpha_sigma(t), schedule.power(t)], dim=1).tolist()
+    path = []
+    for (alpha_t, sigma_t, power_t), (alpha_s, sigma_s, power_s) in pairwise(levels):
+        beta = power_t - (alpha_t / alpha_s) ** 2 * power_s  # variance of q(x_t | x_s)
+        std = eta * sigma_s / sigma_t * math.sqrt(max(0.0, beta))
+        c_xt = math.sqrt(sigma_s**2 - std**2) / sigma_t
+        path.append(Step(alpha_s - c_xt * alpha_t, c_xt, std))
+    return path
+
+
+def check_eta(eta: float) -> float:
+    """Return eta, the share of fresh noise in a DDIM step, if it is one.
+
+    Raises:
+        InputError: it lies outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise InputError(f"Expected 0 <= eta <= 1. Got {eta}: give 0 for no fresh noise, 1 for ancestral sampling.")
+    return eta
