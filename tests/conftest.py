@@ -5,10 +5,14 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# One thread for each worker and for what it starts, before torch is imported: workers share the cores.
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+
 import pytest
 import torch
 import yaml
 
+from unclip_pl.cli import NOISE
 from unclip_pl.commands.reproduce import Stage, reproduce
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +31,12 @@ SHRINK = {
         "--model.init_args.grid_rows 2 --model.init_args.resamples 20"
     ),
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings that the command line hides are hidden here too."""
+    for message in NOISE:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 @pytest.fixture(autouse=True)

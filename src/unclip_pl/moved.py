@@ -2,20 +2,21 @@
 
 import re
 
-#: Old path of a module or of something in it -> its new path. A text in parentheses says why there is none.
+#: Old path of a module, or of something in it -> its new path. A text in parentheses says why there is none.
 #: CHANGELOG.md has the same table.
 MOVED = {
-    "unclip_pl.bundle": "unclip_pl.generation.bundle",
     "unclip_pl.callbacks": "unclip_pl.training.callbacks",
-    "unclip_pl.data.pack": "unclip_pl.packing.pack",
-    "unclip_pl.data.samples": "unclip_pl.packing.samples",
-    "unclip_pl.decoding": "unclip_pl.generation.decoding",
-    "unclip_pl.evaluation.page": "unclip_pl.report.page",
-    "unclip_pl.evaluation.provenance": "unclip_pl.generation.provenance",
     "unclip_pl.manipulation": "unclip_pl.generation.manipulation",
-    "unclip_pl.pictures": "unclip_pl.generation.pictures",
     "unclip_pl.pipeline": "unclip_pl.generation.pipeline",
+    "unclip_pl.pipeline.Decoder": "unclip_pl.generation.decoding.DecoderSpec",
+    "unclip_pl.pipeline.Upsampler": "unclip_pl.generation.decoding.UpsamplerSpec",
     "unclip_pl.priors": "unclip_pl.generation.priors",
+    "unclip_pl.priors.ARPrior": "unclip_pl.generation.priors.ARPriorSpec",
+    "unclip_pl.priors.DiffusionPrior": "unclip_pl.generation.priors.DiffusionPriorSpec",
+    "unclip_pl.priors.LinearPrior": "unclip_pl.generation.priors.LinearPriorSpec",
+    "unclip_pl.priors.RoundTrip": "unclip_pl.generation.priors.RoundTripSpec",
+    "unclip_pl.priors.TextEmbedding": "unclip_pl.generation.priors.TextEmbeddingSpec",
+    "unclip_pl.priors.TrueEmbedding": "unclip_pl.generation.priors.TrueEmbeddingSpec",
     "unclip_pl.resume": "unclip_pl.training.resume",
     "unclip_pl.sharding": "unclip_pl.training.sharding",
     "unclip_pl.sharding.ShardedEMA": "unclip_pl.training.callbacks.WarmupEMA",

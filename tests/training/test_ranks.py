@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,6 @@ def _free_port(monkeypatch: pytest.MonkeyPatch) -> None:
         probe.bind(("localhost", 0))
         monkeypatch.setenv("MASTER_ADDR", "localhost")
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A forked process waits forever for the threads that OpenMP had before the fork: it must not ask for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or Lightning sets more where there are more cores
-    yield
-    torch.set_num_threads(before)
 
 
 def fit(line: list[str], out: Path, resume: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,6 @@
 """A sharded run is the unsharded one: weights, average, optimizer state; each goes on from the other's checkpoint."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from unclip_pl.training.callbacks import SampleGrid
 from unclip_pl.training.sharding import ActivationCheckpointing, units
 
 SHARDED = '{"class_path": "unclip_pl.training.sharding.FullySharded"}'
-ROOT = Path(__file__).parent.parent.parent
 
 
 def callbacks(ema: str, *more: str) -> str:
@@ -91,8 +89,7 @@ def fit(mini_run: Path, out: Path, part: str, *words: str, config: str = "tiny")
     command += ["--trainer.val_check_interval", "2", "--trainer.enable_model_summary", "false"]
     command += ["--trainer.enable_progress_bar", "false", "--trainer.logger.init_args.version", ""]
     command += ["--trainer.logger.init_args.save_dir", str(out.parent), "--trainer.logger.init_args.name", out.name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([*command, *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
 

@@ -1,7 +1,7 @@
 """Runs that can be cut at any moment: when a checkpoint is taken, how it gets to disk, and the random state in it.
 
-The position in the data is stored by ``data.datamodule``, the optimizer's settings by ``tasks.base``. On a CPU a resumed
-run equals the uninterrupted one bit for bit.
+The position in the data is stored by ``data.datamodule``, the optimizer's settings by ``tasks.base``. On a CPU a
+resumed run equals the uninterrupted one bit for bit.
 """
 
 import os
