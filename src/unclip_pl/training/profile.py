@@ -1,0 +1,113 @@
+"""What a fit makes of its device: steps a second, arithmetic a second, and the share of time in which the GPU computes."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from unclip_pl.files import write_json
+
+#: Dense bfloat16 peak in FLOP/s by the datasheet, by a word of the card's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+#: The file that the callback writes into the folder of a fit.
+PROFILE = "profile.json"
+
+
+class StageProfile(Callback):
+    """Write ``profile.json`` at the end of a fit: one step's FLOPs, steps a second, MFU and the busy share of the GPU.
+
+    MFU is the arithmetic of the fit's wall clock, validation and checkpoints included, over the bfloat16 peak of the card's
+    datasheet. The busy share comes from the kernels of a few steps alone: time in which at least one of this process's
+    kernels runs, over wall clock.
+
+    Args:
+        warmup: steps of this fit that are left out of every time.
+        window: steps whose kernels are recorded.
+    """
+
+    def __init__(self, warmup: int = 10, window: int = 10) -> None:
+        self.warmup = warmup
+        self.window = window
+        self._steps = 0
+        self._flops = 0
+        self._busy: float | None = None
+        self._started = 0.0
+        self._window_started = 0.0
+        self._counter: FlopCounterMode | None = None
+        self._recorder: profile | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to count or record where this step is the one for it."""
+        on_gpu = pl_module.device.type == "cuda"
+        if self._steps == 1:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+        if self._steps == self.warmup:
+            _wait(on_gpu)
+            self._started = time.perf_counter()
+        if self._steps == 2 * self.warmup and on_gpu:
+            _wait(on_gpu)
+            self._recorder = profile(activities=[ProfilerActivity.CUDA])
+            self._recorder.start()
+            self._window_started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End what was begun."""
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._flops, self._counter = self._counter.get_total_flops(), None
+        self._steps += 1
+        if self._recorder is not None and self._steps == 2 * self.warmup + self.window:
+            _wait(True)
+            wall = time.perf_counter() - self._window_started
+            self._recorder.stop()
+            kernels = [e.time_range for e in self._recorder.events() or [] if e.device_type == DeviceType.CUDA]
+            self._busy = union((k.start, k.end) for k in kernels) / 1e6 / wall
+            self._recorder = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was measured; nothing where the fit was too short to measure."""
+        timed = self._steps - self.warmup
+        if trainer.log_dir is None or not trainer.is_global_zero or timed < 1:
+            return
+        on_gpu = pl_module.device.type == "cuda"
+        _wait(on_gpu)
+        seconds = time.perf_counter() - self._started
+        name = torch.cuda.get_device_name(pl_module.device) if on_gpu else "CPU"
+        peak = next((peak for word, peak in PEAKS.items() if word in name), None)
+        done = self._flops * timed / seconds
+        write_json(
+            Path(trainer.log_dir) / PROFILE,
+            {
+                "device": name,
+                "steps": timed,
+                "steps_per_second": timed / seconds,
+                "flops_per_step": self._flops,
+                "flops_per_second": done,
+                "mfu": done / peak if peak else None,
+                "gpu_busy": self._busy,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(pl_module.device) if on_gpu else None,
+            },
+            indent=2,
+        )
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length that intervals cover together."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
