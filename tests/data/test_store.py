@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from unclip_pl.clip.encoder import ClipEncoder
+from unclip_pl.data import store as store_module
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore, pack_texts, unpack_texts
@@ -142,3 +143,16 @@ def test_an_unknown_format_is_said_in_one_line(store: Path, source: Path, tmp_pa
         EmbeddingStore(copy, str(source), image_size=32)
     (copy / "manifest.jsonl").write_text(manifest.replace(', "format": 1', ""))  # of before there were versions
     assert len(EmbeddingStore(copy, str(source), image_size=32)) == 63
+
+
+def test_images_in_memory_equal_those_on_disk_and_are_decoded_once(
+    opened: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = EmbeddingStore(opened.path, opened.source, image_size=32)
+    without = EmbeddingStore(opened.path, opened.source, image_size=32, image_memory=0)
+    decoded = []
+    load = store_module.load_square
+    monkeypatch.setattr(store_module, "load_square", lambda data, size: decoded.append(size) or load(data, size))
+    for rows in ([5, 2, 5, 40], [2, 40, 41]):
+        assert torch.equal(kept.upsampler_batch(first(rows)).image, without.upsampler_batch(first(rows)).image)
+    assert len(decoded) == 4 + 7  # rows 2, 5, 40, 41 once; each of the seven places without a memory

@@ -10,11 +10,12 @@ dimension, W its text width. Ragged values lie end to end, with offsets: item i 
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from unclip_pl.data.sampler import BLOCK, Blocks, RowBatch
 from unclip_pl.data.shards import UNKNOWN, Shard, Split, encode_text, list_shards, parse_json
@@ -309,6 +311,13 @@ class _Part(NamedTuple):
     captions: np.ndarray  # (n,) rows of the shard's captions
 
 
+class _Decoded(NamedTuple):
+    """Images that are read and decoded once, and kept."""
+
+    images: Tensor  # (N, 3, H, H) uint8
+    there: np.ndarray  # (N,) bool, True where the image has been decoded
+
+
 class EmbeddingStore:
     """Batches of float32 features (raw, as CLIP gave them) and images, by row.
 
@@ -318,16 +327,18 @@ class EmbeddingStore:
         path: folder that ``unclip precompute`` wrote.
         source: shards that it was made of, see ``list_shards``.
         image_size: side of the images in batches that have some.
+        image_memory: bytes that decoded images may take. Where all fit, each is decoded once; else, at every use.
 
     Raises:
         MissingFileError: no store or no shards there.
         InputError: the store does not cover the source, mixes CLIPs, or a file of it is damaged.
     """
 
-    def __init__(self, path: str | Path, source: str, *, image_size: int) -> None:
+    def __init__(self, path: str | Path, source: str, *, image_size: int, image_memory: int = 2**31) -> None:
         self.path = Path(path)
         self.source = source
         self.image_size = image_size
+        self.image_memory = image_memory
         self.shards = list_shards(source)
         self.records = self._records()
         self.counts = np.array([record.splits for record in self.records], np.int64)  # (S, splits)
@@ -337,7 +348,8 @@ class EmbeddingStore:
             self.features(shard)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(EmbeddingStore, self.path, self.source, image_size=self.image_size), ()
+        options = {"image_size": self.image_size, "image_memory": self.image_memory}
+        return partial(EmbeddingStore, self.path, self.source, **options), ()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -390,7 +402,7 @@ class EmbeddingStore:
     def decoder_batch(self, batch: RowBatch) -> DecoderBatch:
         """Gather embeddings, captions and images."""
         parts, size = self._parts(batch), len(batch.rows)
-        return DecoderBatch(self._images(parts, size), self._image_embed(parts, size), self._text(parts, size))
+        return DecoderBatch(self._images(batch), self._image_embed(parts, size), self._text(parts, size))
 
     def evaluation_batch(self, batch: RowBatch) -> EvaluationBatch:
         """Gather a decoder's batch, the captions as text and the samples' JSON."""
@@ -398,7 +410,7 @@ class EmbeddingStore:
 
     def upsampler_batch(self, batch: RowBatch) -> UpsamplerBatch:
         """Gather images alone."""
-        return UpsamplerBatch(self._images(self._parts(batch), len(batch.rows)))
+        return UpsamplerBatch(self._images(batch))
 
     def captions(self, batch: RowBatch) -> list[str]:
         """Return the caption of each row, as text."""
@@ -460,10 +472,31 @@ class EmbeddingStore:
             torch.from_numpy(embed).float(),
         )
 
-    def _images(self, parts: list[_Part], size: int) -> Tensor:
-        """Return (B, 3, H, H) in [-1, 1]: the crop that CLIP saw, from the source tars."""
-        images = torch.empty(size, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for shard, features, where, rows, _ in parts:
+    def _images(self, batch: RowBatch) -> Tensor:
+        """Return (B, 3, H, H) in [-1, 1]: the crop that CLIP saw, decoded once where all images fit into memory."""
+        decoded = None if get_worker_info() else self._decoded  # a worker would fill a memory of its own
+        if decoded is None:
+            return to_pixels(self._decode(batch))
+        missing = np.unique(batch.rows[~decoded.there[batch.rows]])
+        if len(missing):
+            decoded.images[torch.from_numpy(missing)] = self._decode(
+                RowBatch(missing, np.zeros(len(missing), np.uint64))
+            )
+            decoded.there[missing] = True
+        return to_pixels(decoded.images[torch.from_numpy(batch.rows)])
+
+    @cached_property
+    def _decoded(self) -> _Decoded | None:
+        """Room for the images of all rows; None where they would take more than ``image_memory``."""
+        shape = (len(self), 3, self.image_size, self.image_size)
+        if math.prod(shape) > self.image_memory:
+            return None
+        return _Decoded(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), bool))
+
+    def _decode(self, batch: RowBatch) -> Tensor:
+        """Return (B, 3, H, H) uint8, read from the source tars."""
+        images = torch.empty(len(batch.rows), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for shard, features, where, rows, _ in self._parts(batch):
             offsets, sizes = features.image_offset[rows].tolist(), features.image_size[rows].tolist()
             files = shard.read(list(zip(offsets, sizes, strict=True)))
             for place, offset, data in zip(where, offsets, files, strict=True):
@@ -474,7 +507,7 @@ class EmbeddingStore:
                         f"{error} at byte {offset} of {shard}, which was whole when it was embedded: "
                         "run `unclip precompute` again."
                     ) from error
-        return to_pixels(images)
+        return images
 
     def _map(self, shard: int) -> ShardFeatures:
         record = self.records[shard]

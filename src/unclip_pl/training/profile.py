@@ -1,4 +1,4 @@
-"""What a fit makes of its device: steps a second, arithmetic a second, and the share of time in which the GPU computes."""
+"""The profile of a fit: steps a second, arithmetic a second, and the share of time in which the GPU computes."""
 
 import time
 from collections.abc import Iterable
@@ -21,11 +21,11 @@ PROFILE = "profile.json"
 
 
 class StageProfile(Callback):
-    """Write ``profile.json`` at the end of a fit: one step's FLOPs, steps a second, MFU and the busy share of the GPU.
+    """Write ``profile.json`` at the end of a fit: steps a second, MFU and the busy share of the GPU.
 
-    MFU is the arithmetic of the fit's wall clock, validation and checkpoints included, over the bfloat16 peak of the card's
-    datasheet. The busy share comes from the kernels of a few steps alone: time in which at least one of this process's
-    kernels runs, over wall clock.
+    MFU (model FLOPs utilisation) is the arithmetic per second of the whole fit, validation and checkpoints included, over
+    the bfloat16 peak in the card's datasheet. The busy share is measured over a few steps: the time in which a kernel of
+    this process runs, over wall clock.
 
     Args:
         warmup: steps of this fit that are left out of every time.
@@ -44,7 +44,7 @@ class StageProfile(Callback):
         self._recorder: profile | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to count or record where this step is the one for it."""
+        """Start the counter, the clock or the recorder at the step that each begins with."""
         on_gpu = pl_module.device.type == "cuda"
         if self._steps == 1:
             self._counter = FlopCounterMode(display=False)
@@ -59,7 +59,7 @@ class StageProfile(Callback):
             self._window_started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """End what was begun."""
+        """Read the counter or the recorder where this step ends its measurement."""
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             self._flops, self._counter = self._counter.get_total_flops(), None
@@ -73,7 +73,7 @@ class StageProfile(Callback):
             self._recorder = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what was measured; nothing where the fit was too short to measure."""
+        """Write the file. A fit shorter than the warm-up writes none."""
         timed = self._steps - self.warmup
         if trainer.log_dir is None or not trainer.is_global_zero or timed < 1:
             return
