@@ -40,6 +40,7 @@ COMMANDS = {
     "probe": "pictures of ever more dimensions of an embedding: unclip probe PICTURE…",
     "reproduce": "run a recipe's stages in order, resuming: --config configs/reproduce/*.yaml",
     "bundle": "a run as one file, in half precision: unclip bundle RUN",
+    "unbundle": "a run again: unclip unbundle FILE RUN",
     "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
     "report": "write a run's report again from its report.json",
 }

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.generation.bundle import STATE, exists, inside, read_member
 
 #: Format of the safetensors files that this package writes. A file without an entry has the first one.
 FORMAT = "1"
@@ -141,7 +140,7 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
     """Read a checkpoint as plain data: nothing in it can run.
 
     Args:
-        path: file written by ``torch.save``, or a ``.safetensors`` file of :func:`write_checkpoint`.
+        path: file written by ``torch.save`` or by :func:`write_checkpoint`, with any suffix.
         map_location: device of the tensors.
         mmap: leave the tensors in the file until they are used.
 
@@ -149,14 +148,10 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
         MissingFileError: there is no such file.
         InputError: the file is damaged, no checkpoint, or holds more than plain data.
     """
-    if place := inside(path):  # until a bundle is unpacked before it is read
-        tensors, content = read_member(place, map_location)
-        state = {name.removeprefix(STATE): tensors.pop(name) for name in list(tensors) if name.startswith(STATE)}
-        return content | tensors | {"state_dict": state}
     if not Path(path).is_file():
         raise MissingFileError(f"No checkpoint at {path}: give the path of one.")
     try:
-        if Path(path).suffix == ".safetensors":
+        if is_checkpoint(path):
             return _from_tensors(_read_all(path, map_location))
         check_archive(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
@@ -176,7 +171,7 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint as safetensors, whole or not at all.
 
     Args:
-        path: ``.safetensors`` file.
+        path: file to write; a bundle keeps the names of the files that it was made of, so any suffix will do.
         checkpoint: ``state_dict``, further tensors, and what JSON can hold.
     """
     tensors = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
@@ -187,8 +182,6 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Say whether :func:`write_checkpoint` wrote a file."""
-    if Path(path).suffix != ".safetensors":
-        return False
     try:
         with safe_open(str(path), framework="pt") as file:
             return _CHECKPOINT in (file.metadata() or {})
@@ -236,10 +229,8 @@ def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: 
         MissingFileError: there is no such file.
         InputError: the file is damaged, or of another kind or format.
     """
-    if not exists(path):
+    if not Path(path).is_file():
         raise MissingFileError(f"No {what} at {path}: run `{command}` first.")
-    if place := inside(path):  # until a bundle is unpacked before it is read
-        return Tensors(*read_member(place, device))
     try:
         return _read_all(path, device, names)
     except UnknownFormatError:

@@ -3,26 +3,29 @@
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from unclip_pl.cli import main
 from unclip_pl.files import read_checkpoint
-from unclip_pl.generation import run
-from unclip_pl.generation.bundle import MEMBERS, exists, inside, read_member, read_provenance
+from unclip_pl.generation import bundle as bundles
+from unclip_pl.generation import run as runs
+from unclip_pl.generation.bundle import NOTES, unpack
 from unclip_pl.generation.pipeline import Unclip
+from unclip_pl.generation.run import base_hash, find_run, read_run
+from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.shapes.render import BACKGROUNDS, COLORS, SHAPES, SIZES
 
 
 @pytest.fixture(scope="module")
 def bundle(mini_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "mini.safetensors"
+    path = tmp_path_factory.mktemp("bundles") / "mini.zip"
     assert main(["bundle", str(mini_run), "--out", str(path)]) == 0
     return path
 
@@ -51,35 +54,38 @@ def test_it_sees_what_the_run_sees(pair: tuple[Unclip, Unclip]) -> None:
     assert theirs.min() > 30
 
 
-def test_matrices_are_halves_and_vectors_what_they_were(mini_run: Path, bundle: Path) -> None:
-    stored = load_file(bundle)
+def test_matrices_are_halves_and_vectors_what_they_were(mini_run: Path, bundle: Path, tmp_path: Path) -> None:
+    unpack(bundle, tmp_path)
     path = "prior/checkpoints/last.ckpt"
-    whole, again = (read_checkpoint(root / path) for root in (mini_run, bundle))
-    for name, value in whole["state_dict"].items():
-        matrix = name.startswith("net.") and value.ndim > 1
-        assert stored[f"{path}:state_dict.{name}"].dtype == (torch.half if matrix else value.dtype), name
-        assert torch.equal(again["state_dict"][name], value.half().float() if matrix else value), name
+    whole, again = (read_checkpoint(root / path) for root in (mini_run, tmp_path))
+    with safe_open(tmp_path / path, "pt") as file:
+        for name, value in whole["state_dict"].items():
+            matrix = name.startswith("net.") and value.ndim > 1
+            stored = file.get_tensor(f"state_dict.{name}").dtype
+            assert stored == (torch.half if matrix else value.dtype), name
+            assert torch.equal(again["state_dict"][name], value.half().float() if matrix else value), name
     assert torch.equal(again["posterior_mse"], whole["posterior_mse"])
     assert again["global_step"] == whole["global_step"]
-    assert bundle.stat().st_size < 0.6 * 4 * sum(value.numel() for value in stored.values())
 
 
-def test_words_that_no_caption_has_are_left_out(pair: tuple[Unclip, Unclip], caplog: pytest.LogCaptureFixture) -> None:
-    clip = pair[1].clip
-    tokens = clip.tokenize(["a shiny red star turquoise!", "a red star"])
-    assert torch.equal(tokens[0], tokens[1])
-    assert "'shiny', 'turquoise', '!' left out: no caption that this CLIP was trained on" in caplog.text
-    caplog.clear()
-    both = clip.tokenize(["On the LEFT, a small cyan ring"]), pair[0].clip.tokenize(["On the LEFT, a small cyan ring"])
-    known = {int(token) for token in both[0][0]}
-    assert known <= {int(token) for token in both[1][0]}
+def test_words_that_no_caption_has_are_named_once(
+    pair: tuple[Unclip, Unclip], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = ["a shiny red star turquoise!", "On the LEFT, a small cyan ring, shiny"]
+    assert pair[0].unknown_words(captions) == []
+    assert pair[1].unknown_words(captions) == ["shiny", "turquoise", "!"]
+    table = pair[1].clip.model.token_embedding.weight
+    assert table.shape == pair[0].clip.model.token_embedding.weight.shape
+    assert 10 < table.any(dim=1).sum() < 100
+    words = ["sample", *captions, "--run", str(bundle), "--num", "1", "--out", str(tmp_path / "x.png")]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("shiny, turquoise, !") == 1
 
 
 def test_it_names_no_path_of_this_machine(mini_run: Path, bundle: Path) -> None:
-    with safe_open(bundle, "pt") as file:
-        head = json.dumps(file.metadata())
-    assert str(mini_run) not in head
-    told = read_provenance(bundle)
+    with zipfile.ZipFile(bundle) as archive:
+        assert not [name for name in archive.namelist() if str(mini_run).encode() in archive.read(name)]
+        told = json.loads(archive.read(NOTES))
     assert told["run"] == mini_run.name
     assert told["commits"]
     assert (
@@ -88,39 +94,48 @@ def test_it_names_no_path_of_this_machine(mini_run: Path, bundle: Path) -> None:
     )
 
 
+def test_a_study_s_base_is_a_run_again(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, run = tmp_path / "base.zip", tmp_path / "runs" / "base"
+    assert main(["bundle", str(mini_run), "--out", str(bundle), "--for_study"]) == 0
+    assert main(["unbundle", str(bundle), str(run)]) == 0
+    assert main(["unbundle", str(bundle), str(run)]) == 1
+    assert "exists already: name another folder" in capsys.readouterr().err
+    whole, base = read_run(mini_run), read_run(run)
+    assert list(base.priors) == ["linear", "text", "ceiling"]
+    assert base.store == ""
+    codecs = [EmbeddingCodec(str(root / "codec.safetensors")) for root in (mini_run, run)]
+    assert torch.equal(codecs[0].mean, codecs[1].mean)
+    for a, b, root in ((whole.clip, base.clip, run), (whole.judge, base.judge, run)):
+        assert a is not None
+        assert b is not None
+        assert a.within(mini_run).load().fingerprint == b.within(root).load().fingerprint
+    images = [Unclip.load(root).generate(["a ring"], prior="linear").images for root in (mini_run, run)]
+    torch.testing.assert_close(*images, rtol=0, atol=0.01)
+    assert base_hash(run) == base_hash(find_run(bundle)) != base_hash(mini_run)
+
+
 def test_others_may_read_it(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     assert bundle.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_members_are_paths(bundle: Path, tmp_path: Path) -> None:
-    assert exists(bundle / "linear.safetensors")
-    assert not exists(bundle / "judge/checkpoints/last.ckpt")
-    assert not exists(tmp_path / "nowhere" / "run.json")
-    assert inside(tmp_path) is None
-    place = inside(bundle / "judge.ckpt")
-    assert place is not None
-    with pytest.raises(FileNotFoundError, match=r"holds no judge.ckpt: expected one of run.json, clip/"):
-        read_member(place)
-
-
 def test_without_a_run_the_package_draws(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "DEMO", bundle)
+    monkeypatch.setattr(runs, "DEMO", bundle)
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "a small green ring on a black background", "--num", "1"]) == 0
     said = capsys.readouterr().out
     assert "drawn with the weights in this package: of the run mini, trained at commit" in said
-    monkeypatch.setattr(run, "DEMO", tmp_path / "nowhere")
+    monkeypatch.setattr(runs, "DEMO", tmp_path / "nowhere")
     assert main(["sample", "a small green ring on a black background"]) == 1
     assert "No run at runs/quickstart" in capsys.readouterr().err
 
 
 def test_what_the_package_draws_is_what_the_caption_says() -> None:
     """Read back by the oracle: 16 pictures, two attributes that training has shown together and three."""
-    assert run.DEMO.stat().st_size <= 20e6
-    unclip = Unclip.load(run.DEMO)
+    assert runs.DEMO.stat().st_size <= 20e6
+    unclip = Unclip.load(runs.DEMO)
     drawn = unclip.generate(["a small green ring on a black background", "a large red star"], num=8, seed=0).images
     shape, color, size, _, background = ShapesOracle(32)(drawn).indices.view(2, 8, -1).unbind(-1)
     names = (list(SHAPES), list(COLORS), list(SIZES), list(BACKGROUNDS))
@@ -130,11 +145,18 @@ def test_what_the_package_draws_is_what_the_caption_says() -> None:
     assert right.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"no bundle", lambda data: data[: len(data) // 2], lambda data: b""])
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - byte for byte in data[middle : middle + 64]) + data[middle + 64 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"no bundle", lambda data: data[: len(data) // 2], lambda data: b"", flipped]
+)
 def test_a_damaged_bundle_is_one_line(
     damage: Callable[[bytes], bytes], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "x.zip"
     path.write_bytes(damage(bundle.read_bytes()))
     assert main(["sample", "a star", "--run", str(path)]) == 1
     said = capsys.readouterr().err
@@ -142,15 +164,45 @@ def test_a_damaged_bundle_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_a_bundle_neither_imports_nor_calls(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with safe_open(bundle, "pt") as file:
-        head = file.metadata()
-    members = json.loads(head[MEMBERS])
-    members["run.json"]["priors"]["diffusion"] = {"class_path": "subprocess.Popen", "init_args": {"args": "true"}}
-    path = tmp_path / "x.safetensors"
-    save_file(load_file(bundle), path, head | {MEMBERS: json.dumps(members)})
-    assert main(["sample", "a star", "--run", str(path)]) == 1
-    assert "names 'subprocess.Popen'" in capsys.readouterr().err
+def rewritten(bundle: Path, path: Path, changes: dict[str, bytes | None]) -> Path:
+    """The bundle with other members; None leaves one out."""
+    with zipfile.ZipFile(bundle) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()} | changes
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            if content is not None:
+                archive.writestr(name, content)
+    return path
+
+
+def test_nothing_in_a_bundle_runs(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        run, notes = (json.loads(archive.read(name)) for name in ("run.json", NOTES))
+    run["priors"]["diffusion"] = {"class_path": "subprocess.Popen", "init_args": {"args": "true"}}
+    torch.save({"state_dict": {}}, tmp_path / "pickle")
+    pickle = (tmp_path / "pickle").read_bytes()
+    outside = b"{}"
+    monkeypatch.setattr(bundles, "GROWTH", 0)
+    with zipfile.ZipFile(bundle) as archive:
+        monkeypatch.setattr(bundles, "TABLE", 2**19 + sum(member.file_size for member in archive.infolist()))
+    for changes, expected in (
+        ({"run.json": json.dumps(run).encode()}, "names 'subprocess.Popen'"),
+        ({"run.json": None}, "no item named 'run.json'"),
+        ({NOTES: json.dumps(notes | {"format": 2}).encode()}, "in format 1. Got 2: install the version"),
+        ({"decoder/checkpoints/last.ckpt": pickle}, "is no bundle of a run, or damaged"),
+        ({"../outside.json": outside}, "outside of its folder"),
+        ({"/outside.json": outside}, "outside of its folder"),
+        ({"a\\..\\outside.json": outside}, "outside of its folder"),
+        ({"zeros.json": bytes(2**20)}, "times its size"),
+    ):
+        path = rewritten(bundle, tmp_path / "x.zip", changes)
+        assert main(["sample", "a star", "--run", str(path)]) == 1
+        said = capsys.readouterr().err
+        assert expected in said
+        assert said.count("\n") == 1
+    assert not list(tmp_path.parent.glob("outside*"))
 
 
 def test_one_run_at_a_time(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

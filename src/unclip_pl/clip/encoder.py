@@ -19,8 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import check_archive, read_checkpoint
-from unclip_pl.generation.bundle import exists, inside, read_content
+from unclip_pl.files import check_archive, is_checkpoint, read_checkpoint
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
@@ -89,13 +88,13 @@ def _with_tag(name: str, tag: str) -> Any:
 
 
 def _load_weights(model: nn.Module, path: str) -> None:
-    if not exists(path):
+    if not Path(path).is_file():
         raise MissingFileError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)
         # by open_clip, plain tensors only
-        state = read_checkpoint(path)["state_dict"] if inside(path) else load_state_dict(path)
+        state = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else load_state_dict(path)
     except Exception as error:
         raise InputError(f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}).") from error
     if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
@@ -144,7 +143,7 @@ class ClipSpec:
     def within(self, root: Path) -> "ClipSpec":
         """The same CLIP with weights named relative to a run's folder made findable from here."""
         path = root / self.pretrained
-        return ClipSpec(self.name, str(path)) if self.pretrained and exists(path) else self
+        return ClipSpec(self.name, str(path)) if self.pretrained and path.is_file() else self
 
     def load(self) -> "ClipEncoder":
         """Build the frozen encoder."""
@@ -193,8 +192,6 @@ class ClipEncoder(nn.Module):
         self.preprocess = Preprocess(self.model, spec.image_size)
         self.requires_grad_(False)
         super().train(False)
-        rows = self._text_model.token_embedding.weight.any(dim=1)
-        self._known = None if rows.all() else rows  # (vocabulary,) bool
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode whatever is asked."""
@@ -229,10 +226,10 @@ class ClipEncoder(nn.Module):
     def fingerprint(self) -> str:
         """``name-xxxxxxxxxxxx``: a hash over architecture, weights and preprocessing.
 
-        A bundle's halves have the fingerprint of what they were made of.
+        The halves of a bundle keep the fingerprint of the CLIP that they were made of.
         """
-        if place := inside(self.spec.pretrained):
-            return str(read_content(place).get("fingerprint", ""))
+        if is_checkpoint(self.spec.pretrained):
+            return str(read_checkpoint(self.spec.pretrained).get("fingerprint", ""))
         digest = hashlib.sha256(json.dumps(architecture(self.spec.name), sort_keys=True).encode())
         digest.update(json.dumps([part.flatten().tolist() for part in self.preprocess.buffers()]).encode())
         for key, value in sorted(self.model.state_dict().items()):
@@ -241,8 +238,7 @@ class ClipEncoder(nn.Module):
         return f"{self.spec.name.replace('local-dir:', '').rstrip('/').rsplit('/', 1)[-1]}-{digest.hexdigest()[:12]}"
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """(B, context_length) token ids. What is cut of a long caption, and words left out, are a warning."""
-        captions = [self._known_words(caption) for caption in captions]
+        """(B, context_length) token ids. What is cut of a long caption is a warning."""
         tokens = self.tokenizer(captions)
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is not None and len(captions):
@@ -251,17 +247,6 @@ class ClipEncoder(nn.Module):
             if cut:
                 log.warning("%d caption(s) cut to CLIP's %d tokens: %.60r…", len(cut), self.context_length, cut[0])
         return tokens
-
-    def _known_words(self, caption: str) -> str:
-        """A caption without the words whose embedding a bundle has left out, as no caption of the training had them."""
-        if self._known is None:
-            return caption
-        words = self.tokenizer.pat.findall(self.tokenizer.clean_fn(caption))
-        known = {word: bool(self._known[self.tokenizer.encode(word)].all()) for word in words}
-        if not all(known.values()):
-            unknown = ", ".join(repr(word) for word in known if not known[word])
-            log.warning("%s left out: no caption that this CLIP was trained on has such a word.", unknown)
-        return " ".join(word for word in words if known[word])
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:

@@ -2,77 +2,84 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
-from unclip_pl.files import read_checkpoint, replacing
-from unclip_pl.generation.bundle import STATE, Member, some_rows, write_bundle
+from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json
+from unclip_pl.generation.bundle import write_bundle
+from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
 from unclip_pl.generation.provenance import STAGES, commit
-from unclip_pl.generation.run import RUN, read_run
+from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
 
 #: What sampling needs of a checkpoint, beside its weights.
 KEPT = ("hyper_parameters", "global_step", "train_seconds", "posterior_mse")
 #: Settings that name files: a checkpoint holds what was in them, and their paths are nobody else's business.
 FILES = ("statistics", "codec")
+#: File of the AR prior's codec in the runs of our recipes; only a study needs it beside the AR prior.
+CODEC = "codec.safetensors"
 
 
-def bundle(paths: list[str], out: str = "") -> None:
-    """Write a run's CLIP, decoder and priors as one file, the matrices in half precision.
+def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
+    """Write the networks of a run as one zip, their matrices in half precision.
 
-    Of CLIP's text embedding it holds the tokens that occur in the captions of the run's store, if there is one: words
-    with any other token are left out of a prompt, with a warning.
+    CLIP's token table keeps the tokens that occur in the captions of the run's store, if there is one. The rows of
+    other tokens are zeros, which take no space: a prompt with such a word is drawn with a warning.
 
     Args:
         paths: the run's folder.
-        out: safetensors file to write; without it, the run's folder with that ending.
+        out: zip file to write; without it, the run's folder with the ending .zip.
+        for_study: keep what a study's arms share: CLIP, judge, codec, linear prior and decoder. Without it the bundle
+            keeps what draws: CLIP, decoder and all priors.
     """
     if len(paths) != 1:
         raise InputError(f"Expected one run, such as: unclip bundle runs/quickstart. Got {len(paths)}.")
     root = Path(paths[0])
     run = read_run(root)
-    description = json.loads((root / RUN).read_text())
-    parts = {key: value for key, value in description.items() if key not in ("judge", "store")}
-    files = {
-        name: _within(name, number) for number, name in enumerate(dict.fromkeys(_texts(parts))) if _is_file(root, name)
-    }
-    members = {RUN: Member({}, _renamed(parts, {name: f"./{place}" for name, place in files.items()}))}
-    for name, place in files.items():
-        clip = run.clip.within(root).load() if name == run.clip.pretrained else None
-        members[place] = _clip(clip, root / run.store if run.store else None) if clip else _member(root / name)
-    path = Path(out or f"{root}.safetensors")
-    with replacing(path) as temporary:
-        write_bundle(temporary, members, _provenance(root))
-    numbers = sum(value.numel() for member in members.values() for value in member.tensors.values())
-    print(f"{len(files)} files of {root}, {numbers:,} numbers, {path.stat().st_size / 1e6:.1f} MB: {path}")
+    parts = _parts(json.loads((root / RUN).read_text(encoding="utf-8")), run, for_study=for_study)
+    names = [name for name in dict.fromkeys(texts_in(parts)) if name and (root / name).is_file()]
+    places = {name: _within(name, number) for number, name in enumerate(names)}
+    if for_study and (root / CODEC).is_file():
+        places[CODEC] = CODEC
+    tokens = _tokens(run.clip.within(root).load(), root / run.store) if run.store else None
+    encoders = {spec.pretrained: spec for spec in (run.clip, run.judge) if spec is not None}
+    with TemporaryDirectory() as folder:
+        for name, place in places.items():
+            target = Path(folder) / place
+            if name in encoders:
+                write_checkpoint(target, _clip(encoders[name].within(root).load(), tokens))
+            elif (root / name).suffix == ".safetensors" and not is_checkpoint(root / name):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / name, target)
+            else:
+                write_checkpoint(target, _task(read_checkpoint(root / name)))
+        write_json(
+            Path(folder) / RUN, _renamed(parts, {name: f"./{place}" for name, place in places.items()}), indent=2
+        )
+        path = Path(out or f"{root}.zip")
+        write_bundle(path, Path(folder), _provenance(root) | {"tokens": tokens})
+    print(f"{len(places)} files of {root}, {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
-def _texts(node: Any) -> Iterator[str]:
-    """Every text in there."""
-    if isinstance(node, dict):
-        node = list(node.values())
-    if isinstance(node, list):
-        for value in node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node
-
-
-def _is_file(root: Path, name: str) -> bool:
-    return bool(name) and (root / name).is_file()
+def _parts(content: dict[str, Any], run: RunDescription, *, for_study: bool) -> dict[str, Any]:
+    """Return the part of ``run.json`` that is kept."""
+    if not for_study:
+        return {key: value for key, value in content.items() if key not in ("judge", "store")}
+    trained = (DiffusionPriorSpec, ARPriorSpec)
+    kept = {name: content["priors"][name] for name, spec in run.priors.items() if not isinstance(spec, trained)}
+    return {key: value for key, value in content.items() if key != "store"} | {"priors": kept}
 
 
 def _within(name: str, number: int) -> str:
-    """A file's path in the bundle: its own, or, of one that lies elsewhere, a number's."""
+    """Return a file's path in the bundle: its own, or one with a number where the file lies outside of the run."""
     path = Path(name)
     return f"elsewhere/{number}/{path.name}" if path.is_absolute() or ".." in path.parts else path.as_posix()
 
@@ -85,29 +92,35 @@ def _renamed(node: Any, names: dict[str, str]) -> Any:
     return names.get(node, node) if isinstance(node, str) else node
 
 
-def _member(path: Path) -> Member:
-    """A part's checkpoint, or its safetensors file."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return Member(load_file(path), file.metadata() or {})
-    checkpoint = read_checkpoint(path)
-    tensors: dict[str, Tensor] = {STATE + name: value for name, value in checkpoint["state_dict"].items()}
-    content = {name: checkpoint[name] for name in KEPT if name in checkpoint}
-    tensors |= {name: content.pop(name) for name in list(content) if isinstance(content[name], Tensor)}
-    settings = content["hyper_parameters"]
-    return Member(tensors, content | {"hyper_parameters": settings | {name: "" for name in FILES if name in settings}})
+def _task(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return what a bundle keeps of a Task's checkpoint."""
+    kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
+    settings = kept["hyper_parameters"]
+    kept["hyper_parameters"] = settings | {name: "" for name in FILES if name in settings}
+    return kept | {"state_dict": {name: _half(name, value) for name, value in checkpoint["state_dict"].items()}}
 
 
-def _clip(clip: ClipEncoder, store: Path | None) -> Member:
-    """CLIP with the rows of its text embedding that the store's captions need."""
-    tensors = {f"{STATE}net.{name}": value for name, value in clip.model.state_dict().items()}
-    member = Member(tensors, {"fingerprint": clip.fingerprint})
-    records = read_manifest(store).values() if store else ()
-    tokens = [np.unique(map_features(store / record.file).text_tokens) for record in records] if store else []
-    if not tokens:
-        return member
-    rows = torch.from_numpy(np.unique(np.concatenate([*tokens, *clip.tokenize([""]).numpy()])).astype(np.int64))
-    return some_rows(member, next(name for name in tensors if name.endswith("token_embedding.weight")), rows)
+def _clip(clip: ClipEncoder, tokens: list[int] | None) -> dict[str, Any]:
+    """Return CLIP as a checkpoint, with zeros for the tokens that are not listed."""
+    state = {f"net.{name}": value for name, value in clip.model.state_dict().items()}
+    if tokens is not None:
+        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        known = torch.tensor(tokens)
+        state[name] = torch.zeros_like(state[name]).index_copy(0, known, state[name][known])
+    state = {name: _half(name, value) for name, value in state.items()}
+    return {"fingerprint": clip.fingerprint, "state_dict": state}
+
+
+def _half(name: str, value: Tensor) -> Tensor:
+    """Return a network's matrix as halves. Vectors and statistics are few numbers, some of them large or tiny."""
+    matrix = name.startswith("net.") and value.is_floating_point() and value.ndim > 1
+    return half if matrix and (half := value.half()).isfinite().all() else value
+
+
+def _tokens(clip: ClipEncoder, store: Path) -> list[int] | None:
+    """Return the tokens of all captions in a store and of the empty caption, ascending; None without captions."""
+    found = [np.unique(map_features(store / record.file).text_tokens) for record in read_manifest(store).values()]
+    return np.unique(np.concatenate([*found, *clip.tokenize([""]).numpy()])).tolist() if found else None
 
 
 def _provenance(root: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def edit(
 
         check_thetas(thetas)
         unclip, given = studio.unclip, studio.open(pictures)
+        studio.warn_of_unknown([caption, current or ""])
         latent = unclip.invert(given.pixels, steps=steps, guidance=guidance, progress=studio.bar("inverting"))
         drawn = unclip.edit(latent, caption, current, thetas=thetas, seed=seed, progress=studio.bar("editing"))
         change = f"{current} → {caption}" if current else caption

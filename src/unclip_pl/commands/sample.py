@@ -61,6 +61,7 @@ def sample(
     facts: dict[str, object] = {"guidance": guidance}
     with Studio(run, device) as studio:
         unclip = studio.unclip
+        studio.warn_of_unknown(texts)
         if from_embedding:
             z_i = _embeddings(studio, from_embedding)
             texts = texts if len(texts) > 1 else (texts or [""]) * len(z_i)

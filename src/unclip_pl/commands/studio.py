@@ -80,6 +80,11 @@ class Studio(AbstractContextManager["Studio"]):
                 self.say(f"{path}: {note}")
         return pictures
 
+    def warn_of_unknown(self, captions: Sequence[str]) -> None:
+        """Name the words that the run's CLIP has never seen, if there are any."""
+        if words := self.unclip.unknown_words(captions):
+            self.say(f"warning: no caption that this run's CLIP was bundled with has: {', '.join(words)}")
+
     def say(self, line: str) -> None:
         """A line above the bars."""
         self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,145 +1,114 @@
-"""A run in one file: safetensors whose members are the files that the run is made of.
+"""A bundle: the files of a run in one zip. They are safetensors and JSON, so nothing in a bundle can run.
 
-To those who read a run, ``demo.safetensors/decoder/checkpoints/last.ckpt`` is a path like any other. Tensors are named
-``member:name``; what else a member holds is JSON in the file's head, so nothing in a bundle can run. Matrices of
-networks are halves, and a text embedding may have only the rows of some tokens: the others are zero when it is read.
+The rest of the package knows folders alone: a bundle is unpacked before anything in it is read.
 """
 
 import json
+import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import replacing, require_format
+from unclip_pl.tasks.loading import check_classes
 
-#: Entries of the head.
-MEMBERS, PROVENANCE = "members", "provenance"
-#: After the name of a tensor: which rows of it are there.
-ROWS = "@rows"
-#: What the names of a checkpoint's weights begin with.
-STATE = "state_dict."
-
-
-class Member(NamedTuple):
-    """One file of a run."""
-
-    tensors: dict[str, Tensor]
-    content: dict[str, Any]  # all else, as JSON has it
+#: Version of the layout described here.
+FORMAT = 1
+#: Member that says where the weights come from, and which tokens their CLIP knows.
+NOTES = "bundle.json"
+#: Most bytes that a bundle may unpack to: this many times its own size, and a token table of zeros beside it.
+GROWTH, TABLE = 10, 2**28
 
 
-class Place(NamedTuple):
-    """A member, as a path names it."""
-
-    bundle: Path
-    member: str
-
-
-def inside(path: str | Path) -> Place | None:
-    """The member that a path leads to; None for a path of folders and files alone."""
-    path = Path(path)
-    bundle = next((parent for parent in path.parents if parent.is_file()), None)
-    return Place(bundle, path.relative_to(bundle).as_posix()) if bundle else None
-
-
-def exists(path: str | Path) -> bool:
-    """Whether there is a file at a path, or a member of a bundle.
-
-    Raises:
-        ValueError: the path leads into a file that is no bundle.
-    """
-    place = inside(path)
-    return Path(path).is_file() if place is None else place.member in _head(place.bundle, MEMBERS)
-
-
-def read_content(place: Place) -> dict[str, Any]:
-    """A member without its tensors.
-
-    Raises:
-        FileNotFoundError: there is no such member.
-        ValueError: the file is no bundle, or damaged.
-    """
-    members = _head(place.bundle, MEMBERS)
-    if place.member not in members:
-        raise MissingFileError(f"{place.bundle} holds no {place.member}: expected one of {', '.join(members)}.")
-    return members[place.member]
-
-
-def read_member(place: Place, device: str = "cpu") -> Member:
-    """A member, its halves as float32 and its matrices whole again.
-
-    Raises:
-        FileNotFoundError: there is no such member.
-        ValueError: the file is no bundle, or damaged.
-    """
-    content, prefix = read_content(place), f"{place.member}:"
-    try:
-        with safe_open(place.bundle, "pt", device=device) as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no dictionary)
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise _damaged(place.bundle, error) from error
-    tensors = {name: value.float() if value.dtype == torch.half else value for name, value in tensors.items()}
-    for name, count in content.get(ROWS, {}).items():
-        some, rows = tensors[name], tensors.pop(name + ROWS).long()
-        tensors[name] = some.new_zeros(count, some.shape[1]).index_copy(0, rows, some)
-    return Member(tensors, content)
-
-
-def read_provenance(bundle: Path) -> dict[str, Any]:
-    """Where a bundle comes from.
-
-    Raises:
-        ValueError: the file is no bundle, or damaged.
-    """
-    return _head(bundle, PROVENANCE)
-
-
-def write_bundle(path: Path, members: Mapping[str, Member], provenance: Mapping[str, Any]) -> None:
-    """The file of these members. Halves are made of the matrices of networks, where they hold their values.
+def write_bundle(path: Path, folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write the zip of a folder's files.
 
     Args:
-        path: to write.
-        members: by their path in the run.
-        provenance: where they come from.
+        path: zip file to write.
+        folder: folder with ``run.json`` and the safetensors files that it names.
+        notes: origin of the weights, and the known ``tokens``, as JSON has it.
     """
-    tensors = {
-        f"{name}:{key}": _packed(key, value).contiguous().clone()
-        for name, member in members.items()
-        for key, value in member.tensors.items()
-    }
-    contents = {name: member.content for name, member in members.items()}
-    save_file(tensors, path, {MEMBERS: json.dumps(contents), PROVENANCE: json.dumps(provenance)})
+    contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    contents[NOTES] = json.dumps({"format": FORMAT, **notes}, indent=2).encode()
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, content in sorted(contents.items()):
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
 
 
-def _packed(key: str, value: Tensor) -> Tensor:
-    """Vectors and statistics are few numbers, some of them large or nearly zero: they stay as they are."""
-    matrix = key.startswith(f"{STATE}net.") and value.is_floating_point() and value.ndim > 1
-    return half if matrix and (half := value.half()).isfinite().all() else value
+def unpack(bundle: Path, folder: Path) -> None:
+    """Write the files of a bundle into a folder.
 
+    Args:
+        bundle: zip file, perhaps somebody else's.
+        folder: folder to write into, which exists.
 
-def some_rows(member: Member, key: str, rows: Tensor) -> Member:
-    """A member with only some rows (k,) of one matrix."""
-    whole = member.tensors[key]
-    tensors = member.tensors | {key: whole[rows], key + ROWS: rows.int()}
-    return Member(tensors, member.content | {ROWS: {key: len(whole)}})
-
-
-def _head(bundle: Path, entry: str) -> dict[str, Any]:
+    Raises:
+        InputError: the file is no bundle, is damaged, has another format, grows too much, or names a class that is not
+            ours.
+    """
     try:
-        with safe_open(bundle, "pt") as file:
-            found = json.loads((file.metadata() or {})[entry])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise _damaged(bundle, error) from error
-    if not isinstance(found, dict):
-        raise _damaged(bundle, TypeError(entry))
-    return found
+        with zipfile.ZipFile(bundle) as archive:
+            _check_members(archive.infolist(), bundle)
+            require_format(json.loads(archive.read(NOTES)).get("format"), FORMAT, bundle)
+            check_classes(json.loads(archive.read("run.json")))
+            for member in archive.infolist():
+                path = folder / member.filename
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                if path.suffix != ".json":
+                    with safe_open(path, "pt"):  # a pickle gets no further
+                        pass
+    except InputError:
+        raise
+    # Zip and its compressions, encryption, missing members, JSON, safetensors.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{bundle} is no bundle of a run, or damaged ({reason:.200}): make one with `unclip bundle RUN`."
+        ) from error
 
 
-def _damaged(bundle: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(f"{bundle} is no bundle of a run, or damaged ({reason:.200}): make one with `unclip bundle RUN`.")
+def _check_members(members: list[zipfile.ZipInfo], bundle: Path) -> None:
+    """Refuse names that lead out of the folder, or twice to one file, and sizes that would fill the disk."""
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or ".." in path.parts or any(sign in member.filename for sign in "\\:") or not path.name:
+            raise InputError(f"{bundle} holds a file {member.filename!r:.200}, outside of its folder: do not use it.")
+    if len({member.filename for member in members}) < len(members):
+        raise InputError(f"{bundle} holds two files of one name: do not use it.")
+    if sum(member.file_size for member in members) > GROWTH * bundle.stat().st_size + TABLE:
+        raise InputError(f"{bundle} would unpack to more than {GROWTH} times its size: do not use it.")
+
+
+def unbundle(bundle: Path, run: Path) -> None:
+    """Make an ordinary run of a bundle, whole or not at all.
+
+    Args:
+        bundle: zip file.
+        run: folder to write, which must not exist.
+
+    Raises:
+        InputError: the bundle is missing or damaged, or there is something at ``run``.
+    """
+    if not bundle.is_file():
+        raise MissingFileError(f"No bundle at {bundle}: make one with `unclip bundle RUN`.")
+    if run.exists():
+        raise InputError(f"{run} exists already: name another folder.")
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as folder:
+        (whole := Path(folder) / run.name).mkdir()
+        unpack(bundle, whole)
+        whole.rename(run)
+
+
+def read_notes(run: Path) -> dict[str, Any]:
+    """Return the notes of an unpacked bundle: ``run``, ``commits``, ``tokens``, …; empty for a run trained here."""
+    path = run / NOTES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -11,10 +11,20 @@ from torch import Tensor
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.diffusion import check_guidance
 from unclip_pl.errors import InputError
+from unclip_pl.generation.bundle import read_notes
 from unclip_pl.generation.decoding import Decoder, Progress
 from unclip_pl.generation.manipulation import Manipulations
 from unclip_pl.generation.priors import Prior, PriorSpec, TrueEmbedding, TrueEmbeddingSpec
-from unclip_pl.generation.run import Origin, check_clip, check_device, check_norm, find_run, open_parts, read_run
+from unclip_pl.generation.run import (
+    Origin,
+    check_clip,
+    check_device,
+    check_norm,
+    find_run,
+    name_run,
+    open_parts,
+    read_run,
+)
 from unclip_pl.types import TextFeatures
 
 
@@ -29,13 +39,20 @@ class Unclip(Manipulations):
     """A trained run. ``Unclip.load("runs/quickstart").generate(["a red star"])``."""
 
     def __init__(
-        self, root: Path, clip: ClipEncoder, decoder: Decoder, priors: dict[str, PriorSpec], device: str
+        self,
+        root: Path,
+        clip: ClipEncoder,
+        decoder: Decoder,
+        priors: dict[str, PriorSpec],
+        device: str,
+        origin: Origin,
     ) -> None:
         self.root = root
         self.clip = clip
         self.decoder = decoder
         self.priors = priors
         self.device = device
+        self.origin = origin
         self._loaded: dict[str, Prior] = {}
 
     @classmethod
@@ -55,12 +72,16 @@ class Unclip(Manipulations):
         description = read_run(root)
         clip, decoder, _ = open_parts(root, description.clip, device=device, decoder=description.decoder)
         assert decoder is not None
-        return cls(root, clip, decoder, description.priors, device)
+        return cls(root, clip, decoder, description.priors, device, Origin.of(root, name_run(run)))
 
-    @property
-    def origin(self) -> Origin:
-        """Where its weights come from."""
-        return Origin.of(self.root)
+    def unknown_words(self, captions: Sequence[str]) -> list[str]:
+        """Return the words of captions that a bundle's CLIP has never seen; none for a run with a whole CLIP."""
+        tokens = read_notes(self.root).get("tokens")
+        if tokens is None:
+            return []
+        tokenizer, known = self.clip.tokenizer, set(tokens)
+        words = (word for text in captions for word in tokenizer.pat.findall(tokenizer.clean_fn(text)))
+        return list(dict.fromkeys(word for word in words if not known.issuperset(tokenizer.encode(word))))
 
     def prior(self, name: str) -> Prior:
         """One of the run's priors, with its weights.

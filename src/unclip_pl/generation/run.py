@@ -1,26 +1,28 @@
 """A trained run: what its ``run.json`` says, where it is found, and what must fit together before anything is drawn."""
 
+import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Self
 
 import torch
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import write_json
-from unclip_pl.generation.bundle import exists, inside, read_content, read_provenance
+from unclip_pl.files import sha256, write_json
+from unclip_pl.generation.bundle import read_notes, unpack
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.generation.priors import Prior, PriorSpec
-from unclip_pl.tasks.loading import check_classes
+from unclip_pl.moved import moved_in
 
 #: File that describes a run, in its folder.
 RUN = "run.json"
 #: Where a run is looked for when none is named.
-QUICKSTART, DEMO = Path("runs/quickstart"), Path(__file__).parents[1] / "demo.safetensors"
+QUICKSTART, DEMO = Path("runs/quickstart"), Path(__file__).parents[1] / "demo.zip"
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,60 @@ class Parts(NamedTuple):
 class Origin(NamedTuple):
     """Where weights come from."""
 
-    run: str  # the name of the folder
-    commit: str  # of the code that trained them; empty if unknown
-    text: str  # in a line
+    run: str  # name of the run's folder, where it was trained
+    commit: str  # commits of the code that trained a bundle's weights; empty for a folder
+    text: str  # all of it, in a line
 
     @classmethod
-    def of(cls, root: Path) -> Self:
-        """Of a run's folder, or of a bundle."""
-        if not root.is_file():
-            return cls(root.resolve().name, "", str(root))
-        told = read_provenance(root)
+    def of(cls, root: Path, named: Path) -> Self:
+        """Return the origin of a run.
+
+        Args:
+            root: folder of the run, where a bundle may have been unpacked.
+            named: path that the user gave, or a default.
+        """
+        if not (told := read_notes(root)):
+            return cls(root.resolve().name, "", str(named))
         run, commit = told.get("run", "unknown"), ", ".join(told.get("commits", [])) or "unknown"
-        where = "the weights in this package" if root == DEMO else str(root)
+        where = "the weights in this package" if named == DEMO else str(named)
         minutes = f"{told.get('seconds', 0) / 60:.0f} minutes on {told.get('hardware') or 'an unknown machine'}"
         return cls(run, commit, f"{where}: of the run {run}, trained at commit {commit} in {minutes}")
 
 
-def find_run(run: str | Path | None) -> Path:
-    """Return the path of a run.
-
-    Args:
-        run: folder or bundle; None means ``runs/quickstart``, or the weights in this package where that is missing.
-    """
+def name_run(run: str | Path | None) -> Path:
+    """Return the path of a run: the one given, else ``runs/quickstart``, else the bundle in this package."""
     if run:
         return Path(run)
     return DEMO if DEMO.is_file() and not (QUICKSTART / RUN).is_file() else QUICKSTART
 
 
+def find_run(run: str | Path | None) -> Path:
+    """Return the folder of a run. A bundle is unpacked into a temporary folder for the life of this process.
+
+    Args:
+        run: folder or bundle; None means ``runs/quickstart``, or the weights in this package where that is missing.
+
+    Raises:
+        ValueError: a file that is no bundle.
+    """
+    path = name_run(run)
+    return _unpacked(path.resolve(), path.stat().st_mtime_ns) if path.is_file() else path
+
+
+#: Temporary folders of unpacked bundles, which go when this process ends.
+_FOLDERS: list[TemporaryDirectory[str]] = []
+
+
+@cache
+def _unpacked(bundle: Path, changed_ns: int) -> Path:
+    folder = TemporaryDirectory(prefix="unclip-", ignore_cleanup_errors=True)
+    unpack(bundle, Path(folder.name))
+    _FOLDERS.append(folder)
+    return Path(folder.name)
+
+
 def read_run(root: Path) -> RunDescription:
-    """Parse ``run.json`` of a folder or a bundle.
+    """Parse ``run.json`` of a folder.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -90,7 +117,7 @@ def read_run(root: Path) -> RunDescription:
     from jsonargparse import ArgumentParser
 
     path = root / RUN
-    if not exists(path):
+    if not path.is_file():
         raise MissingFileError(
             f"No run at {root}: expected {path}. Run `unclip reproduce` (or `make quickstart`), which writes it, or "
             "name a file of `unclip bundle`."
@@ -98,21 +125,35 @@ def read_run(root: Path) -> RunDescription:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
     try:
-        if place := inside(path):
-            content = json.loads(_renamed(json.dumps(read_content(place))))
-            check_classes(content)  # data, perhaps somebody else's
-        else:
-            content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         description: RunDescription = parser.instantiate(parser.parse_object({"run": content})).run
     except Exception as error:
-        raise InputError(f"{path} does not describe a run: {str(error).splitlines()[0]}") from error
+        moved = moved_in(str(error))
+        raise InputError(f"{path} does not describe a run: {moved or str(error).splitlines()[0]}") from error
     return description
 
 
-def _renamed(text: str) -> str:
-    """Until the packaged weights are converted."""
-    text = re.sub(r"generation\.priors\.([A-Z]\w+)(?<!Spec)\b", r"generation.priors.\1Spec", text)
-    return re.sub(r"(generation\.)?pipeline\.(Decoder|Upsampler)", r"generation.decoding.\2Spec", text)
+def base_hash(root: Path) -> str:
+    """Return 12 hexadecimal digits that tell apart what the cells of a study share: CLIP, judge and decoder.
+
+    Args:
+        root: folder of a run.
+    """
+    content = json.loads((root / RUN).read_text(encoding="utf-8"))
+    shared = [content.get(name) for name in ("clip", "judge", "decoder")]
+    files = sorted(name for name in texts_in(shared) if name and (root / name).is_file())
+    return hashlib.sha256("".join(sha256(root / name) for name in files).encode()).hexdigest()[:12]
+
+
+def texts_in(node: Any) -> Iterator[str]:
+    """Yield every text in plain data, in order."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from texts_in(value)
+    elif isinstance(node, str):
+        yield node
 
 
 def write_run(root: Path, description: Mapping[str, Any]) -> None:
@@ -139,7 +180,7 @@ def open_parts(
     """Load networks, and refuse those that do not belong together.
 
     Args:
-        run: folder that CLIP is named relative to.
+        run: folder that CLIP is named relative to, or a bundle.
         clip: the CLIP that conditions everything.
         device: where to compute.
         store_fingerprint: fingerprint of the CLIP that made the embeddings at hand; None where there are none.
@@ -151,7 +192,8 @@ def open_parts(
     Raises:
         ValueError: two parts belong to different CLIPs, or a prior's embeddings lack the norm that the decoder needs.
     """
-    device, decoder_run = str(device), decoder_run or run
+    device, run = str(device), find_run(run)
+    decoder_run = decoder_run or run
     encoder = clip.within(run).load().to(device)
     fingerprint = encoder.fingerprint
     check_clip(fingerprint, store_fingerprint or "", "the embedding store")

@@ -11,7 +11,6 @@ import yaml
 
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.files import read_checkpoint
-from unclip_pl.generation.bundle import exists
 from unclip_pl.moved import moved_in
 from unclip_pl.tasks.base import Task, TrainingRecord
 
@@ -22,7 +21,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
     """Rebuild a Task from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
 
     Args:
-        path: checkpoint written by ``unclip fit``, or such a member of a bundle.
+        path: checkpoint written by ``unclip fit``, or such a file of a bundle.
         expected: the Task it must hold.
         map_location: device of the weights.
 
@@ -30,7 +29,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         MissingFileError: the file does not exist.
         InputError: the checkpoint holds another Task, was not written by ``unclip fit``, or is broken.
     """
-    if not exists(path):
+    if not Path(path).is_file():
         raise MissingFileError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
     checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
     hyper_parameters = checkpoint.get("hyper_parameters")
