@@ -1,6 +1,6 @@
 """Decoding of the AR prior with cached keys and values against the same network without a cache.
 
-Nobody else has an AR prior, so the peer is the loop one would write first: the whole sequence anew for every token.
+No other project has an AR prior. The peer is the obvious loop: it computes the whole sequence again for every token.
 256 × 4, the paper's 321 positions from z_t on (z_t, z_i·z_t, 319 codes of 1,024 buckets), captions of 77 tokens.
 """
 
@@ -46,13 +46,13 @@ def cached(net: ARPriorTransformer, text: TextFeatures) -> Tensor:
 
 @torch.no_grad()
 def uncached(net: ARPriorTransformer, text: TextFeatures) -> Tensor:
-    """Draws as :meth:`ARPriorTransformer.generate` does, but every token looks at the whole sequence anew."""
+    """Draw codes like :meth:`ARPriorTransformer.generate`, but compute the whole sequence again for every token."""
     g = torch.Generator().manual_seed(2)
     codes = torch.zeros(BATCH, 0, dtype=torch.int64)
     table = values(net.code_length)
 
     def last(own: Tensor | None) -> Tensor:
-        """What the network says after the caption and the tokens drawn so far."""
+        """Return the logits of the next token, given the caption and the tokens drawn so far."""
         tokens = net.prefix_tokens(text)
         if own is not None:
             tokens = torch.cat([tokens, own + net.suffix_positions[:, : own.shape[1]]], dim=1)

@@ -1,8 +1,8 @@
-"""Choices of the paper, each measured beside its alternative on a run of the quickstart; into results/choices.
+"""Measure choices of the paper beside their alternatives on a run of the quickstart; writes results/choices.
 
-python benchmarks/choices.py variance   # of the reverse steps: small, large, analytic
-python benchmarks/choices.py buckets    # of the AR prior's codec: uniform, quantile
-python benchmarks/choices.py rank --clip plain=PATH sam=PATH   # of CLIP's embeddings, by checkpoints of ClipTask
+python benchmarks/choices.py variance   # variance of the reverse steps: small, large, analytic
+python benchmarks/choices.py buckets    # buckets of the AR prior's codec: uniform, quantile
+python benchmarks/choices.py rank --clip plain=PATH sam=PATH   # rank of CLIP's space, with checkpoints of ClipTask
 """
 
 import argparse
@@ -134,7 +134,7 @@ def rank(run: Path, clips: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 def spectrum(embed: Tensor) -> dict[str, float]:
-    """Of unit-norm embeddings about their mean: participation ratio (Σλ)² / Σλ², dimensions for shares of variance."""
+    """Return participation ratio (Σλ)² / Σλ² and dimensions for shares of the variance, of centred unit embeddings."""
     eigenvalues = torch.linalg.eigvalsh(torch.cov(F.normalize(embed.double(), dim=-1).T)).flip(0).clamp(min=0)
     held = eigenvalues.cumsum(0) / eigenvalues.sum()
     dimensions = {f"dimensions_{share:.0%}": int((held < share).sum()) + 1 for share in (0.95, 0.99)}

@@ -1,8 +1,8 @@
 """The decoder against diffusers' UNet2DConditionModel with the same weights and dalle2-pytorch's Unet of the same size.
 
-A training step is forward, backward and AdamW, each side in whichever precision and memory format is fastest for it,
-found here first. Sampling is 27 steps with guidance, compared in float32 and timed in each side's fastest precision.
-Karlo's shape scaled to fit: 64 channels × 1, 2, 3, 4, one residual block a level.
+A training step is forward, backward and AdamW. Each side runs in the precision and memory format that is fastest for
+it, found here first. Sampling is 27 steps with guidance, compared in float32 and timed in each side's fastest
+precision. Karlo's shape scaled to fit: 64 channels × 1, 2, 3, 4, one residual block a level.
 """
 
 import copy
@@ -79,7 +79,7 @@ def best_step(
 
 
 def share_of_kernels(step: Callable[[], None]) -> float:
-    """Of the time in kernels that multiply or convolve."""
+    """Return the share of the time that is spent in kernels that multiply or convolve."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step()
     times = {event.key: event.self_cpu_time_total for event in record.key_averages()}

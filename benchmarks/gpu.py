@@ -1,7 +1,7 @@
-"""On a GPU: how much of its arithmetic training steps reach, what the replayed samplers save, that no step waits.
+"""Measure on a GPU: the share of its peak that training steps reach, what replayed samplers save, that no step waits.
 
-Not one of `make bench`'s, whose peers need not be there. Run `python benchmarks/gpu.py` where torch finds a GPU, with
-the names of some sections or none for all of them; it writes gpu.json and gpu.md into results/benchmarks. A step is
+`make bench` does not run this script. Run `python benchmarks/gpu.py` where torch finds a GPU, with the names of some
+sections, or without names for all; it writes gpu.json and gpu.md into results/benchmarks. A step is
 forward, backward and fused AdamW in bfloat16 autocast, on a batch on the device, captions as long as the context.
 """
 
@@ -143,7 +143,7 @@ def samplers() -> list[Row]:
 
 
 def waits() -> list[Row]:
-    """Steps of every tiny config with torch's alarm for whatever waits for the device."""
+    """Steps of every tiny config with torch's alarm for operations that wait for the device."""
     rows = []
     for name in ("clip", "prior", "ar_prior", "decoder", "upsampler"):
         part = build(f"{name}/tiny", "cuda")

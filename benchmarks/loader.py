@@ -40,10 +40,10 @@ def make_store(root: Path, shards: int, tokens: int, *, distinct: int, width: in
 
     Args:
         root: folder of both.
-        shards: of 10,000 rows each.
+        shards: number of shards, 10,000 rows each.
         tokens: text states of each caption; 0 leaves the pooled embeddings alone.
         distinct: shards that have files of their own; the others are links to them.
-        width: of embeddings and states.
+        width: dimensions of embeddings and text states.
     """
     source, store = root / "source", root / "store"
     source.mkdir(parents=True)
@@ -158,7 +158,7 @@ def opened(root: Path) -> tuple[int, float]:
 
 
 def draw(root: Path, batches: int = 300) -> tuple[int, float]:
-    """What ``opened`` runs: bytes, and seconds until the first batch."""
+    """Return bytes of memory and seconds until the first batch; ``opened`` runs this in a process of its own."""
     begin = clock()
     store = EmbeddingStore(root / "store", str(root / "source"), image_size=1)
     sampler = BlockShuffleSampler(store.blocks(Split.TRAIN), 256)

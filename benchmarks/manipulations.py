@@ -1,4 +1,4 @@
-"""What a trained run's manipulations do, measured and drawn; into results/manipulations.
+"""Measure and draw the image manipulations of a trained run; writes results/manipulations.
 
 python benchmarks/manipulations.py shapes runs/shapes-long        # by the oracle, on pictures rendered for it
 python benchmarks/manipulations.py emoji runs/emoji --source DIR  # by the run's judge, on held-out pairs
@@ -51,7 +51,7 @@ class Shapes(NamedTuple):
 
     @classmethod
     def draw(cls, n: int, size: int) -> "Shapes":
-        """Of the held-out distribution, whose every eighth (shape, colour) pair training never showed."""
+        """Draw from the held-out distribution. Training never showed an eighth of its (shape, colour) pairs."""
         rng = np.random.default_rng(2204)
         attributes = draw_attributes(n, split="heldout", rng=rng)
         images = torch.from_numpy(render(attributes, size=size, rng=rng)).permute(0, 3, 1, 2)
@@ -69,7 +69,7 @@ def invert(unclip: Unclip, pixels: Tensor, steps: int) -> Latent:
 
 
 def shares(read: Tensor, truth: Tensor) -> dict[str, float]:
-    """Of (N, 5) readings that agree with (N, 5) values, by attribute."""
+    """Return the share of (N, 5) readings that agree with (N, 5) values, for each attribute."""
     return dict(zip(ATTRIBUTES, (read == truth).double().mean(0).tolist(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What every measurement here shares: two sides timed in turns, the machine's floor, rows, and their table.
+"""Tools of every benchmark: two sides timed in turns, the machine's best speed, rows, and their table.
 
 A script has ``rows()`` and ends in ``show(rows)``. It prints its table; ``run.py`` collects the rows of all.
 """
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
     name: what was measured.
     ours, peer: in ``unit``; peer is None where nobody else does it.
-    ratio: how many times better ours is, above 1 whatever the unit; None without a peer.
+    ratio: how many times better ours is, above 1 in every unit; None without a peer.
     target: the ratio to reach; without a peer, the limit that ours must keep; None where nothing was promised.
     note: what is behind it: FLOP/s against a plain matmul's, what was compared, what was left out.
     """
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Floor(NamedTuple):
-    """What this machine does at best, measured in this very run, with as many threads."""
+    """The best speed of this machine, measured in the same process with the same number of threads."""
 
     matmul: float  # FLOP/s, float32
     matmul_bf16: float  # FLOP/s
@@ -72,7 +72,7 @@ def floor() -> Floor:
 
 
 def fastest(call: Callable[[], Any], rounds: int = 5) -> float:
-    """Seconds of the fastest of some calls, after one to warm up: whatever else runs on a machine only adds."""
+    """Return the seconds of the fastest of some calls after a warm-up: other work on the machine only adds time."""
     call()
     return side_by_side({"": call}, rounds)[""]
 
@@ -93,7 +93,7 @@ def side_by_side(sides: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[s
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """Of the matmuls, convolutions and attentions in one call."""
+    """Return the FLOPs of the matmuls, convolutions and attentions in one call."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

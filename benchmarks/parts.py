@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class Part(NamedTuple):
-    """What a config asks for."""
+    """The network, loss and batch sizes that a config names."""
 
     task: Task
     settings: dict[str, Any]  # of the task, as a checkpoint keeps them
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     trainer: dict[str, Any]
 
     def batch(self, n: int) -> Any:
-        """Of n images or captions, as long as the context."""
+        """Return a batch of n images or captions; captions are as long as the context."""
         clip, length = self.clip, self.clip.context_length
         g = torch.Generator().manual_seed(2)
         mask = torch.ones(n, length, dtype=torch.bool)
@@ -97,7 +97,7 @@ def training_step(
 
 
 def _arguments(node: dict[str, Any]) -> Any:
-    """Of the class that a node names."""
+    """Build the object of the class that a node names."""
     module, _, cls = node.get("class_path", "builtins.object").rpartition(".")
     return inspect.signature(getattr(import_module(module), cls)).parameters
 

@@ -1,5 +1,6 @@
-"""The other side of each comparison: diffusers' modules with our weights, and the loops its pipelines run;
-dalle2-pytorch's modules, whose layers are other ones, with as many parameters.
+"""The peers: diffusers' modules with our weights and the loops of its pipelines, and dalle2-pytorch's modules.
+
+dalle2-pytorch has other layers, so its modules are built with as many parameters as ours.
 """
 
 from typing import Any
@@ -53,7 +54,7 @@ class KarloPrior(torch.nn.Module):
         ).predicted_image_embedding
 
     def loss(self, batch: PriorBatch) -> Tensor:
-        """As in the library's training scripts."""
+        """Return the loss of the library's training scripts."""
         z_i = batch.image_embed
         eps = torch.randn_like(z_i)
         t = torch.randint(0, 1000, (len(eps),))
@@ -79,10 +80,10 @@ class KarloDecoder(torch.nn.Module):
     """The second stage of diffusers' UnCLIPPipeline. Its random weights are poured into ``net``.
 
     Args:
-        net: of three output channels, every level but the first attending.
-        res_blocks: of ``net``.
-        context_width: of ``net``.
-        head_channels: of ``net``.
+        net: our U-Net with three output channels and attention on every level but the first.
+        res_blocks: residual blocks of each level of ``net``.
+        context_width: width of the context tokens of ``net``.
+        head_channels: channels of an attention head of ``net``.
     """
 
     def __init__(self, net: UNet, res_blocks: int, context_width: int, head_channels: int) -> None:
@@ -127,7 +128,7 @@ class KarloDecoder(torch.nn.Module):
         return self.unet(x, t, encoder_hidden_states=context, class_labels=time_bias, attention_mask=mask).sample
 
     def loss(self, batch: DecoderBatch) -> Tensor:
-        """As in the library's training scripts."""
+        """Return the loss of the library's training scripts."""
         eps = torch.randn_like(batch.image)
         t = torch.randint(0, 1000, (len(eps),))
         out = self(self.noise.add_noise(batch.image, eps, t), t, batch.image_embed, batch.text)
@@ -137,7 +138,7 @@ class KarloDecoder(torch.nn.Module):
     def sample(
         self, z_i: Tensor, text: TextFeatures, null: TextFeatures, side: int, steps: int, guidance: float
     ) -> Tensor:
-        """(B, 3, side, side) by the loop of the pipeline."""
+        """Draw (B, 3, side, side) by the loop of the pipeline."""
         generator = torch.Generator().manual_seed(0)
         scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon")
         scheduler.set_timesteps(steps)

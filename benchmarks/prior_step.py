@@ -31,7 +31,7 @@ def batch() -> PriorBatch:
 
 
 def outputs_equal(task: DiffusionPriorTask, theirs: KarloPrior, given: PriorBatch) -> str:
-    """Of our network and diffusers' at the same noised embeddings."""
+    """Return the outputs of our network and of diffusers' at the same noised embeddings."""
     index = torch.linspace(0, 999, BATCH)
     text = given.text
     with torch.no_grad():

@@ -146,7 +146,7 @@ def new_task(draws: int) -> DiffusionPriorTask:
 
 
 def ours(world: World, probe: Probe, draws: int, *, pad: bool, seconds: float = math.inf) -> list[Point]:
-    """As ``unclip fit`` trains, until so many steps or seconds."""
+    """Train like ``unclip fit``, until a number of steps or of seconds."""
     curve = Curve(probe, seconds)
     trainer = Trainer(
         accelerator="cpu",
@@ -194,7 +194,7 @@ class Peer:
         self.trainer.update()
 
     def loss(self, probe: Probe) -> float:
-        """Of the better of its weights and their average."""
+        """Return the lower loss of its weights and of their average."""
         nets = (self.trainer.diffusion_prior.net, self.trainer.ema_diffusion_prior.ema_model.net)
 
         def predict(net: nn.Module) -> Callable[[Tensor, Tensor, TextFeatures], Tensor]:

@@ -1,4 +1,4 @@
-"""Runs every script beside it, each in a process of its own, and writes results/benchmarks/."""
+"""Run every benchmark beside this file in a process of its own, and write results/benchmarks/."""
 
 import argparse
 import importlib.metadata
@@ -71,7 +71,7 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the code measured, with a mark if it was changed."""
+    """Return the commit of the measured code, with a mark if files were changed."""
     words = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--dirty", "--exclude=*"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
@@ -80,15 +80,15 @@ PREAMBLE = """# Benchmarks
 
 `make bench` on {cores} cores of {cpu}, {gpu}, commit {commit}; {versions}.
 
-Every ratio is of two sides timed in turns in one process, the fastest call of each, after their outputs were compared
-where both have the same weights. A target behind a ratio (≥) is how many times better ours is to be, behind a plain
-figure (≤) its limit. What a GPU reaches is in `gpu.md`, by `benchmarks/gpu.py`.
+A ratio compares the fastest calls of two sides that are timed in turns in one process. Where both have the same
+weights, their outputs are compared first. A target of a ratio (≥) says how many times better ours should be; a target
+of a plain figure (≤) is its limit. `gpu.md` has measurements on a GPU, by `benchmarks/gpu.py`.
 
 | what | ours | peer | unit | ratio | target | note |
 | --- | ---: | ---: | --- | ---: | ---: | --- |
 """
 FLOORS = """
-What the machine does at best, by each script in its own run:
+The best speed of the machine, measured by each script in its own process:
 
 | script | float32 matmul, GFLOP/s | bf16 matmul, GFLOP/s | memcpy, GB/s | took, s |
 | --- | ---: | ---: | ---: | ---: |
@@ -96,7 +96,7 @@ What the machine does at best, by each script in its own run:
 
 
 def write(out: Path, meta: dict[str, Any], rows: list[Row]) -> None:
-    """``benchmarks.json``, and the same as a table in ``README.md``."""
+    """Write ``benchmarks.json``, and the same as a table in ``README.md``."""
     out.mkdir(parents=True, exist_ok=True)
     content = {"meta": meta, "rows": [row._asdict() for row in rows]}
     (out / "benchmarks.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
