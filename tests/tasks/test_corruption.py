@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip_pl.tasks.corruption import (
     BSRDegradation,
+    Corruption,
     GaussianBlur,
     LightBSRDegradation,
     Sometimes,
@@ -29,6 +30,11 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
     smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
     smooth[..., width // 2 :] = 1 - smooth[..., width // 2 :]
     return (smooth + 0.03 * torch.randn(smooth.shape, generator=g)).clamp(0, 1).mul(255).round().div(255)
+
+
+def corrupted(corruption: Corruption, image: Tensor, factor: int, seed: int = 0) -> Tensor:
+    seeds = corruption.seeds(len(image), torch.Generator().manual_seed(seed))
+    return corruption.degrade(image, factor, seeds)
 
 
 def by_pillow(image: Tensor, quality: int) -> Tensor:
@@ -60,7 +66,7 @@ def test_blur_is_the_papers_kernel() -> None:
     """A single bright pixel comes out as exp(-d² / 2σ²), normalised over 3 × 3."""
     image = torch.zeros(1, 3, 9, 9)
     image[..., 4, 4] = 1.0
-    out = GaussianBlur().degrade(image, 1)
+    out = corrupted(GaussianBlur(), image, 1)
     axis = torch.tensor([1.0, 0.0, 1.0]).div(-2 * 0.6**2).exp()
     kernel = torch.outer(axis, axis) / axis.sum() ** 2
     torch.testing.assert_close(out[0, 0, 3:6, 3:6], kernel, rtol=1e-3, atol=1e-4)
@@ -72,7 +78,7 @@ def test_bsr_shapes_range_and_seed(factor: int) -> None:
     image = picture(64, 64).mul(2).sub(1).expand(6, -1, -1, -1)
 
     def run(seed: int) -> Tensor:
-        return BSRDegradation().degrade(image, factor, torch.Generator().manual_seed(seed))
+        return corrupted(BSRDegradation(), image, factor, seed)
 
     low = run(0)
     assert low.shape == (6, 3, 64 // factor, 64 // factor)
@@ -85,8 +91,8 @@ def test_bsr_shapes_range_and_seed(factor: int) -> None:
 def test_bsr_loses_detail_but_not_the_picture() -> None:
     """Colours stay what they are on average, places stay where they are, and more is lost than by a blur."""
     image = picture(128, 128).mul(2).sub(1)
-    clean, blurred = shrink(image, 4), GaussianBlur().degrade(image, 4)
-    draws = BSRDegradation().degrade(image.expand(48, -1, -1, -1), 4, torch.Generator().manual_seed(0))
+    clean, blurred = shrink(image, 4), corrupted(GaussianBlur(), image, 4)
+    draws = corrupted(BSRDegradation(), image.expand(48, -1, -1, -1), 4)
     torch.testing.assert_close(draws.mean((0, 2, 3)), clean.mean((0, 2, 3)), rtol=0, atol=0.03)
     detail = (clean - clean.mean((2, 3), keepdim=True)).flatten()
     likeness = [torch.corrcoef(torch.stack([draw.flatten(), detail]))[0, 1].item() for draw in draws]
@@ -101,7 +107,7 @@ def test_the_light_variant_loses_less() -> None:
     image = picture(128, 128).mul(2).sub(1).expand(24, -1, -1, -1)
     clean = shrink(image, 4)
     lost = [
-        (variant.degrade(image, 4, torch.Generator().manual_seed(0)) - clean).square().mean().item()
+        (corrupted(variant, image, 4) - clean).square().mean().item()
         for variant in (LightBSRDegradation(), BSRDegradation())
     ]
     assert 0 < lost[0] < lost[1] / 2
@@ -110,11 +116,24 @@ def test_the_light_variant_loses_less() -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_sometimes_is_one_or_the_other_for_each_image(probability: float) -> None:
     image = torch.cat([picture(16, 16, seed) for seed in range(40)]).mul(2).sub(1)
-    low = Sometimes(GaussianBlur(), probability).degrade(image, 2, torch.Generator().manual_seed(0))
-    clean, blurred = shrink(image, 2), GaussianBlur().degrade(image, 2)
+    low = corrupted(Sometimes(GaussianBlur(), probability), image, 2)
+    clean, blurred = shrink(image, 2), corrupted(GaussianBlur(), image, 2)
     is_clean, is_blurred = ((low - other).abs().amax((1, 2, 3)) < 1e-6 for other in (clean, blurred))
     assert (is_clean ^ is_blurred).all()
     assert is_blurred.float().mean() == pytest.approx(probability, abs=0.2)
+
+
+@pytest.mark.parametrize("corruption", [Sometimes(LightBSRDegradation()), Sometimes(GaussianBlur()), BSRDegradation()])
+def test_rows_of_the_whole_batch_are_corrupted_alike(corruption: Corruption) -> None:
+    """A rank has its rows' seeds out of the global batch's, and draws nothing else."""
+    image = torch.cat([picture(16, 16, seed) for seed in range(8)]).mul(2).sub(1)
+    generator = torch.Generator().manual_seed(0)
+    seeds = corruption.seeds(8, generator)
+    state = generator.get_state()
+    whole = corruption.degrade(image, 2, seeds)
+    ranks = [corruption.degrade(image[rows], 2, seeds[rows]) for rows in (slice(4), slice(4, 8))]
+    torch.testing.assert_close(torch.cat(ranks), whole)
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_sometimes_expects_a_probability() -> None:

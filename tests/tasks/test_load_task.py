@@ -29,6 +29,7 @@ def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path
         assert task.space.fingerprint.startswith("tiny-rn-")
         assert task.record is not None
         assert task.record.steps == 2
+        assert task.record.samples > 0
         assert task.record.seconds > 0
 
 

@@ -1,18 +1,21 @@
 """The diffusion prior's own bookkeeping: errors of validation become the analytic variance of its sampler."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unclip_pl.diffusion import Ancestral, GaussianDiffusion
+from unclip_pl.diffusion import Ancestral, GaussianDiffusion, TimeDensity, simple_loss
 from unclip_pl.diffusion.process import Prediction
 from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.tasks import DiffusionPriorTask
+from unclip_pl.tasks.prior import Draws
 from unclip_pl.types import PriorBatch, TextFeatures
 
 D, W = 6, 5
@@ -49,6 +52,49 @@ def test_errors_of_x0_whatever_the_network_predicts(prediction: Prediction, tmp_
         "v": sigma**4 * variance + (alpha * sigma) ** 2,
     }[prediction]
     torch.testing.assert_close(c_t[middle], error.clamp(max=variance), rtol=0.1, atol=0.02)
+
+
+class Late(TimeDensity):
+    """Draws what it was given, in order."""
+
+    def __init__(self, times: list[list[float]]) -> None:
+        self.times = iter(times)
+
+    def draw(self, n: int, **_: Any) -> Tensor:
+        return torch.tensor(next(self.times))
+
+
+def test_the_loss_of_a_quarter_is_the_mean_over_its_own_draws(tmp_path: Path) -> None:
+    """One draw in the first quarter in one batch, three in the other; none at all in the third."""
+    torch.manual_seed(0)
+    z_i = torch.nn.functional.normalize(torch.randn(8, D), dim=-1)
+    write_statistics(tmp_path / "s.safetensors", moments=Moments.of(z_i), null_text=text(1), fingerprint="c")
+    times = [[0.1, 0.3, 0.9, 1.0], [0.2, 0.25, 0.01, 0.8]]
+    diffusion = GaussianDiffusion(prediction="x0", time_density=Late(times))
+    net = PriorTransformer(D, W, 8, width=8, layers=1, heads=2)
+    task = DiffusionPriorTask(net, str(tmp_path / "s.safetensors"), diffusion=diffusion)
+    errors: list[Tensor] = []
+    kept = task.denoise_batch
+
+    def watched(*given: Any) -> Draws:
+        draws = kept(*given)
+        errors.append(simple_loss(draws.F, draws.target))
+        return draws
+
+    task.denoise_batch = watched  # type: ignore[method-assign]
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, num_sanity_val_steps=0
+    )
+    loader = DataLoader([PriorBatch(part, text(len(part))) for part in z_i.split(4)], batch_size=None)
+    (logged,) = trainer.validate(task, loader, verbose=False)
+
+    all_times, all_errors = torch.tensor(times).flatten(), torch.cat(errors)
+    quarters = {name: value for name, value in logged.items() if name.startswith("val/loss_t")}
+    assert set(quarters) == {"val/loss_t0.00-0.25", "val/loss_t0.25-0.50", "val/loss_t0.75-1.00"}
+    for name, value in quarters.items():
+        low, high = (float(end) for end in name.removeprefix("val/loss_t").split("-"))
+        chosen = (all_times > low) & (all_times <= high)
+        assert value == pytest.approx(all_errors[chosen].mean().item(), rel=1e-5)
 
 
 def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,11 +69,16 @@ def last(out: Path) -> Path:
         pytest.param("ar_prior", marks=pytest.mark.slow),
         pytest.param("decoder", marks=pytest.mark.slow),
         pytest.param("upsampler", marks=pytest.mark.slow),
+        "upsampler corrupted",
         "clip",
     ],
 )
 def test_two_processes_train_as_one(part: str, small: Small, tmp_path: Path) -> None:
+    part, _, corrupted = part.partition(" ")
     line = small(part, tmp_path, "--trainer.max_steps", "3", "--trainer.limit_val_batches", "0")
+    if corrupted:  # each image by chance, where tiny.yaml blurs all of them alike
+        config = yaml.safe_load(Path("configs/upsampler/shapes-64.yaml").read_text())
+        line += ["--model.init_args.corruption", json.dumps(config["model"]["init_args"]["corruption"])]
     if part == "clip":  # without batch norm, which sees one rank's batch (trainer.sync_batchnorm needs GPUs)
         (tmp_path / "tiny-vit.json").write_text(json.dumps(VIT))
         open_clip.add_model_config(tmp_path / "tiny-vit.json")
@@ -81,6 +87,7 @@ def test_two_processes_train_as_one(part: str, small: Small, tmp_path: Path) -> 
     line += ["--model.init_args.optimization.warmup_steps", "0", "--model.init_args.optimization.eps", "1e-4"]
     start, one = fit(line, tmp_path / "one")
     _, two = fit([*line, *TWO], tmp_path / "two")
+    assert one["train_samples"] == two["train_samples"] == 3 * 16
     one, two = (end.get("current_model_state", end["state_dict"]) for end in (one, two))
     moved = sum((one[name] - value).square().sum() for name, value in start.items())
     apart = sum((one[name] - two[name]).square().sum() for name in start)

@@ -21,7 +21,7 @@ from unclip_pl.generation.provenance import STAGES, commit
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
 
 #: What sampling needs of a checkpoint, beside its weights.
-KEPT = ("hyper_parameters", "global_step", "train_seconds", "posterior_mse")
+KEPT = ("hyper_parameters", "global_step", "train_samples", "train_seconds", "posterior_mse")
 #: Settings that name files: a checkpoint holds what was in them, and their paths are nobody else's business.
 FILES = ("statistics", "codec")
 #: File of the AR prior's codec in the runs of our recipes; only a study needs it beside the AR prior.

@@ -56,7 +56,7 @@ class Prior(ABC):
     #: Number of the network's parameters; 0 for what was not trained.
     num_parameters: int = 0
     #: Steps and seconds of the training.
-    record: TrainingRecord = TrainingRecord(0, 0.0)
+    record: TrainingRecord = TrainingRecord()
     #: Whether the embeddings have CLIP's own norm, which a decoder of raw embeddings needs.
     keeps_norm: bool = False
     #: Fingerprint of the CLIP whose embeddings it draws; empty if it works with any CLIP.
@@ -291,7 +291,7 @@ class ARPrior(Prior):
 
 def _describe(prior: Prior, task: EmbeddingTask) -> None:
     prior.num_parameters = count_parameters(task.net)
-    prior.record = task.record or TrainingRecord(0, 0.0)
+    prior.record = task.record or TrainingRecord()
     prior.fingerprint = task.space.fingerprint
 
 
@@ -326,7 +326,7 @@ class LinearPrior(Prior):
         super().__init__(spec)
         self.weight, self.bias = tensors["weight"], tensors["bias"]
         self.num_parameters = self.weight.numel() + self.bias.numel()
-        self.record = TrainingRecord(0, float(metadata.get("seconds", 0)))
+        self.record = TrainingRecord(seconds=float(metadata.get("seconds", 0)))
         self.fingerprint = metadata.get("fingerprint", "")
 
     @property

@@ -117,7 +117,7 @@ class EmbeddingSpace(nn.Module):
     def __init__(self, statistics: str = "", scaling: Scaling = "unit") -> None:
         super().__init__()
         self.scaling = scaling
-        names = [name for name in self.__annotations__ if name != "FLOOR"]
+        names = EmbeddingSpace.__annotations__
         tensors: dict[str, Tensor] = {}
         if statistics:
             tensors = read_tensors(statistics, names, what="embedding statistics", command="unclip precompute").tensors

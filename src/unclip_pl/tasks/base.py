@@ -1,4 +1,4 @@
-"""What every part shares: one step, one logger name, one optimizer."""
+"""What every Task shares: one step, one name in the logger, one optimizer, and the record of its training."""
 
 import math
 import time
@@ -23,14 +23,14 @@ from unclip_pl.types import TextFeatures
 
 @dataclass
 class Optimization:
-    """AdamW (the paper's "corrected" weight decay), warm-up, and what follows it.
+    """AdamW (the paper's "corrected" weight decay), warm-up, and the learning rate after it.
 
     Args:
         lr: peak learning rate.
-        weight_decay: on matrices only; biases, gains and embeddings of rank < 2 are left alone.
+        weight_decay: decay of matrices; biases, gains and embeddings of rank < 2 are left alone.
         betas: decay rates of Adam's moments.
-        eps: Adam's denominator offset.
-        warmup_steps: linear warm-up. The paper gives none.
+        eps: offset of Adam's denominator.
+        warmup_steps: optimizer steps of linear warm-up. The paper gives none.
         decay: learning rate after warm-up: constant as in the paper, or half a cosine to zero at the last step.
     """
 
@@ -42,7 +42,7 @@ class Optimization:
     decay: Literal["constant", "cosine"] = "constant"
 
     def factor(self, step: int, total: float) -> float:
-        """Learning rate at ``step`` as a share of the peak."""
+        """Return the learning rate at ``step`` as a share of the peak."""
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.decay == "constant" or not math.isfinite(total):
             return warm
@@ -53,32 +53,26 @@ class Optimization:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a part's training took.
+    """The cost of a part's training.
 
     Args:
-        steps: optimizer steps.
+        steps: number of optimizer steps.
+        samples: number of samples seen, over all ranks and accumulated batches; a caption counts once, not per draw.
         seconds: wall clock inside training steps.
     """
 
-    steps: int
-    seconds: float
-
-    @classmethod
-    def of(cls, checkpoint: dict[str, Any]) -> "TrainingRecord":
-        """Read it out of a Lightning checkpoint."""
-        state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # where the first release kept it
-        return cls(
-            int(checkpoint["global_step"]), float(checkpoint.get("train_seconds", state.get("train_seconds", 0)))
-        )
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
 
 
 class Task(LightningModule):
-    """Network + loss + batch contract. The network arrives built; sampling is nobody's business here."""
+    """Network + loss + batch contract. The network arrives built, and sampling has no settings here."""
 
-    #: What this Task eats. The DataModule asks for it, so data and tasks meet in types alone.
+    #: Type of the batches. The DataModule asks for it, so data and tasks meet in types alone.
     batch_type: ClassVar[type]
 
-    #: What the training of a loaded checkpoint took; None on a Task that was not loaded.
+    #: Cost of the training of a loaded checkpoint; None on a Task that was not loaded.
     record: TrainingRecord | None = None
 
     net: nn.Module
@@ -86,13 +80,18 @@ class Task(LightningModule):
     def __init__(self, optimization: Optimization | None = None) -> None:
         super().__init__()
         self.optimization = optimization or Optimization()
-        self.train_seconds = 0.0
+        self.train_samples, self.train_seconds = 0, 0.0
         self._started = 0.0
+        self._rank, self._world_size = 0, 1
         self._configured: list[dict[str, Any]] = []
 
     @abstractmethod
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
-        """Mean loss of a batch."""
+        """Return the mean loss of a batch."""
+
+    def setup(self, stage: str) -> None:
+        """Learn which of how many processes this is."""
+        self._rank, self._world_size = self.trainer.global_rank, self.trainer.world_size
 
     def _step(self, batch: Any, stage: str, generator: torch.Generator | None = None) -> Tensor:
         loss = self.loss(batch, generator)
@@ -100,33 +99,34 @@ class Task(LightningModule):
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One loss."""
+        """Return the loss of a batch."""
         return self._step(batch, "train")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The same loss with the same noise at every call, so that the curve is the network's and not the draw's."""
+        """Log the loss with the same noise at every call, so that its curve is the network's and not the draw's."""
         self._step(batch, "val", self._fixed_noise(batch_idx))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As validation, on the test split."""
+        """Log the loss on the test split, with the same noise at every call."""
         self._step(batch, "test", self._fixed_noise(batch_idx))
 
     def share(self, draw: Callable[[int], Tensor], n: int) -> Tensor:
-        """This rank's n rows of what is drawn for the whole global batch.
+        """Return this rank's n rows of a draw for the whole global batch.
 
-        All ranks draw the same, from the same seed, so that N processes train as one does with their batches together.
+        All ranks draw the same numbers from the same seed. So N processes train as one does with all their batches.
+        Whatever is random in a loss has to come through here.
 
         Args:
-            draw: of that many rows.
-            n: rows of the batch, the same on every rank.
+            draw: draws for the given number of rows.
+            n: number of rows of the batch, the same on every rank.
         """
-        if not self.training or self._trainer is None or self._trainer.world_size == 1:
+        if not self.training or self._world_size == 1:
             return draw(n)
-        first = self._trainer.global_rank * n
-        return draw(n * self._trainer.world_size)[first : first + n]
+        first = self._rank * n
+        return draw(n * self._world_size)[first : first + n]
 
     def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Standard normal noise for (B, …), by rank as :meth:`share` has it."""
+        """Draw standard normal noise for (B, …), this rank's share of it (:meth:`share`)."""
         return self.share(lambda n: noise_like(x[:1].expand(n, *x.shape[1:]), generator=generator), len(x))
 
     @staticmethod
@@ -134,15 +134,16 @@ class Task(LightningModule):
         return torch.Generator().manual_seed(batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Starts the clock of ``train_seconds``: validation, checkpoints and waiting for data do not count."""
+        """Count the samples of all ranks and start the clock: validation and waiting for data do not count."""
+        self.train_samples += len(batch[0]) * self._world_size
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stops it."""
+        """Stop the clock."""
         self.train_seconds += time.perf_counter() - self._started
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with decay on matrices."""
+        """Return AdamW with decay on matrices."""
         spec = self.optimization
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
@@ -152,7 +153,7 @@ class Task(LightningModule):
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer, and its learning rate stepped every step."""
+        """Return the optimizer, and the schedule of its learning rate, which advances at every step."""
         optimizer, total = self.optimizer(), self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, total))
         fresh = [dict(group) for group in optimizer.param_groups]
@@ -165,7 +166,10 @@ class Task(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning does; in bfloat16 with a fused optimizer too, refused for the sake of float16's loss scale."""
+        """Clip the gradient as Lightning does, and with a fused optimizer in bfloat16 too.
+
+        Lightning refuses that for every mixed precision, since float16's loss scale would be clipped along.
+        """
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
@@ -174,30 +178,30 @@ class Task(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What training took travels beside the weights."""
-        checkpoint["train_seconds"] = self.train_seconds
+        """Store the cost of training beside the weights."""
+        checkpoint |= {"train_samples": self.train_samples, "train_seconds": self.train_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Read the cost of training back."""
+        self.train_samples = checkpoint.get("train_samples", 0)
         self.train_seconds = checkpoint.get("train_seconds", 0.0)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(f"{prefix}train_seconds", None)  # a buffer once, in checkpoints of the first release
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module; weights of another network are an error that a user can mend.
+        """Load weights.
 
         Raises:
-            ValueError: naming what does not fit.
+            InputError: they are another network's.
         """
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
-            raise InputError(f"The checkpoint is of another network: {' '.join(str(error).split()):.400}") from error
+            raise InputError(
+                f"The checkpoint is of another network. Give one that fits, or change model.net: "
+                f"{' '.join(str(error).split()):.400}"
+            ) from error
 
     def on_train_start(self) -> None:
-        """The config's learning rate, decay and betas hold, whatever a resumed checkpoint brought back."""
+        """Restore the config's learning rate, decay and betas, which a resumed checkpoint has overwritten."""
         scheduler = self.lr_schedulers()
         if not self._configured or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             return  # a subclass brings its own
@@ -214,7 +218,7 @@ class EmbeddingTask(Task):
         statistics: file of the embedding store (linked from the data); empty when a checkpoint fills the space.
         scaling: how z_i is scaled for the network, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
         text_drop: share of captions replaced by the empty one, for classifier-free guidance.
-        optimization: of the network's weights.
+        optimization: settings of AdamW.
     """
 
     def __init__(
@@ -225,31 +229,33 @@ class EmbeddingTask(Task):
         self.text_drop = text_drop
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with weights that were trained in another CLIP's space."""
+        """Refuse to go on with weights that were trained in another CLIP's space."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["state_dict"].get("space.fingerprint_bytes")
         if saved is None:
-            raise InputError(f"The checkpoint holds no {type(self).__name__}: it knows no embedding space.")
+            raise InputError(
+                f"Expected a checkpoint of a {type(self).__name__}. Got one without embedding space: give another file."
+            )
         saved = bytes(saved.tolist()).decode()
         if self.space.fingerprint not in ("", saved):
             raise InputError(
                 f"The checkpoint was trained on embeddings of CLIP {saved!r}, but the data are of "
-                f"{self.space.fingerprint!r}: give the data of its CLIP, or train anew."
+                f"{self.space.fingerprint!r}: give the data of its CLIP, or train from the start."
             )
 
     def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
-        """Scale z_t and replace a share of the captions, states and z_t together, by the empty caption."""
+        """Scale z_t, and replace a share of the captions, states and z_t together, by the empty caption."""
         device, p = text.embed.device, 1 - self.text_drop
         keep = self.share(lambda n: bernoulli(n, p, device, generator), len(text.embed))
         return mix_text(self.space.scale_text(text), self.space.scale_text(self.space.null_text), keep)
 
 
 def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """(n,) bool, True with probability p, drawn on the generator's device."""
+    """Draw n booleans, (n,), True with probability p, on the generator's device, and move them."""
     source = device if generator is None else generator.device
     return (torch.rand(n, generator=generator, device=source) < p).to(device)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Trainable numbers in a module."""
+    """Return how many trainable numbers a module has."""
     return sum(p.numel() for p in module.parameters())

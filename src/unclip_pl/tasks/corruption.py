@@ -1,4 +1,4 @@
-"""How an upsampler's low-resolution input is made in training: shrunk, and corrupted as no sample is quite clean."""
+"""How an upsampler's low-resolution input is made in training: shrunk, and corrupted since no sample is quite clean."""
 
 from abc import ABC, abstractmethod
 from math import cos, pi, sin
@@ -14,39 +14,50 @@ from unclip_pl.tasks.jpeg import jpeg
 
 
 def shrink(image: Tensor, factor: int) -> Tensor:
-    """(B, 3, H, H) → (B, 3, H / factor, H / factor): antialiased bicubic, clamped to [-1, 1]."""
+    """Shrink images (B, 3, H, H) to (B, 3, H / factor, H / factor): antialiased bicubic, clamped to [-1, 1]."""
     size = (image.shape[-2] // factor, image.shape[-1] // factor)
     return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 class Corruption(ABC):
-    """From an image to the low-resolution one that the upsampler is given in training."""
+    """Makes the low-resolution image that the upsampler is given in training.
+
+    What is random comes from one seed per image, drawn for a whole batch. So every rank can draw the seeds of the
+    global batch and use its own rows.
+    """
+
+    #: Seed of an image that is only shrunk.
+    CLEAN = -1
+
+    def seeds(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one seed per image, (n,) int64 on the CPU, so that no decision waits for a device."""
+        return torch.zeros(n, dtype=torch.long, device="cpu")
 
     @abstractmethod
-    def degrade(self, image: Tensor, factor: int, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, H, H) in [-1, 1] → (B, 3, H / factor, H / factor) in [-1, 1].
+    def degrade(self, image: Tensor, factor: int, seeds: Tensor) -> Tensor:
+        """Corrupt images (B, 3, H, H) in [-1, 1] and shrink them to (B, 3, H / factor, H / factor) in [-1, 1].
 
         Args:
-            image: the target.
-            factor: its side over that of the low-resolution image.
-            generator: of all that is random, on the CPU so that no decision waits for a device.
+            image: the upsampler's targets.
+            factor: side of a target over that of its low-resolution image.
+            seeds: one seed per image, (B,), from :meth:`seeds`.
         """
 
 
 class GaussianBlur(Corruption):
-    """The 64 → 256 px upsampler's: shrunk, then a Gaussian of kernel 3, σ 0.6, as in SR3 (§2.1).
+    """The 64 → 256 px upsampler's: shrunk, then a Gaussian of kernel 3, σ 0.6, as in SR3 (§2.1). Nothing is random.
 
     Args:
-        kernel_size: odd, in pixels of the low-resolution image.
-        sigma: in the same pixels.
+        kernel_size: side of the kernel in pixels of the low-resolution image, odd.
+        sigma: standard deviation in the same pixels.
     """
 
     def __init__(self, kernel_size: int = 3, sigma: float = 0.6) -> None:
         self.kernel_size = kernel_size
         self.sigma = sigma
 
-    def degrade(self, image: Tensor, factor: int, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`Corruption.degrade`; nothing is random."""
+    def degrade(self, image: Tensor, factor: int, seeds: Tensor) -> Tensor:
+        """Shrink and blur, see :meth:`Corruption.degrade`."""
         return TF.gaussian_blur(shrink(image, factor), [self.kernel_size] * 2, [self.sigma] * 2)
 
 
@@ -54,44 +65,56 @@ class Sometimes(Corruption):
     """Another corruption on some of the images; the rest are only shrunk.
 
     A network that has never seen a clean input takes a sample for a corrupted one, and undoes what was not done to it.
-    Cascaded diffusion (Ho et al. 2021) blurs half of the images; how many unCLIP does, the paper does not say.
+    Cascaded diffusion (Ho et al. 2021) blurs half of the images. The paper does not say how many unCLIP blurs.
 
     Args:
-        corruption: of the images that are drawn.
-        probability: of each image to be one of them.
+        corruption: what happens to the chosen images.
+        probability: probability that an image is chosen.
 
     Raises:
-        ValueError: ``probability`` is not in [0, 1].
+        InputError: ``probability`` is not in [0, 1].
     """
 
     def __init__(self, corruption: Corruption, probability: float = 0.5) -> None:
         if not 0 <= probability <= 1:
-            raise InputError(f"Expected 0 <= probability <= 1. Got {probability}.")
+            raise InputError(f"Expected 0 <= probability <= 1. Got {probability}: give the share of corrupted images.")
         self.corruption = corruption
         self.probability = probability
 
-    def degrade(self, image: Tensor, factor: int, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`Corruption.degrade`."""
-        drawn = torch.rand(len(image), generator=generator, device="cpu") < self.probability
-        rows = drawn.nonzero()[:, 0].to(image.device)
-        low = shrink(image, factor)
-        return low.index_copy(0, rows, self.corruption.degrade(image[rows], factor, generator)) if len(rows) else low
+    def seeds(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Choose the images, and draw the other corruption's seeds for them."""
+        seeds = torch.full((n,), self.CLEAN, dtype=torch.long, device="cpu")
+        chosen = (torch.rand(n, generator=generator, device="cpu") < self.probability).nonzero()[:, 0]
+        if len(chosen):
+            seeds[chosen] = self.corruption.seeds(len(chosen), generator)
+        return seeds
+
+    def degrade(self, image: Tensor, factor: int, seeds: Tensor) -> Tensor:
+        """Shrink all images and corrupt the chosen ones, see :meth:`Corruption.degrade`."""
+        chosen = (seeds != self.CLEAN).nonzero()[:, 0]
+        low, rows = shrink(image, factor), chosen.to(image.device)
+        if not len(chosen):
+            return low
+        return low.index_copy(0, rows, self.corruption.degrade(image[rows], factor, seeds[chosen]))
 
 
 class BSRDegradation(Corruption):
     """The 256 → 1024 px upsampler's: blurs, resizes, noise and JPEG in random order (BSRGAN, Zhang et al. 2021).
 
-    Each image on its own: with probability 1/4 halved first where the factor is 4; then in random order two blurs, one
-    downsampling of random strength with a resize to the final size anywhere behind it, Gaussian noise and JPEG
-    (probability 0.9); a last JPEG always. The numbers are those of BSRGAN's code for the paper's model. It has a camera
-    noise model beside them, which latent diffusion leaves out too.
+    Each image goes its own way. With probability 1/4 it is halved first, where the factor is 4. Then follow in random
+    order two blurs, one downsampling of random strength with a resize to the final size anywhere behind it, Gaussian
+    noise, and JPEG (probability 0.9). A last JPEG always comes. The numbers are those of BSRGAN's code for the paper's
+    model. That code also has a model of camera noise, which latent diffusion leaves out too.
     """
 
-    def degrade(self, image: Tensor, factor: int, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`Corruption.degrade`."""
-        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        rows = [self._way(Random(seed + i), row, factor).run() for i, row in enumerate(image[:, None])]
-        return torch.cat(rows)
+    def seeds(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the first image's seed; the others' follow it."""
+        return torch.randint(2**62, (), generator=generator, device="cpu") + torch.arange(n, device="cpu")
+
+    def degrade(self, image: Tensor, factor: int, seeds: Tensor) -> Tensor:
+        """Send each image its own way down, see :meth:`Corruption.degrade`."""
+        rows = zip(seeds.tolist(), image[:, None], strict=True)
+        return torch.cat([self._way(Random(seed), row, factor).run() for seed, row in rows])
 
     def _way(self, random: Random, image: Tensor, factor: int) -> "_Degradation":
         return _Degradation(random, image, factor)
@@ -100,7 +123,7 @@ class BSRDegradation(Corruption):
 class LightBSRDegradation(BSRDegradation):
     """The milder variant of the same code: one blur of a quarter of the width, hardly any noise, JPEG of high quality.
 
-    Latent diffusion ships both. The paper does not say which it took.
+    Latent diffusion ships both. The paper does not say which one it uses.
     """
 
     def _way(self, random: Random, image: Tensor, factor: int) -> "_Degradation":
@@ -111,9 +134,9 @@ class _Degradation:
     """One image's way down: decisions are Python numbers, pixels stay on their device.
 
     Args:
-        random: makes every decision, and seeds the noise.
-        image: (1, 3, H, H) in [-1, 1].
-        factor: of the whole way.
+        random: source of every decision and of the noise's seed.
+        image: one image, (1, 3, H, H) in [-1, 1].
+        factor: side of the image over that of the result.
     """
 
     JPEG_QUALITY = (30, 95)
@@ -129,7 +152,7 @@ class _Degradation:
         self.factor = factor
 
     def run(self) -> Tensor:
-        """(1, 3, H / factor, H / factor) in [-1, 1]."""
+        """Return the low-resolution image, (1, 3, H / factor, H / factor) in [-1, 1]."""
         if self.factor == 4 and self.random.random() < 0.25:
             self.resize(self.x.shape[-2] // 2, self.x.shape[-1] // 2)
             self.factor = 2
@@ -143,7 +166,7 @@ class _Degradation:
         return self.x.mul(2).sub(1)
 
     def blur(self) -> None:
-        """Isotropic, or longer one way than the other."""
+        """Blur by a Gaussian that is isotropic, or longer one way than the other."""
         random, size = self.random, 2 * self.random.randint(2, 11) + 3
         if random.random() < 0.5:
             spread = self.WIDTH * (4 + self.factor)
@@ -154,7 +177,7 @@ class _Degradation:
         self.convolve(_gaussian(size, long, short, angle, self.x))
 
     def downsample(self) -> None:
-        """A plain resize by up to twice the factor, or a Gaussian about every block's centre."""
+        """Resize by up to twice the factor, or read a Gaussian about every block's centre."""
         if self.random.random() < self.RESIZE:
             scale = self.random.uniform(1, 2 * self.factor)
             self.resize(*(max(1, int(side / scale)) for side in self.x.shape[-2:]))
@@ -164,11 +187,11 @@ class _Degradation:
         self.convolve(_gaussian(25, variance, variance, 0.0, self.x, shift), stride=self.factor)
 
     def finish(self) -> None:
-        """To the final size, from whatever the downsampling left."""
+        """Resize to the final size."""
         self.resize(*self.size)
 
     def noise(self) -> None:
-        """Of each pixel: in colour, in grey, or correlated between the colours."""
+        """Add noise to each pixel: in colour, in grey, or correlated between the colours."""
         g = torch.Generator(self.x.device).manual_seed(self.random.getrandbits(62))
         kind, level = self.random.random(), self.random.randint(*self.NOISE) / 255
         normal = torch.randn(self.x.shape, generator=g, device=self.x.device)
@@ -185,21 +208,21 @@ class _Degradation:
         self.x = (self.x + normal).clamp(0, 1)
 
     def maybe_jpeg(self) -> None:
-        """Nine times in ten."""
+        """Compress nine times in ten."""
         if self.random.random() < 0.9:
             self.jpeg()
 
     def jpeg(self) -> None:
-        """At random quality."""
+        """Compress at a random quality."""
         self.x = jpeg(self.x, self.random.randint(*self.JPEG_QUALITY))
 
     def resize(self, height: int, width: int) -> None:
-        """By one of OpenCV's three filters; all but area look at the nearest pixels only, also on the way down."""
+        """Resize by one of OpenCV's three filters; all but area look at the nearest pixels only, also downwards."""
         mode = self.random.choice(("bilinear", "bicubic", "area"))
         self.x = F.interpolate(self.x, size=(height, width), mode=mode).clamp(0, 1)
 
     def convolve(self, kernel: Tensor, stride: int = 1) -> None:
-        """Every colour by (k, k), the border's pixels repeated outside."""
+        """Convolve every colour with a kernel (k, k), the border's pixels repeated outside."""
         x = F.pad(self.x, [kernel.shape[0] // 2] * 4, mode="replicate").transpose(0, 1)  # (3, 1, H, H)
         self.x = F.conv2d(x, kernel[None, None], stride=stride).transpose(0, 1).clamp(0, 1)
 
@@ -213,7 +236,15 @@ class _LightDegradation(_Degradation):
 
 
 def _gaussian(size: int, long: float, short: float, angle: float, like: Tensor, shift: float = 0.0) -> Tensor:
-    """(size, size) kernel of sum 1: variances ``long`` and ``short`` along and across ``angle``, off by ``shift``."""
+    """Return a Gaussian kernel (size, size) of sum 1.
+
+    Args:
+        size: side of the kernel in pixels.
+        long, short: variances along ``angle`` and across it.
+        angle: direction of the long axis in radians.
+        like: tensor whose device and dtype the kernel gets.
+        shift: offset of the centre in pixels, the same in both directions.
+    """
     offset = torch.arange(size, device=like.device, dtype=like.dtype) - size // 2 - shift
     y, x = offset[:, None], offset
     along, across = x * cos(angle) + y * sin(angle), y * cos(angle) - x * sin(angle)

@@ -46,7 +46,7 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         rebuilt: T = _rebuild(cls, config)
         rebuilt.load_state_dict(checkpoint["state_dict"])
         rebuilt.on_load_checkpoint(checkpoint)
-        rebuilt.record = TrainingRecord.of(checkpoint)
+        rebuilt.record = TrainingRecord(checkpoint["global_step"], rebuilt.train_samples, rebuilt.train_seconds)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} does not fit its {cls.__name__} ({type(error).__name__}: {reason:.300}).") from error

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from unclip_pl.diffusion import GaussianDiffusion, PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
@@ -14,26 +15,26 @@ from unclip_pl.types import PriorBatch, TextFeatures
 
 
 class Draws(NamedTuple):
-    """What the network makes of noised embeddings, (B·K, d) each but t."""
+    """Noised embeddings and the network's outputs, (B·K, d) each but t."""
 
     t: Tensor  # (B·K,)
     x0: Tensor
     x_t: Tensor
     F: Tensor  # the network's output
-    target: Tensor  # what F should be
+    target: Tensor  # of the regression of F
 
 
 class DiffusionPriorTask(EmbeddingTask):
     """Trains a :class:`~unclip_pl.nn.prior.PriorTransformer`: L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2).
 
     Args:
-        net: the causal transformer.
+        net: causal transformer.
         statistics: file of the embedding store (linked from the data).
-        scaling: of z_i, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
-        diffusion: None is the paper's: cosine, 1,000 steps, x0.
+        scaling: scale of z_i, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
+        diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, x0.
         text_drop: share of captions replaced by the empty one; z_i^(t) is never hidden.
         draws_per_caption: independent (t, noise) pairs attached to one encoded caption.
-        optimization: of the network's weights.
+        optimization: settings of AdamW.
     """
 
     batch_type = PriorBatch
@@ -56,13 +57,19 @@ class DiffusionPriorTask(EmbeddingTask):
         self.draws_per_caption = draws_per_caption
 
     def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error over ``draws_per_caption`` times and noises of each caption."""
+        """Return the mean squared error over ``draws_per_caption`` times and noises of each caption."""
         text = self.drop_text(batch.text, generator)
         draws = self.denoise_batch(batch.image_embed, text, generator)
         return simple_loss(draws.F, draws.target).mean()
 
     def denoise_batch(self, image_embed: Tensor, text: TextFeatures, generator: torch.Generator | None = None) -> Draws:
-        """K = ``draws_per_caption`` times and noises for each of B embeddings, the scaled captions beside them."""
+        """Run the network at K = ``draws_per_caption`` times and noises of each of B embeddings.
+
+        Args:
+            image_embed: raw z_i, (B, d).
+            text: scaled captions of the B embeddings.
+            generator: source of times and noise; torch's global one when None.
+        """
         draws = self.draws_per_caption
         z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
         prefix = self.net.encode_prefix(text)
@@ -74,11 +81,12 @@ class DiffusionPriorTask(EmbeddingTask):
         return Draws(t, x0, x_t, F, self.diffusion.target(x0, eps, t))
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the errors of older weights."""
+        """Forget the errors of older weights."""
         self._errors = PosteriorMSE(self.diffusion.steps)
+        self._quarters = torch.zeros(2, 4)  # sum and number of the errors in each quarter of t
 
     def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
-        """The loss with every caption kept, also by quarter of t.
+        """Log the loss with every caption kept, over the whole epoch also by quarter of t.
 
         A prior that is good near t = 0 alone has learned nothing of the caption.
         """
@@ -87,21 +95,22 @@ class DiffusionPriorTask(EmbeddingTask):
         self._errors.update(t, simple_loss(self.diffusion.to_x0(F, x_t, t), x0))
         errors = simple_loss(F, target)
         self.log("val/loss", errors.mean(), prog_bar=True, batch_size=len(errors), sync_dist=True)
-        quarter = (t * 4).ceil().long() - 1
-        for q in range(4):
-            chosen = quarter == q
-            share = (errors * chosen).sum() / chosen.sum().clamp(min=1)
-            self.log(f"val/loss_t{q / 4:.2f}-{(q + 1) / 4:.2f}", share, batch_size=len(errors), sync_dist=True)
+        quarter = one_hot((t * 4).ceil().long() - 1, 4).T.to(errors)  # (4, B·K)
+        self._quarters = self._quarters.to(errors) + torch.stack([quarter @ errors, quarter.sum(1)])
 
     def on_validation_epoch_end(self) -> None:
-        """Keeps what the analytic variance of a sampler needs (Analytic-DPM, Bao et al. 2022)."""
+        """Log the quarters, and keep what a sampler's analytic variance needs (Analytic-DPM, Bao et al. 2022)."""
         if self.trainer.sanity_checking:
             return
-        self._errors.sums = self.trainer.strategy.reduce(self._errors.sums, reduce_op="sum")
+        reduce = self.trainer.strategy.reduce
+        for q, (total, count) in enumerate(reduce(self._quarters, reduce_op="sum").T):
+            if count > 0:
+                self.log(f"val/loss_t{q / 4:.2f}-{(q + 1) / 4:.2f}", total / count, sync_dist=True)
+        self._errors.sums = reduce(self._errors.sums, reduce_op="sum")
         self.diffusion.posterior_mse = self._errors.compute(bound=self._variance())
 
     def _variance(self) -> float | None:
-        """Per dimension, of the data: no posterior is wider. None where the scaling does not fix the norm."""
+        """Return the data's variance per dimension, which no posterior exceeds; None if the scaling keeps norms."""
         if self.space.scaling != "unit":
             return None
         return self.space.unit_scale**2 * (1 - self.space.mean.square().sum().item()) / self.space.embed_dim

@@ -90,7 +90,8 @@ class UpsamplerTask(Task):
     def loss(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """L_simple given the corrupted low-resolution image."""
         x0 = batch.image
-        low = self.corruption.degrade(x0, self.factor, generator)
+        seeds = self.share(lambda n: self.corruption.seeds(n, generator), len(x0))
+        low = self.corruption.degrade(x0, self.factor, seeds)
         t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
