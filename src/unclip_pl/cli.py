@@ -222,7 +222,7 @@ def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
 
 
 def train(words: list[str]) -> Any:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` with LightningCLI.
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with LightningCLI. A comparison's report is drawn afterwards.
 
     Raises:
         MissingFileError: a config does not exist.
@@ -241,4 +241,13 @@ def train(words: list[str]) -> Any:
     ]
     if missing:
         raise MissingFileError(f"No config at {missing[0]}. Give a YAML file, such as those under configs/.")
-    return UnclipCLI(LightningModule, LightningDataModule, args=words, parser_class=TrainerParser)
+    cli = UnclipCLI(LightningModule, LightningDataModule, args=words, parser_class=TrainerParser)
+    folder = getattr(cli.model, "draws", None) if words[0] == "test" else None
+    if folder is not None and cli.trainer.is_global_zero:
+        from unclip_pl import report
+
+        drawn = report.draw(folder)
+        report.summary(folder, drawn)
+        for logger in cli.trainer.loggers:
+            report.log(drawn, Path(logger.log_dir or folder))
+    return cli

@@ -98,5 +98,5 @@ def test_what_was_chosen_is_a_config_to_lay_over_others(batches: list[Evaluation
 
 def test_one_prior_with_guidance_is_expected(tmp_path: Path) -> None:
     for priors in ({}, {"text": TextEmbeddingSpec()}, {"a": NoisySpec(), "b": NoisySpec()}):
-        with pytest.raises(ValueError, match="one prior, with an attribute `guidance`"):
+        with pytest.raises(ValueError, match="one prior, with a setting `guidance`"):
             Choice("run", ClipSpec("tiny-rn"), priors, {}, [1.0], str(tmp_path / "x.json"))

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ import yaml
 from unclip_pl.commands import reproduce as module
 from unclip_pl.commands.plan import Stage, spell_out, write_out
 from unclip_pl.commands.reproduce import Recipe, reproduce
-from unclip_pl.evaluation.study import SAMPLED_ABLATIONS, TRAINED_ABLATIONS
-from unclip_pl.evaluation.study_claims import UNMEASURED
+from unclip_pl.report.claims import UNMEASURED, claims_table
 
 RECIPES = Path(__file__).parent.parent.parent / "configs" / "reproduce"
 STUDIES = {"rematch-shapes": 5, "rematch-emoji": 3}
@@ -59,7 +60,7 @@ def test_what_is_committed_was_measured_as_the_recipe_stands(name: str, monkeypa
 
 
 def small(stage: Stage, matrix: dict[str, list[Any]]) -> Stage:
-    """The same command on the miniature run."""
+    """A stage's command on the miniature run."""
     words = [stage.run, SMALL.get(stage.run.split()[0], "")]
     words += [SMALL["prior"]] if "prior/matched.yaml" in stage.run else []
     words += [SMALL["decoder"]] if "decoder/tiny.yaml" in stage.run else []
@@ -69,28 +70,34 @@ def small(stage: Stage, matrix: dict[str, list[Any]]) -> Stage:
     return replace(stage, run=" ".join(words), matrix=stage.matrix | matrix)
 
 
-def groups(stages: Iterable[Stage]) -> set[str]:
-    """What cells belong to."""
-    found = [re.search(r"--model\.init_args\.group (\"[^\"]*\"|\S+)", stage.run) for stage in stages]
-    return {match[1].strip('"') for match in found if match}
+def places(stages: Iterable[Stage]) -> set[tuple[str, str, str]]:
+    """Kind, title and series of every cell."""
+    found = set()
+    for stage in stages:
+        words = shlex.split(stage.run)
+        given = {
+            word.rpartition(".")[2]: value for word, value in pairwise(words) if word.startswith("--model.init_args.")
+        }
+        if "configs/compare" in stage.run and words[0] == "test":
+            found.add((given.get("kind", "prior"), given.get("title", ""), given.get("series", "")))
+    return found
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_recipe_holds_every_arm_that_the_report_and_the_issue_name(name: str) -> None:
+def test_a_recipe_holds_every_arm_that_the_claims_name(name: str) -> None:
     written = write_out(read(name))
-    found = groups(written.values())
-    assert {"matched", "best", "reference"} < found
-    curves = {
-        f"curve/{title}/{s}"
-        for _, title, series, *_ in SAMPLED_ABLATIONS
-        for s in ([series] if isinstance(series, str) else series)
-    }
-    assert curves | {"curve/temperature/ar", "curve/axes/true z_i", "curve/decoder guidance/ar/2.0"} <= found
-    trained = {f"ablation/{title}/{arm}" for title, *arms in TRAINED_ABLATIONS for arm in arms}
-    assert (trained if name == "rematch-shapes" else {arm for arm in trained if "SAM" not in arm}) <= found
-    assert {
-        f"need/{arm}" for arm in ("caption only", "z_t in place of z_i", "decoder trained on z_t", "generated z_i")
-    } <= found
+    found = places(written.values())
+    assert {("prior", "", ""), ("matched", "", "")} < found
+    table = claims_table(Path())
+    for line in table["ablations"]:
+        for side in (line["paper"], line["other"]):
+            if name == "rematch-shapes" or line["title"] != "SAM":
+                place = ("curve", line["curve"], side[0]) if "curve" in line else ("ablation", line["title"], side)
+                assert place in found
+    rows = {row[side] for row in table["claims"] for side in ("first", "second") if ": " in row.get(side, "")}
+    assert {("table", *row.split(": ")) for row in rows} <= found
+    for curve in (("temperature", "ar"), ("axes", "true z_i"), ("decoder guidance", "ar")):
+        assert ("curve", *curve) in found
     for prior in ("diffusion", "ar"):
         for seed in range(1, STUDIES[name] + 1):
             assert written[f"matched-{seed}-{prior}"].needs == [f"{prior}-{seed}"]
@@ -126,17 +133,19 @@ def test_a_study_from_end_to_end_and_without_its_run(
     monkeypatch.syspath_prepend("examples")
     report = make(stages, mini_run, tmp_path)
     assert report["meta"]["training_seeds"] == 2
-    rivals = ["diffusion", "ar", "diffusion (matched)", "ar (matched)"]
-    assert set(report["priors"]) == {*rivals, "linear", "text", "ceiling", "noisy linear"}
+    contenders = ["diffusion", "ar", "linear", "text", "noisy linear"]
+    assert set(report["priors"]) == {*contenders, "ceiling", "diffusion (matched)", "ar (matched)"}
     for name in ("diffusion", "ar"):
         row = report["priors"][name]
         assert (row["lr"], row["training_steps"], row["training_samples"], row["seeds"]) == (0.001, 2, 32, [1, 2])
         assert row["sampling"]["guidance"] == chosen(tmp_path, name)
-    assert report["head_to_head"]["seeds"] == 2
+    duels = {(duel["first"], duel["second"]): duel["seeds"] for duel in report["duels"] if not duel["matched"]}
+    assert duels["diffusion", "ar"] == 2
+    assert set(chain.from_iterable(duels)) == set(contenders)
     assert [point["x"] for point in report["curves"]["prior guidance"]["ar"]["embed_fd"]] == [1, 1.25, 1.5, 2, 3, 4]
     assert [point["x"] for point in report["curves"]["decoder guidance"]["ar"]["stated_match"]] == [3]
-    assert set(report["need"]) == {"decoder trained on z_t"}
-    answered = [claim for claim in report["claims"] if claim["ours"] != UNMEASURED]
+    assert set(report["tables"]["Is a prior needed?"]) == {"decoder trained on z_t"}
+    answered = [claim for claim in report["claims"] if claim["verdict"] != UNMEASURED]
     assert len(answered) >= 8
     assert all(set(claim) >= {"claim", "paper", "ours", "verdict", "why"} for claim in answered)
 
@@ -161,6 +170,6 @@ def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
         for name, stage in read("rematch-shapes").items()
     }
     report = make(stages, mini_run, tmp_path)
-    assert not [claim["claim"] for claim in report["claims"] if claim["ours"] == UNMEASURED]
+    assert not [claim["claim"] for claim in report["claims"] if claim["verdict"] == UNMEASURED]
     assert set(report["spaces"]) == {"the study's CLIP", "with SAM", "without SAM"}
     assert [point["x"] for point in report["curves"]["axes"]["true z_i"]["stated_match"]] == [2, 4, 8, 12, 16, 24, 32]

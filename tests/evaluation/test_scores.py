@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unclip_pl.evaluation.assemble import axes_for
+from unclip_pl.evaluation.foundations import axes_for, zero_shot
 from unclip_pl.evaluation.scores import (
     caption_gap,
-    embedding_scores,
-    frechet_scores,
+    embedding_values,
     open_captions,
     stated_indices,
     states_unseen_pair,
-    win_rates,
-    zero_shot,
 )
+from unclip_pl.metrics.interval import mean_interval
 from unclip_pl.shapes.render import ATTRIBUTES, VALUES
 from unclip_pl.types import TextFeatures
 
@@ -56,30 +54,11 @@ def test_calibrated_samples_have_equal_cosines() -> None:
     mean = F.normalize(torch.randn(400, 1, 64, generator=generator), dim=-1)
     draws = F.normalize(mean + 0.05 * torch.randn(400, 5, 64, generator=generator), dim=-1)
     samples, true = draws[:, :4].transpose(0, 1), draws[:, 4]  # the truth is one more draw
-    scores = embedding_scores(samples, true)
+    scores = {name: mean_interval(x) for name, x in embedding_values(samples, true, true).items()}
     assert scores["calibration_gap"].low < 0 < scores["calibration_gap"].high
     assert scores["cos_true"].mean == pytest.approx(1 / (1 + 64 * 0.05**2), abs=0.01)
-
-
-def test_paired_difference_is_antisymmetric_and_sharper_than_its_parts() -> None:
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(300, 8, generator=generator)
-    shift = torch.zeros(8)
-    shift[0] = 0.5
-    near = real + 0.3 * torch.randn(300, 8, generator=generator)
-    fakes = {"near": near, "far": near + shift, "twice": torch.stack([near, near])}
-    scores = frechet_scores(real, fakes, 50, generator)
-    assert scores.by_name["twice"] == scores.by_name["near"]
-    there, back = scores.differences["far", "near"], scores.differences["near", "far"]
-    assert there.mean == pytest.approx(-back.mean)
-    assert there.low == pytest.approx(-back.high)
-    assert there.low > 0
-
-
-def test_wins_follow_the_direction_of_the_measure() -> None:
-    good, bad = torch.ones(4), torch.zeros(4)
-    rates = win_rates({"clip_score": good, "residual": good}, {"clip_score": bad, "residual": bad})
-    assert (rates["clip_score"].mean, rates["residual"].mean) == (1, 0)  # a residual is better low
+    assert scores["text_cos"].mean == pytest.approx(scores["cos_true"].mean)
+    assert scores["mean_norm"].mean == pytest.approx((1 + 64 * 0.05**2) ** -0.5, abs=0.01)
 
 
 class Reader:

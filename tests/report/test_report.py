@@ -1,257 +1,191 @@
-"""The report from plain data: nothing here needs a network."""
+"""A report's tables, plots and pages: nothing here needs a network."""
 
+import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from unclip_pl import report as module
 from unclip_pl.commands.report import report as draw_again
-from unclip_pl.evaluation.claims import claims, verdict
 from unclip_pl.evaluation.measures import MEASURES
-from unclip_pl.report.report import Atlas, render, scalars, write_report
-from unclip_pl.report.tables import metric_tables
-from unclip_pl.shapes.render import draw_attributes
-from unclip_pl.shapes.render import render as render_shapes
+from unclip_pl.evaluation.sheet import Sheet
+from unclip_pl.report.plots import apart, colors, draw_duels
+from unclip_pl.report.study import distinct
+from unclip_pl.report.tables import choice_table, foundation_table, metric_tables
 
-PRIORS = ("diffusion", "ar", "linear", "text", "ceiling")
-#: Means in the order of PRIORS, and the half width of their intervals.
-MEANS = {
-    "stated_match": ((0.931, 0.902, 0.948, 0.861, 0.962), 0.012),
-    "captions_right": ((0.852, 0.791, 0.883, 0.702, 0.915), 0.03),
-    "unseen_match": ((0.887, 0.861, 0.912, 0.853, 0.951), 0.035),
-    "clip_score": ((61.2, 59.0, 62.8, 55.1, 61.9), 0.9),
-    "retrieval_r10": ((0.321, 0.294, 0.318, 0.262, 0.962), 0.04),
-    "residual": ((0.0532, 0.0549, 0.0581, 0.0702, 0.0511), 0.0012),
-    "fd_judge": ((0.0312, 0.0351, 0.0497, 0.0913, 0.0214), 0.003),
-    "precision": ((0.781, 0.752, 0.803, 0.602, 0.812), 0.035),
-    "recall": ((0.702, 0.715, 0.451, 0.402, 0.741), 0.04),
-    "diversity_gap": ((0.061, 0.048, 0.412, 0.433, None), 0.018),
-    "vendi": ((3.81, 3.97, 1.42, 1.38, None), 0.11),
-    "embed_fd": ((0.0071, 0.0098, 0.0196, 0.0607, 0.0), 0.0007),
-    "cos_true": ((0.785, 0.712, 0.847, 0.512, 1.0), 0.004),
-    "cos_samples": ((0.801, 0.722, 1.0, 1.0, 1.0), 0.003),
-    "calibration_gap": ((-0.016, -0.010, -0.153, -0.488, 0.0), 0.003),
-}
-COSTS = (
-    (2_310_000, 1080, 118.2, 128, 412e6, 1.9e-3),
-    (1_020_000, 480, 121.4, 33, 66e6, 1.1e-3),
-    (4160, 0, 0.3, 1, 8192, 1e-6),
-)
-
-
-def interval(mean: float, half: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def example() -> dict[str, Any]:
-    """Plausible numbers."""
-    names = (
-        "parameters",
-        "training_steps",
-        "training_seconds",
-        "evaluations",
-        "flops_per_embedding",
-        "seconds_per_embedding",
-    )
-    attributes = {"shape": 0.81, "color": 1.0, "size": 0.96, "position": 0.998, "background": 1.0}
-    priors = {
-        prior: {
-            "class": "Prior",
-            "reference": prior == "ceiling",
-            "metrics": {n: interval(m[i], half) for n, (m, half) in MEANS.items() if m[i] is not None},
-            "attributes": dict(attributes),
-            **dict(zip(names, COSTS[i] if i < len(COSTS) else (0, 0, 0.0, 0, 0, 1e-7), strict=True)),
-        }
-        for i, prior in enumerate(PRIORS)
-    }
-    rates = {
-        "stated_match": 0.53, "captions_right": 0.531, "clip_score": 0.556, "retrieval_r10": 0.513, "residual": 0.512,
-        "vendi": 0.437, "diversity_gap": 0.461,
-    }  # fmt: skip
-    differences = {
-        measure: {
-            f"{a} - {b}": interval(MEANS[measure][0][i] - MEANS[measure][0][j], 0.0009)  # type: ignore[operator]
-            for i, a in enumerate(PRIORS)
-            for j, b in enumerate(PRIORS)
-            if i != j
-        }
-        for measure in ("embed_fd", "fd_judge")
-    }
-    report: dict[str, Any] = {
-        "oracle": {"real": dict.fromkeys(attributes, 0.999), "residual": interval(0.003, 0.0002)},
-        "decoder": {
-            "reconstruction": attributes,
-            "fd_judge": interval(0.0214, 0.002),
-            "judge_r10": interval(0.962, 0.02),
-            "residual": interval(0.0511, 0.001),
-        },
-        "clip": {"zero_shot": {**attributes, "shape": 0.97}, "retrieval_r1": 0.041, "retrieval_r10": 0.312},
-        "judge": {"retrieval_r1": 0.036, "retrieval_r10": 0.288},
-        "codec": {
-            "roundtrip_cosine": 0.9981, "pca_error": 0.0041, "quantisation_error": 0.0006, "code_length": 32,
-            "axes_for_99": 22,
-            "embed_dim": 64, "buckets": 256,
-        },
-        "priors": priors,
-        "head_to_head": {
-            "first": "diffusion", "second": "ar",
-            "win_rates": {name: interval(rate, 0.03) for name, rate in rates.items()},
-        },
-        "differences": differences,
-        "meta": {
-            "commit": "0123456789ab", "hardware": "2 × Example CPU, 2 threads", "versions": {"python": "3.11"},
-            "config": {
-                "resamples": 200, "decoder": {"class": "Decoder", "guidance": 2.0},
-                "priors": {
-                    "diffusion": {
-                        "class": "DiffusionPrior", "guidance": 1.0, "candidates": 2,
-                        "sampler": {"class": "Ancestral", "steps": 64, "variance": "small"},
-                    },
-                    "ar": {"class": "ARPrior", "guidance": 2.0, "temperature": 1.0, "dot_quantile": 0.5},
-                },
-            },
-            "counts": {
-                "heldout_rows": 2000, "seeds": 3, "decoded_captions": 512, "diversity_captions": 64,
-                "diversity_samples": 16,
-            },
-            "comparison_seconds": {"embed": 21.0, "decode and look": 240.0, "score": 9.0},
-        },
-    }  # fmt: skip
-    return {**report, "paper": claims(report)}
-
-
-def pictures(rows: int, columns: int) -> torch.Tensor:
-    rng = np.random.default_rng(0)
-    images = render_shapes(draw_attributes(rows * columns, split="train", rng=rng), rng=rng)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).div(127.5).sub(1).unflatten(0, (rows, columns))
-
-
-def example_atlases() -> dict[str, Atlas]:
-    captions = ["a large red star", "a blue shape on navy", "at the top, a small <pink> ring", "a circle & a half"]
-    columns = ["real", *PRIORS, "embedding alone"]
-    rows = [f"{prior}: {caption}" for caption in captions[:3] for prior in PRIORS[:4]]
-    return {
-        "grid": Atlas(pictures(len(captions), len(columns)), captions, columns),
-        "many": Atlas(pictures(len(rows), 16), rows, [str(i) for i in range(16)]),
-    }
+Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
+NAMES = ("report.json", "report.md", "report.html")
+ATTRIBUTES = {"shape": 0.81, "color": 1.0, "size": 0.96, "position": 0.998, "background": 1.0}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run")
-    write_report(path, example(), example_atlases())
-    return path
+def folder(study_folder: Path) -> Path:
+    module.draw(study_folder)
+    return study_folder
 
 
-def test_every_number_and_interval_is_on_the_page(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, arm: Arm, write_cell: Write) -> Path:
+    """A run whose comparison has every prior in one cell, its foundations and its stages' times."""
+    folder = tmp_path_factory.mktemp("run")
+    worse = {"diffusion": 0.0, "ar": 1.0, "linear": 0.3, "text": 3.0, "ceiling": -0.5, "mine": 0.1}
+    arms = {name: arm(name, 0, by) | {"attributes": ATTRIBUTES} for name, by in worse.items()}
+    numbers = [0.05 + 0.001 * i for i in range(40)]
+    foundations = {
+        "oracle": dict.fromkeys(ATTRIBUTES, 1.0), "reconstruction": ATTRIBUTES,
+        "arms": {
+            "real": {"values": {"residual": numbers}, "resamples": {}},
+            "reconstruction": {
+                "values": {"residual": numbers, "retrieval_r10": [1.0] * 40},
+                "resamples": {"fd_judge": [0.02 + 0.001 * i for i in range(21)]},
+            },
+        },
+        "clip": {"zero_shot": ATTRIBUTES, "retrieval_r1": 0.041, "retrieval_r10": 0.312},
+        "judge": {"retrieval_r1": 0.036, "retrieval_r10": 0.288},
+        "codec": {
+            "roundtrip_cosine": 0.9981, "pca_error": 0.0041, "quantisation_error": 0.0006, "code_length": 32,
+            "axes_for_99": 22, "embed_dim": 64, "buckets": 256,
+        },
+    }  # fmt: skip
+    labels = {"rows": [f"{name}: a <pink> ring" for name in ("diffusion", "ar")], "columns": ["1", "2"]}
+    Sheet(torch.zeros(2, 2, 3, 8, 8), **labels).save(folder / "cells" / "comparison-many.png")
+    pictures = {
+        "grid": {"rows": ["a <b>red</b> star", "a ring", "a heart"], "columns": ["real", *arms, "embedding alone"]}
+    }
+    Sheet(torch.zeros(3, 8, 3, 8, 8), **pictures["grid"]).save(folder / "cells" / "grid.png")
+    write_cell(folder, "comparison", 0, arms, foundations=foundations, pictures=pictures | {"many": labels})
+    (folder / "cells" / "grid.png").rename(folder / "cells" / "comparison.png")
+    module.draw(folder)
+    return folder
+
+
+def test_every_number_and_interval_is_on_the_page(folder: Path, report: dict[str, Any]) -> None:
     html, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
-    for name, (means, half) in MEANS.items():
-        for mean in means:
-            if mean is not None:
-                show = MEASURES[name].show
-                assert show(mean) in markdown
-                assert f"[{show(mean - half)}, {show(mean + half)}]" in markdown
-                assert f"[{show(mean - half)}, {show(mean + half)}]" in html
+    for row in report["priors"].values():
+        for name, value in row["metrics"].items():
+            for page in (html, markdown):
+                assert MEASURES[name].show(value["mean"]) in page
+                assert MEASURES[name].interval(value) in page
 
 
-def test_costs_name_the_guidance_that_they_are_of(folder: Path) -> None:
-    for page in ("report.html", "report.md"):
-        text = (folder / page).read_text()
-        assert "Ancestral 64 small, guidance 1, best of 2" in text
-        assert "guidance 2, dot token above 50%" in text
+def test_a_runs_report_keeps_its_keys(compared: Path) -> None:
+    """Other tools read these."""
+    report = json.loads((compared / "report.json").read_text())
+    assert {"mean", "low", "high"} <= set(report["priors"]["diffusion"]["metrics"]["stated_match"])
+    assert report["oracle"]["real"] == dict.fromkeys(ATTRIBUTES, 1.0)
+    assert report["decoder"]["reconstruction"] == ATTRIBUTES
+    assert report["codec"]["roundtrip_cosine"] == 0.9981
+    assert all({"claim", "verdict"} <= set(claim) for claim in report["claims"])
+    assert set(report["meta"]) >= {"stages", "wall_seconds", "commits", "hardware", "versions", "config", "counts"}
+    assert report["decoder"]["retrieval_r10"]["mean"] == 1
+    assert report["oracle"]["residual"]["low"] < report["oracle"]["residual"]["high"]
 
 
-def test_page_needs_no_other_file(folder: Path) -> None:
-    html = (folder / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=['\"](?!data:)", html)
-    assert html.count("data:image/png;base64,") == 6 + 4 * 7 + 12 * 16  # figures, grid, many
+def test_a_users_prior_has_its_row_duels_colour_and_picture(compared: Path) -> None:
+    report = json.loads((compared / "report.json").read_text())
+    assert list(report["priors"])[-1] == "mine"
+    assert len([duel for duel in report["duels"] if "mine" in (duel["first"], duel["second"])]) == 4
+    assert len(set(colors(report).values())) == 6
+    assert report["pictures"]["grid"]["columns"][-2:] == ["mine", "embedding alone"]
 
 
-def test_captions_cannot_break_the_page(folder: Path) -> None:
-    html = (folder / "report.html").read_text()
-    assert "<pink>" not in html
-    assert "small &lt;pink&gt; ring" in html
+def test_pages_need_no_other_file_and_captions_cannot_break_them(folder: Path, compared: Path) -> None:
+    for place in (folder, compared):
+        html = (place / "report.html").read_text()
+        assert not re.findall(r"(?:src|href)=['\"](?!data:)", html)
+        assert "<b>red</b>" not in html
+        assert "a &lt;b&gt;red&lt;/b&gt; star" in html
+    assert "a &lt;pink&gt; ring" in html
 
 
-def test_rendering_again_changes_nothing(folder: Path) -> None:
-    before = {name: (folder / name).read_bytes() for name in ("report.json", "report.md", "report.html")}
-    render(folder)
-    assert before == {name: (folder / name).read_bytes() for name in before}
+def test_what_a_reader_must_know_is_told(folder: Path, compared: Path) -> None:
+    for text in ((folder / name).read_text() for name in ("report.md", "report.html")):
+        for word in ("random-effects", "rewards collapse", "Chosen on validation data", "guidance 1.5, best of 2"):
+            assert word in text
+    markdown = (compared / "report.md").read_text()
+    assert "one training seed" in markdown
+    assert "Not measured here: " in markdown
 
 
-def test_times_come_from_the_stages_once_they_are_known(tmp_path: Path) -> None:
-    report = write_report(tmp_path, example(), {})
-    assert report["meta"]["wall_seconds"] == 270  # no stages: the comparison alone
-    records = {"clip": {"seconds": 200.0, "done": True}, "comparison": {"seconds": 0.0, "done": False}}
-    (tmp_path / "stages.json").write_text(json.dumps(records))
-    assert render(tmp_path)["meta"]["wall_seconds"] == 470  # the comparison is the stage that is running
-    records["comparison"] = {"seconds": 280.0, "done": True}
-    (tmp_path / "stages.json").write_text(json.dumps(records))
-    assert render(tmp_path)["meta"]["stages"] == {"clip": 200, "comparison": 280}
-
-
-def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
-    report = example()
-    report["priors"]["ar"]["attributes"]["shape"] = float("nan")
-    write_report(tmp_path, report, {})
-    assert json.loads((tmp_path / "report.json").read_text())["priors"]["ar"]["attributes"]["shape"] is None
-
-
-def test_atlas_survives_its_file(tmp_path: Path) -> None:
-    atlas = Atlas(pictures(3, 5), list("abc"), list("12345"))
-    atlas.save(tmp_path / "atlas.png")
-    again = Atlas.load(tmp_path / "atlas.png", atlas.rows, atlas.columns)
-    assert torch.allclose(again.images, atlas.images, atol=1e-5)
-    assert torch.equal(atlas.sheet()[:, 32:64, 64:96], atlas.images[1, 2].add(1).div(2))
-
-
-def test_best_is_whoever_reaches_the_best_mean_without_the_ceiling() -> None:
-    match = metric_tables(example())[0]
-    column = next(i for i, head in enumerate(match.head) if head.startswith("stated"))
-    assert [row[0].text for row in match.rows if row[column].best] == ["linear"]
-    residual = metric_tables(example())[1]
-    assert [row[0].text for row in residual.rows if row[1].best] == ["diffusion"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "above", "expected"),
-    [(0.51, 0.6, True, "agrees"), (0.4, 0.49, True, "disagrees"), (0.45, 0.55, True, "undecided"),
-     (0.51, 0.6, False, "disagrees"), (0.4, 0.49, False, "agrees")],
-)  # fmt: skip
-def test_verdict_needs_the_whole_interval(low: float, high: float, above: bool, expected: str) -> None:
-    assert verdict({"mean": (low + high) / 2, "low": low, "high": high}, 0.5, above=above) == expected
-
-
-def test_verdict_on_nothing_is_not_measured() -> None:
-    assert verdict(None, 0.5, above=True) == "not measured"
-
-
-def test_claims_say_so_when_we_find_the_opposite() -> None:
-    found = {claim["claim"]: claim["verdict"] for claim in claims(example())}
-    assert found["A linear map is the prior with the lowest FID"] == "disagrees"
-    assert found["A prior is better than feeding the decoder the text embedding"] == "agrees"
-
-
-def test_loggers_get_every_mean() -> None:
-    found = scalars(example())
-    assert found["compare/embed_fd/ar"] == 0.0098
-    assert "compare/diversity_gap/ceiling" not in found
-
-
-def test_command_draws_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "report.html").unlink()
+def test_drawing_again_asks_the_cells_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {name: (folder / name).read_bytes() for name in NAMES}
+    for name in NAMES:
+        (folder / name).unlink()
     draw_again(str(folder))
-    assert (folder / "report.html").is_file()
-    assert "93.1 [91.9, 94.3]" in capsys.readouterr().out
+    assert before == {name: (folder / name).read_bytes() for name in NAMES}
+    assert "head to head" in capsys.readouterr().out
 
 
-def test_missing_and_broken_reports_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No report at"):
-        render(tmp_path)
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(ValueError, match="no report of a comparison"):
-        render(tmp_path)
+def test_a_study_that_measured_little_is_drawn(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    write_cell(tmp_path, "a", 0, {"mine": arm("mine", 0, drawn=False)})
+    assert module.draw(tmp_path)["duels"] == []
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_every_kind_of_duel_is_named_once_in_the_legend(report: dict[str, Any]) -> None:
+    """Also where the first measure has no interval, or one kind has not the first measure."""
+    changed = copy.deepcopy(report)
+    for duel in changed["duels"]:
+        if duel["matched"]:
+            del duel["win_rates"]["stated_match"]
+        else:
+            duel["win_rates"]["stated_match"] |= {"low": None, "high": None}
+    (legend,) = draw_duels(changed).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["own settings", "matched settings"]
+
+
+def test_a_row_that_says_the_same_is_drawn_once_and_colours_stay(report: dict[str, Any]) -> None:
+    assert colors(distinct(report)) == {
+        name: color for name, color in colors(report).items() if name in distinct(report)["priors"]
+    }
+
+
+def test_labels_keep_their_distance() -> None:
+    assert apart({"a": 0.5, "b": 0.5, "c": 0.9, "d": 0.52}, 0.1) == pytest.approx(
+        {"a": 0.5, "b": 0.6, "d": 0.7, "c": 0.9}
+    )
+
+
+def test_best_is_whoever_reaches_the_best_mean_without_the_ceiling(report: dict[str, Any]) -> None:
+    match = metric_tables(report)[0]
+    column = next(i for i, head in enumerate(match.head) if head.startswith("CLIP score"))
+    assert [row[0].text for row in match.rows if row[column].best] == ["diffusion", "diffusion (matched)"]
+
+
+@pytest.mark.parametrize(("chosen", "end"), [(0.001, "smallest"), (0.002, None), (0.004, "largest")])
+def test_a_learning_rate_at_the_end_of_those_tried_is_named(chosen: float, end: str | None) -> None:
+    trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7, "retrieval_r10": 0.4}
+    choice = {"prior": "ar", "learning_rates": dict.fromkeys(("0.004", "0.001", "0.002"), trial), "guidance": {}}
+    table = choice_table({"choices": [choice | {"chosen": {"lr": chosen, "guidance": 1.0}}]})
+    assert table is not None
+    told = [text for term, text in table.notes if term == "ar's learning rate"]
+    assert [text.split()[1] for text in told] == ([end] if end else [])
+
+
+def test_without_foundations_there_is_no_table_of_them(report: dict[str, Any]) -> None:
+    assert foundation_table(report) is None
+
+
+def test_tensorboard_gets_settings_and_scores(report: dict[str, Any], tmp_path: Path) -> None:
+    module.log(report, tmp_path)
+    assert (tmp_path / "diffusion-(matched)").is_dir()
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_a_sheet_survives_its_file(tmp_path: Path) -> None:
+    images = torch.rand(3, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sheet = Sheet(images, list("abc"), list("12345"))
+    sheet.save(tmp_path / "sheet.png")
+    again = Sheet.load(tmp_path / "sheet.png", sheet.rows, sheet.columns)
+    assert torch.allclose(again.images, images, atol=1 / 127)
+    assert torch.equal(sheet.joined()[:, 8:16, 16:24], images[1, 2].add(1).div(2))

@@ -2,19 +2,14 @@
 
 from pathlib import Path
 
-from unclip_pl.evaluation.study import CELLS
-from unclip_pl.report.report import print_summary, render
-from unclip_pl.report.study_page import print_study, render_study
+from unclip_pl.report import draw, summary
 
 
 def report(run: str = "runs/quickstart") -> None:
-    """Draw report.md, report.html and plots/ from what was measured; nothing is computed again.
+    """Draw report.json, report.md, report.html and plots/ from what was measured; nothing is sampled again.
 
     Args:
-        run: folder of a run with a report.json, or of a study with cells/.
+        run: folder with cells/: a run that was compared, or a study.
     """
     folder = Path(run)
-    if (folder / CELLS).is_dir():
-        print_study(folder, render_study(folder))
-    else:
-        print_summary(folder, render(folder))
+    summary(folder, draw(folder))

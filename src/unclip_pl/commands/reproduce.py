@@ -26,8 +26,8 @@ from unclip_pl.errors import MissingFileError
 from unclip_pl.files import previous_of, sha256, write_json
 from unclip_pl.generation.provenance import STAGES, commit
 from unclip_pl.generation.run import write_run
-from unclip_pl.report.report import render
-from unclip_pl.report.study_page import log_study, print_study, render_study
+from unclip_pl.report import draw, log, summary
+from unclip_pl.report.study import CELLS
 
 #: In the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
@@ -99,12 +99,12 @@ def reproduce(
         record["done"] = True
         recipe.write(name, record)
         console.print(f"{title}: {record['seconds']:.0f} s")
-    if (root / "report.json").is_file():
-        render(root)  # again, now that the last stage's own time is known
-    if results:
-        report = render_study(Path(results))
-        log_study(report, root / "study")
-        print_study(Path(results), report)
+    folder = Path(results or root)
+    if (folder / CELLS).is_dir():
+        report = draw(folder)  # again, now that the last stage's own time is known
+        summary(folder, report)
+        if results:
+            log(report, root / "study")
     total = sum(recipe.record(name).get("seconds", 0.0) for name in recipe.stages)
     console.rule(f"all {len(recipe.stages)} stages done, {total / 60:.1f} minutes: {results or root}", align="left")
 

@@ -1,6 +1,5 @@
-"""What each upsampler adds: a decoder's pictures brought to full size through ever more of a cascade."""
+"""Measure what each upsampler adds: a decoder's pictures brought to full size through ever more of a cascade."""
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.assemble import true_attributes
 from unclip_pl.evaluation.drawing import Painter, gather, join_views
-from unclip_pl.evaluation.sampled import resize
-from unclip_pl.evaluation.scores import View, accuracy_by_attribute
+from unclip_pl.evaluation.measures import within_shares
+from unclip_pl.evaluation.scores import View, accuracy_by_attribute, true_attributes
+from unclip_pl.evaluation.sheet import resize
 from unclip_pl.evaluation.task import store_fingerprint, streams_for
-from unclip_pl.files import replacing
+from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
 from unclip_pl.generation.pictures import grid, save_png
 from unclip_pl.generation.provenance import provenance, settings
@@ -31,14 +30,14 @@ REAL = "real"
 
 
 class Seen(NamedTuple):
-    """A batch at one stage, named by the side up to which it was drawn; the rest of the way is bicubic."""
+    """A batch at one stage: drawn up to some side, enlarged to full size by bicubic interpolation."""
 
     view: View
     tiles: Tensor  # (B · T, F) unit norm: the judge's features of the pictures' tiles
 
 
 class Rows(NamedTuple):
-    """What belongs to a batch whatever the stage."""
+    """What belongs to a batch at every stage."""
 
     truth: Tensor  # (B, A) true attributes
     captions: list[str]  # of the pictures shown
@@ -57,13 +56,13 @@ class CascadeEvaluation(LightningModule):
         weights: folder that the upsamplers are named relative to.
         clip: the CLIP that conditions the decoder.
         judge: another CLIP, for the Fréchet distances.
-        decoder: without upsamplers.
-        upsamplers: smallest first.
+        decoder: decoder without upsamplers.
+        upsamplers: stages after it, smallest first.
         oracle: reads shapes of the data's side.
-        out: folder of what is written.
-        shown: pictures of the grid.
-        resamples: of the pictures, for intervals of Fréchet distances.
-        seed: of all noise.
+        out: folder to write.
+        shown: number of pictures in the grid.
+        resamples: number of bootstrap resamples of the pictures, for intervals of Fréchet distances.
+        seed: base seed of every random draw.
     """
 
     batch_type = EvaluationBatch
@@ -97,7 +96,7 @@ class CascadeEvaluation(LightningModule):
         self.settings = settings({"decoder": decoder, "upsamplers": upsamplers, "resamples": resamples, "seed": seed})
 
     def on_test_start(self) -> None:
-        """Loads every network, and refuses to mix CLIPs."""
+        """Load every network, and refuse to mix CLIPs."""
         fingerprint = store_fingerprint(self)
         parts = open_parts(self.run, self.clip, device=self.device, store_fingerprint=fingerprint, decoder=self.decoder)
         assert parts.decoder is not None
@@ -108,7 +107,7 @@ class CascadeEvaluation(LightningModule):
         self._rows: list[Rows] = []
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Draws a batch through the cascade and looks at it at every stage."""
+        """Draw a batch through the cascade and look at it at every stage."""
         noise = streams_for(batch, self.seed)
         decoder = self._painter.decoder
         text = decoder.null_text(len(batch.image))
@@ -126,7 +125,7 @@ class CascadeEvaluation(LightningModule):
         self._rows.append(Rows(truth, [batch.captions[row] for row in keep], drawn[0][: len(keep)].float().cpu()))
 
     def on_test_epoch_end(self) -> None:
-        """Scores every stage, and writes and logs it."""
+        """Score every stage, and write and log the scores."""
         ranks = gather((self._rows, self._seen), self.trainer.world_size)
         rows = [part for own, _ in ranks for part in own]
         seen = {name: [part for _, own in ranks for part in own[name]] for name in self._seen}
@@ -139,7 +138,7 @@ class CascadeEvaluation(LightningModule):
         for name, view in views.items():
             stages[name] = {
                 "accuracy": accuracy_by_attribute(view.read, truth),
-                "all_right": mean_interval(captions_right(view.read, truth))._asdict(),
+                "all_right": within_shares(mean_interval(captions_right(view.read, truth)), len(truth))._asdict(),
                 "residual": mean_interval(view.residual)._asdict(),
             }
             if name != REAL:
@@ -154,8 +153,7 @@ class CascadeEvaluation(LightningModule):
 
     def _write(self, report: dict[str, Any], views: dict[str, View], rows: list[Rows]) -> None:
         meta = {**provenance(self.device), "settings": self.settings}
-        with replacing(self.out / "cascade.json") as temporary:
-            temporary.write_text(json.dumps({**report, "meta": meta}, indent=2) + "\n")
+        write_json(self.out / "cascade.json", {**report, "meta": meta}, indent=2)
         captions = list(chain.from_iterable(part.captions for part in rows))
         small = torch.cat([part.small for part in rows])
         first, *rest = views
@@ -167,7 +165,7 @@ class CascadeEvaluation(LightningModule):
 
 
 def tiles_of(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, H) → (B · (H / side)², 3, side, side), picture by picture; a rest at the border is left out."""
+    """Cut (B, 3, H, H) into (B · (H / side)², 3, side, side), picture by picture; a rest at the border is left out."""
     tiles = images.unfold(2, side, side).unfold(3, side, side)  # (B, 3, n, n, side, side)
     return tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 

@@ -1,84 +1,129 @@
-"""One cell of a study: a trained prior, measured. What it writes is small enough to be committed, and enough for every
-interval, win rate, curve and table of the study's report: no network is asked again.
+"""Measure one cell of a study: priors, sampled, drawn and scored caption by caption.
+
+What it writes is small enough to be committed, and enough for every interval, win rate, curve and table of the report:
+no network is asked again. A comparison is a study of one cell, which has every prior.
 """
 
-import json
+import time
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
+from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
-from unclip_pl.evaluation.assemble import Heldout
-from unclip_pl.evaluation.drawing import Painter
-from unclip_pl.evaluation.flops import training_flops
+from unclip_pl.errors import InputError
+from unclip_pl.evaluation.costs import Cost, costs_of, sampling_flops, training_of
+from unclip_pl.evaluation.drawing import Painter, gather
+from unclip_pl.evaluation.foundations import foundations
 from unclip_pl.evaluation.probe import AttributeProbe
-from unclip_pl.evaluation.sampled import SampledPriors, resize, shown_rows
 from unclip_pl.evaluation.scores import (
+    Heldout,
     View,
+    accuracy_by_attribute,
     caption_scores,
     diversity_scores,
+    embedding_values,
+    join_heldout,
     open_captions,
     resampled_means,
+    spectrum,
     stated_indices,
     states_unseen_pair,
+    true_attributes,
 )
+from unclip_pl.evaluation.sheet import FORMAT, REAL, Sheet, resize, sheet_path
+from unclip_pl.evaluation.task import check_judge, check_seeds, store_fingerprint, streams_for
 from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec
-from unclip_pl.generation.priors import PriorSpec
+from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance, settings
+from unclip_pl.generation.run import open_parts
 from unclip_pl.metrics.attributes import stated_match
-from unclip_pl.metrics.clip_score import clip_scores
-from unclip_pl.metrics.embedding import calibration
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.neighbours import neighbour_values
-from unclip_pl.report.report import Atlas
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.types import PriorBatch
+from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
-#: Digits that a stored number keeps.
-DIGITS = 5
+#: Significant digits of a stored number: those of a float32.
+DIGITS = 7
+#: Captions of a batch when many samples are drawn.
+EMBED_BATCH = 256
+#: The cell of a comparison, in its run.
+COMPARISON = Path("cells") / "comparison.json"
+ALONE = "embedding alone"
+
+Kind = Literal["prior", "matched", "table", "curve", "ablation"]
 
 
-class Cell(SampledPriors):
-    """``unclip test --config configs/compare/rematch-….yaml``: writes one JSON file of measurements.
+class Drawn(NamedTuple):
+    """Pictures of a cell, as the judge and the oracle saw them."""
+
+    views: dict[str, View]  # arm → one picture of each of n captions
+    many: dict[str, View]  # arm → K pictures of each of some captions
+    captions: list[str]  # those captions
+    real: View | None  # the true pictures, and
+    alone: View | None  # those decoded from true embeddings without a caption: where foundations are measured
+
+
+class Cell(LightningModule):
+    """``unclip test --config configs/compare/…``: writes one JSON file of measurements, and pictures beside it.
+
+    Nothing is trained and nothing is checkpointed. Networks are loaded when the test starts, and never registered.
+    It decodes captions · priors pictures, and diversity_captions · diversity_samples for each prior that sees the
+    caption alone.
 
     Args:
         run: folder that CLIP, judge and decoder are named relative to.
-        weights: folder that the priors' checkpoints are named relative to; its ``config.yaml`` says how they were
-            trained.
         clip: the CLIP that conditions everything.
-        priors: by name: the cell's arms, usually one network sampled in several ways.
-        group: what the cell belongs to: ``matched``, ``best``, ``reference``, ``curve/TITLE/SERIES`` (arms are named by
-            their x), ``need/ARM`` or ``ablation/TITLE/ARM`` (its one arm has another name in the report than here).
-        out: the file; pictures lie beside it.
-        judge: another CLIP, for the scores of images; None where nothing is drawn.
+        priors: the cell's arms by name: several priors, or one prior sampled in several ways.
+        weights: folder that the priors' files are named relative to; None means ``run``.
+        out: file to write; pictures lie beside it. None is ``cells/comparison.json`` in the run: the command line then
+            draws the run's report.
+        kind: place of the arms in the report: ``prior`` (a row of the main tables), ``matched`` (a second row of that
+            prior, at settings equal to the others'), ``table`` (a row of a further table), ``curve`` or ``ablation``.
+        title: name of the table, curve or ablation.
+        series: name of the row, line or side, where it is not the arm's own name.
+        x: place on a curve; None where the arms are named by it.
+        judge: another CLIP, for the scores of pictures; None where nothing is drawn.
         decoder: draws every arm; None measures embeddings alone.
-        decoder_run: folder that the decoder is named relative to; ``run`` if not given.
-        oracle: reads shapes back, from images and by probes from embeddings; None for other data.
-        captions: held-out captions of which images are decoded.
-        seeds: samples per caption for what needs no decoder, over all held-out rows; at least 2.
-        diversity_captions: captions of which many images are decoded.
-        diversity_samples: images of each of those.
-        grid_rows: captions whose images are kept.
-        grid_licenses: see :class:`~unclip_pl.evaluation.comparison.Comparison`.
-        batch_size: images decoded at once.
-        resamples: of the captions; every cell draws the same ones.
-        seed: the training seed of the weights; the samples' noise follows from it too.
+        decoder_run: folder that the decoder is named relative to; None means ``run``.
+        oracle: reads shapes back, from pictures and by probes from embeddings; None for other data.
+        captions: number of held-out captions of which pictures are decoded.
+        seeds: number of samples per caption for what needs no decoder, over all held-out rows; at least 2.
+        diversity_captions: number of captions of which many pictures are decoded; 0 leaves diversity out.
+        diversity_samples: number of pictures of each of those.
+        foundations: measure the oracle, the decoder alone, both CLIPs and the codec as well.
+        grid_rows: number of captions whose pictures are kept.
+        grid_many: number of captions of which many pictures are kept.
+        grid_licenses: beginnings of licences. Of real pictures whose json names a `license`, only those are kept whose
+            licence begins with one of these: a published report holds the pictures of others. None keeps any.
+        batch_size: number of pictures decoded at once.
+        resamples: number of bootstrap resamples of the captions; every cell draws the same ones.
+        seed: training seed of the weights; the noise of the samples follows from it too.
+
+    Raises:
+        ValueError: fewer than 2 seeds, the judge is the CLIP that it is to judge, a decoder without a judge or
+            foundations without a decoder, or a table, curve or ablation without a title.
     """
+
+    batch_type = EvaluationBatch
 
     def __init__(
         self,
         run: str,
-        weights: str,
         clip: ClipSpec,
         priors: dict[str, PriorSpec],
-        group: str,
-        out: str,
+        weights: str | None = None,
+        out: str | None = None,
+        kind: Kind = "prior",
+        title: str = "",
+        series: str = "",
+        x: float | None = None,
         judge: ClipSpec | None = None,
         decoder: DecoderSpec | None = None,
         decoder_run: str | None = None,
@@ -87,211 +132,295 @@ class Cell(SampledPriors):
         seeds: int = 2,
         diversity_captions: int = 32,
         diversity_samples: int = 16,
-        grid_rows: int = 6,
+        foundations: bool = False,
+        grid_rows: int = 8,
+        grid_many: int = 0,
         grid_licenses: list[str] | None = None,
         batch_size: int = 96,
         resamples: int = 200,
         seed: int = 0,
     ) -> None:
-        super().__init__(run, weights, clip, judge, decoder, priors, oracle, captions, seeds, batch_size, seed)
+        super().__init__()
+        self.run = Path(run)
+        self.clip = clip
+        self.priors = priors
+        self.weights = Path(weights) if weights else self.run
+        self.out = Path(out) if out else self.run / COMPARISON
+        self.draws = None if out else self.run
+        self.kind = kind
+        self.title = title
+        self.series = series
+        self.x = x
+        self.judge = judge
+        self.decoder = decoder
         self.decoder_run = Path(decoder_run) if decoder_run else self.run
-        self.group = group
-        self.out = Path(out)
+        self.oracle = oracle
+        self.captions = captions
+        self.seeds = seeds
         self.diversity_captions = diversity_captions
         self.diversity_samples = diversity_samples
+        self.foundations = foundations
         self.grid_rows = grid_rows
+        self.grid_many = grid_many
         self.grid_licenses = grid_licenses
+        self.batch_size = batch_size
         self.resamples = resamples
-        self.settings = {name: settings(prior) for name, prior in priors.items()}
-        self.decoder_settings = settings(decoder)
+        self.seed = seed
+        self._check()
+
+    def _check(self) -> None:
+        check_seeds(self.seeds)
+        check_judge(self.judge, self.clip)
+        if self.decoder is not None and self.judge is None:
+            raise InputError("Expected a judge beside the decoder, to look at its pictures. Got none: name one.")
+        if self.foundations and self.decoder is None:
+            raise InputError("Expected a decoder where foundations are measured. Got none: name one.")
+        if self.kind in ("table", "curve", "ablation") and not self.title:
+            raise InputError(f"Expected a title for a cell of kind {self.kind!r}. Got none: give one.")
 
     def on_test_start(self) -> None:
-        """Loads every network; fits the probes of the embeddings where attributes are known."""
-        super().on_test_start()
+        """Load every network, refuse to mix CLIPs, and fit the probes of embeddings where attributes are known."""
+        self._started = time.perf_counter()
+        self._parts = open_parts(
+            self.run,
+            self.clip,
+            device=self.device,
+            store_fingerprint=store_fingerprint(self),
+            decoder=self.decoder,
+            decoder_run=self.decoder_run,
+            priors=self.priors,
+            weights=self.weights,
+        )
+        for name, prior in self._parts.priors.items():
+            if prior.keeps_norm:
+                raise InputError(
+                    f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm: leave it out."
+                )
+        # A tuple keeps the judge out of the module tree: nobody should find a CLIP in a state dict.
+        self._judge = () if self.judge is None else (self.judge.within(self.run).load().to(self.device),)
         data = getattr(self.trainer, "datamodule", None)
         known = self.oracle is not None and isinstance(data, UnclipDataModule)
         self._probe = AttributeProbe.fit(data.embeddings) if known and data is not None else None
+        self._heldout: list[Heldout] = []
+        self._samples: dict[str, list[Tensor]] = {name: [] for name in self.priors}
+        self._costs = {name: Cost() for name in self.priors}
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Embed the captions with every prior and every seed, and keep what the judge says of the truth."""
+        if self.oracle is not None:
+            true_attributes(batch.metadata)  # fails now, not after everything is drawn
+        room = max(0, self.captions - sum(len(part.captions) for part in self._heldout))
+        judge_image, judge_text = self._judged(batch)
+        self._heldout.append(
+            Heldout(
+                image_embed=batch.image_embed.float().cpu(),
+                text=batch.text.to("cpu"),
+                captions=batch.captions,
+                metadata=batch.metadata,
+                judge_image=judge_image,
+                judge_text=judge_text,
+                images=batch.image[:room].float().cpu(),
+            )
+        )
+        pairs = PriorBatch(batch.image_embed, batch.text)
+        for name, prior in self._parts.priors.items():
+            if not self._samples[name]:
+                self._costs[name] = self._costs[name]._replace(flops=sampling_flops(prior, pairs))
+            streams = [streams_for(pairs, self.seed, s) for s in range(self.seeds)]  # the same for every prior
+            started = time.perf_counter()
+            draws = [prior.embed_batch(pairs, generator=stream).cpu() for stream in streams]
+            self._costs[name] = self._costs[name].plus(time.perf_counter() - started, self.seeds * len(batch.captions))
+            self._samples[name].append(torch.stack(draws).float())
+
+    def _judged(self, batch: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        """Return the judge's features of true pictures and captions, (B, F) each; F is 0 where nothing is drawn."""
+        if not self._judge:
+            return torch.empty(len(batch.captions), 0), torch.empty(len(batch.captions), 0)
+        judge = self._judge[0]
+        both = judge.encode_image(batch.image), judge.describe(batch.captions).embed
+        return F.normalize(both[0].float(), dim=-1).cpu(), F.normalize(both[1].float(), dim=-1).cpu()
 
     def on_test_epoch_end(self) -> None:
-        """Measures every arm and writes the file."""
-        heldout, samples = self.gathered()
-        n = min(self.captions, len(heldout.captions))
-        shown = shown_rows(heldout.metadata[:n], self.grid_rows, self.grid_licenses)
-        pairs = PriorBatch(heldout.image_embed, heldout.text)
-        embed_fd = frechet_resamples(
-            F.normalize(heldout.image_embed, dim=-1), samples, self.resamples, generator=self._resampler()
-        )
-        arms: dict[str, Any] = {}
-        for name, drawn in samples.items():
-            resampled = {"embed_fd": embed_fd[name], **self._embedding_scores(drawn, heldout)}
+        """Draw and score every arm, and write the files."""
+        world = self.trainer.world_size
+        heldout = join_heldout(chain.from_iterable(gather(self._heldout, world)))
+        samples = {
+            name: torch.cat([part for parts in gather(own, world) for part in parts], dim=1)
+            for name, own in self._samples.items()
+        }
+        shown = shown_rows(heldout.metadata[: self.captions], self.grid_rows, self.grid_licenses)
+        drawn = self._draw(heldout, samples, shown) if self._parts.decoder is not None else None
+        if not self.trainer.is_global_zero:
+            return
+        arms = self._arms(heldout, samples)
+        if drawn is not None:
+            self._score(arms, heldout, drawn)
+        self._write(arms, heldout, drawn, self._sheets(heldout, drawn, shown))
+
+    def _draw(self, heldout: Heldout, samples: dict[str, Tensor], shown: list[int]) -> Drawn:
+        """Draw all pictures, over all ranks."""
+        decoder, n = self._parts.decoder, min(self.captions, len(heldout.captions))
+        assert decoder is not None
+        few = heldout.text.rows(slice(n))
+        chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
+        many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
+        drawers = {name: prior for name, prior in self._parts.priors.items() if chosen and not prior.reference}
+        kept = range(self.grid_many * self.diversity_samples)
+        rank, world = self.global_rank, self.trainer.world_size
+        options = {"batch_size": self.batch_size, "seed": self.seed, "rank": rank, "world_size": world}
+        with Painter(decoder, self._judge[0], self.oracle, **options) as painter:
+            painter.expect(n * (len(samples) + self.foundations) + len(many.embed) * len(drawers))
+            return Drawn(
+                real=painter.look(heldout.images[:n].to(self.device), keep=shown) if self.foundations else None,
+                alone=painter.paint(
+                    heldout.image_embed[:n], decoder.null_text(n).to("cpu"), what="from the embedding alone", keep=shown
+                )
+                if self.foundations
+                else None,
+                views={
+                    name: painter.paint(drawn[0, :n], few, what=name, keep=shown) for name, drawn in samples.items()
+                },
+                many={
+                    name: painter.paint(self._embed(prior, many), many, what=f"{name}, many of a caption", keep=kept)
+                    for name, prior in drawers.items()
+                },
+                captions=[heldout.captions[row] for row in chosen],
+            )
+
+    def _embed(self, prior: Prior, text: TextFeatures) -> Tensor:
+        """Draw (N, d) samples for N captions, on the CPU."""
+        parts = []
+        for start in range(0, len(text.embed), EMBED_BATCH):
+            words = text.rows(slice(start, start + EMBED_BATCH)).to(self.device)
+            generator = torch.Generator().manual_seed(self.seed + 104_729 + start)
+            parts.append(prior.embed(words, generator=generator).float().cpu())
+        return torch.cat(parts)
+
+    def _arms(self, heldout: Heldout, samples: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """Return every arm with its settings, its costs and its scores without a decoder."""
+        true = F.normalize(heldout.image_embed, dim=-1)
+        distances = frechet_resamples(true, samples, self.resamples, generator=self._resampler())
+        pairs = PriorBatch(heldout.image_embed.to(self.device), heldout.text.to(self.device))
+        stated = stated_indices(heldout.captions) if self._probe is not None else None
+        arms: dict[str, dict[str, Any]] = {}
+        for name, prior in self._parts.priors.items():
+            values = embedding_values(samples[name], heldout.image_embed, heldout.text.embed)
+            if self._probe is not None and stated is not None:
+                read = [stated_match(self._probe.read(z), stated) for z in samples[name]]
+                values["probe_match"] = torch.stack(read).mean(0)
             arms[name] = {
                 "values": {},
-                "resamples": resampled,
-                **self._cost(name, pairs),
-                "sampling": self.settings[name],
+                "resamples": {"embed_fd": distances[name]}
+                | {key: resampled_means(x, self.resamples, generator=self._resampler()) for key, x in values.items()},
+                "class": type(prior).__name__,
+                "reference": prior.reference,
+                **costs_of(prior, self._costs[name], pairs),
+                **training_of(self._trained(name))._asdict(),
+                "sampling": settings(self.priors[name]),
             }
-        counts = {"rows": len(heldout.captions), "captions": 0, "many": 0}
-        pictures: dict[str, Tensor] = {}
-        if self.decoder is not None:
-            counts |= {"captions": n, "many": self.diversity_captions}
-            with self.painter(self.decoder) as painter:
-                views = self._draw(painter, heldout, samples, arms, shown)
-            pictures = {name: view.images for name, view in views.items()}
-            size = next(iter(pictures.values())).shape[-1]
-            pictures = {"real": resize(heldout.images[shown], size), **pictures}
-        if self.trainer.is_global_zero:
-            rows = [heldout.captions[row] for row in shown]
-            self._write(arms, counts, pictures, rows, spectrum(heldout.image_embed))
+        return arms
 
-    def _embedding_scores(self, samples: Tensor, heldout: Heldout) -> dict[str, Tensor]:
-        """(1 + R,) means over captions of what needs no decoder."""
-        cosines = calibration(samples.transpose(0, 1), heldout.image_embed)
-        values = {
-            "cos_true": cosines.to_true,
-            "cos_samples": cosines.between_samples,
-            "cos_mean": cosines.mean_to_true,
-            "calibration_gap": cosines.gap,
-            "text_cos": clip_scores(samples, heldout.text.embed.expand_as(samples)).mean(0) / 100,
-        }
-        if self._probe is not None:
-            stated = stated_indices(heldout.captions)
-            values["probe_match"] = torch.stack([stated_match(self._probe.read(z), stated) for z in samples]).mean(0)
-        return {
-            name: resampled_means(value, self.resamples, generator=self._resampler()) for name, value in values.items()
-        }
+    def _trained(self, name: str) -> Path:
+        """Return the folder of the fit whose checkpoint a prior reads."""
+        checkpoint = getattr(self.priors[name], "checkpoint", "")
+        return (self.weights / checkpoint).parent.parent
 
-    def _draw(
-        self,
-        painter: Painter,
-        heldout: Heldout,
-        samples: dict[str, Tensor],
-        arms: dict[str, Any],
-        shown: list[int],
-    ) -> dict[str, View]:
-        """Images of every arm; their scores go into ``arms``."""
-        n = min(self.captions, len(heldout.captions))
-        few = heldout.text.rows(slice(n))
-        stated = stated_indices(heldout.captions[:n])
-        chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
-        captions = [heldout.captions[row] for row in chosen]
-        many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
-        given = sum(prior.reference for prior in self.priors.values())
-        painter.expect(n * len(samples) + len(many.embed) * (len(samples) - given))
-        real = heldout.judge_image[:n]
-        views = {name: painter.paint(drawn[0, :n], few, what=name, keep=shown) for name, drawn in samples.items()}
-        fd_judge = frechet_resamples(
-            real, {name: view.judge for name, view in views.items()}, self.resamples, generator=self._resampler()
-        )
-        for name, view in views.items():
-            arms[name]["resamples"]["fd_judge"] = fd_judge[name]
+    def _score(self, arms: dict[str, dict[str, Any]], heldout: Heldout, drawn: Drawn) -> None:
+        """Add the scores of pictures to the arms."""
+        n = len(next(iter(drawn.views.values())).judge)
+        real, stated = heldout.judge_image[:n], stated_indices(heldout.captions[:n])
+        fd_judge = self._distances(real, drawn.views)
+        for name, view in drawn.views.items():
             values = caption_scores(view, real, heldout.judge_text[:n], stated)
             values |= neighbour_values(real, view.judge)._asdict()
             if "stated_match" in values:
                 values["unseen_match"] = values["stated_match"].where(states_unseen_pair(stated), torch.nan)
-            prior = self.priors[name]
-            if chosen and not prior.reference:
-                drawn = painter.paint(self.embed_many(prior, many), many, what=f"{name}, many of a caption")
-                values |= diversity_scores(drawn, captions, self.diversity_samples)
+                arms[name]["attributes"] = accuracy_by_attribute(view.read, stated)
+            if name in drawn.many:
+                values |= diversity_scores(drawn.many[name], drawn.captions, self.diversity_samples)
             arms[name]["values"] = values
-        return views
+            arms[name]["resamples"]["fd_judge"] = fd_judge[name]
 
-    def _cost(self, name: str, pairs: PriorBatch) -> dict[str, Any]:
-        """What training and sampling took, and how it was trained."""
-        prior, cost = self.priors[name], self._costs[name]
-        config = training_config(self.weights)
-        task = prior.task
-        on_device = PriorBatch(pairs.image_embed.to(self.device), pairs.text.to(self.device))
-        steps, size = prior.record.steps, config.get("batch_size", 0)
-        flops = training_flops(task, on_device) if task is not None and steps else 0
-        return {
-            "class": type(prior).__name__,
-            "reference": prior.reference,
-            "parameters": prior.num_parameters,
-            "training_steps": steps,
-            "training_samples": steps * size,
-            "training_seconds": prior.record.seconds,
-            "training_flops": flops * steps * size,
-            "lr": config.get("lr"),
-            "config_hash": config.get("hash"),
-            "evaluations": prior.evaluations,
-            "flops_per_embedding": cost.flops,
-            "seconds_per_embedding": cost.seconds / max(1, cost.embeddings),
+    def _distances(self, real: Tensor, views: dict[str, View]) -> dict[str, Tensor]:
+        """Return the Fréchet distance of each view's pictures and its resamples, (1 + R,)."""
+        features = {name: view.judge for name, view in views.items()}
+        return frechet_resamples(real, features, self.resamples, generator=self._resampler())
+
+    def _foundations(self, heldout: Heldout, drawn: Drawn | None) -> dict[str, Any] | None:
+        if drawn is None or drawn.real is None or drawn.alone is None:
+            return None
+        distance = self._distances(heldout.judge_image[: len(drawn.alone.judge)], {ALONE: drawn.alone})[ALONE]
+        codec = next((prior.codec for prior in self._parts.priors.values() if prior.codec is not None), None)
+        return foundations(heldout, drawn.real, drawn.alone, distance, self._parts.clip, codec)
+
+    def _sheets(self, heldout: Heldout, drawn: Drawn | None, shown: list[int]) -> dict[str, Sheet]:
+        """Return the pictures that are kept: captions × arms, and many pictures of a few captions."""
+        if drawn is None:
+            return {}
+        columns = {name: view.images for name, view in drawn.views.items()}
+        columns |= {ALONE: drawn.alone.images} if drawn.alone is not None else {}
+        sheets = {}
+        if shown:
+            size = next(iter(columns.values())).shape[-1]
+            columns = {REAL: resize(heldout.images[shown], size), **columns}
+            rows = [heldout.captions[row] for row in shown]
+            sheets["grid"] = Sheet(torch.stack(list(columns.values()), dim=1), rows, list(columns))
+        if drawn.many and self.grid_many:
+            images = torch.stack([view.images for view in drawn.many.values()])  # (P, captions · K, 3, H, H)
+            images = images.unflatten(1, (-1, self.diversity_samples)).transpose(0, 1)
+            rows = [f"{name}: {caption}" for caption in drawn.captions[: len(images)] for name in drawn.many]
+            sheets["many"] = Sheet(images.flatten(0, 1), rows, [str(i + 1) for i in range(self.diversity_samples)])
+        return sheets
+
+    def _write(self, arms: dict[str, Any], heldout: Heldout, drawn: Drawn | None, sheets: dict[str, Sheet]) -> None:
+        for name, sheet in sheets.items():
+            sheet.save(sheet_path(self.out, name))
+        counts = {
+            "rows": len(heldout.captions),
+            "captions": min(self.captions, len(heldout.captions)) if drawn else 0,
+            "many": len(drawn.captions) if drawn else 0,
+            "seeds": self.seeds,
+            "resamples": self.resamples,
+            "many_samples": self.diversity_samples,
         }
-
-    def _write(
-        self,
-        arms: dict[str, Any],
-        counts: dict[str, int],
-        pictures: dict[str, Tensor],
-        rows: list[str],
-        space: dict[str, float],
-    ) -> None:
-        if pictures and rows:
-            images = torch.stack(list(pictures.values()), dim=1)  # (rows, arms, 3, H, H)
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            Atlas(images, rows, list(pictures)).save(self.out.with_suffix(".png"))
         cell = {
-            "group": self.group,
+            "format": FORMAT,
+            "kind": self.kind,
+            "title": self.title,
+            "series": self.series,
+            "x": self.x,
             "seed": self.seed,
-            "counts": counts
-            | {"seeds": self.seeds, "resamples": self.resamples, "many_samples": self.diversity_samples},
-            "pictures": {"rows": rows, "columns": list(pictures)} if pictures and rows else None,
-            "decoder": self.decoder_settings,
-            "space": space,
-            "meta": provenance(self.device),
+            "base": self._base(),
+            "counts": counts,
+            "pictures": {name: {"rows": sheet.rows, "columns": sheet.columns} for name, sheet in sheets.items()},
+            "settings": settings({"clip": self.clip, "judge": self.judge, "decoder": self.decoder}) | counts,
+            "space": spectrum(heldout.image_embed),
+            "foundations": self._foundations(heldout, drawn),
             "arms": arms,
+            "meta": provenance(self.device) | {"seconds": time.perf_counter() - self._started},
         }
         write_json(self.out, _plain(cell))
 
+    def _base(self) -> str:
+        """Return the hash of what all cells of a study share."""
+        return self._parts.clip.fingerprint
+
     def _resampler(self) -> torch.Generator:
-        """The same captions in every cell, whatever its seed."""
+        """Return a generator that draws the same captions in every cell, for any training seed."""
         return torch.Generator().manual_seed(0)
 
 
-def spectrum(image_embed: Tensor) -> dict[str, float]:
-    """How many directions (N, d) embeddings use: axes for 99 % of the variance, and the effective rank, exp of the
-    entropy of its shares (Roy & Vetterli 2007).
-    """
-    unit = F.normalize(image_embed.double(), dim=-1)
-    shares = torch.linalg.svdvals(unit - unit.mean(0)).square()
-    shares = shares / shares.sum()
-    return {
-        "embed_dim": unit.shape[1],
-        "axes_for_99": int((shares.cumsum(0) < 0.99).sum()) + 1,
-        "effective_rank": (-torch.xlogy(shares, shares).sum()).exp().item(),
-    }
-
-
-def training_config(weights: Path) -> dict[str, Any]:
-    """``batch_size``, ``lr`` and a ``hash`` of what trained a folder's checkpoints; empty where nothing says so."""
-    path = weights / "config.yaml"
-    if not path.is_file():
-        return {}
-    config = yaml.safe_load(path.read_text())
-    model, data = config["model"]["init_args"], config["data"]["init_args"]
-    return {
-        "batch_size": data.get("batch_size", 0),
-        "lr": (model.get("optimization") or {}).get("lr"),
-        "hash": settings_hash({"model": model, "batch_size": data.get("batch_size"), "seed": data.get("seed")}),
-    }
-
-
-def settings_hash(config: Any) -> str:
-    """Of plain data, without the files that it names: where they lie changes nothing."""
-    from hashlib import sha256
-
-    def bare(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: bare(value) for key, value in node.items()}
-        return "" if isinstance(node, str) and "/" in node else node
-
-    return sha256(json.dumps(bare(config), sort_keys=True, default=str).encode()).hexdigest()[:12]
+def shown_rows(metadata: list[dict[str, Any]], rows: int, licenses: list[str] | None) -> list[int]:
+    """Return the first rows whose pictures a report may show: those without a licence, or with one of ``licenses``."""
+    allowed = None if licenses is None else tuple(licenses)
+    names = [sample.get("license") for sample in metadata]
+    return [i for i, name in enumerate(names) if allowed is None or not name or str(name).startswith(allowed)][:rows]
 
 
 def _plain(node: Any) -> Any:
-    """Tensors as lists of numbers of few digits."""
+    """Return tensors as lists of numbers of few digits, and what is not finite as None."""
     if isinstance(node, Tensor):
         return [None if value != value else float(f"{value:.{DIGITS}g}") for value in node.double().tolist()]
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
-    return node
+    return None if isinstance(node, float) and node != node else node

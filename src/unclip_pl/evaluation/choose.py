@@ -1,4 +1,4 @@
-"""Which learning rate and which guidance a study uses for a prior, from validation embeddings alone.
+"""Choose the learning rate and the guidance that a study uses for a prior, from validation embeddings alone.
 
 The rule, for every prior alike: the lowest Fréchet joint distance, the Fréchet distance of unit-norm pairs (z_i, z_t)
 (DeVries et al. 2019, arXiv 1907.08175, with the caption's embedding as the condition). It holds a prior both to the
@@ -35,14 +35,14 @@ from unclip_pl.types import PriorBatch, TextFeatures
 class Trial(NamedTuple):
     """One setting on the validation split."""
 
-    joint_fd: float  # of pairs (z_i, z_t): what decides
-    embed_fd: float  # of z_i alone
+    joint_fd: float  # Fréchet distance of pairs (z_i, z_t): it decides
+    embed_fd: float  # Fréchet distance of z_i alone
     text_cos: float  # mean z_i·z_t
     retrieval_r10: float  # how often a sample has its caption's true embedding among the ten nearest
 
 
 def best(trials: dict[Any, Trial]) -> Any:
-    """The setting with the lowest joint distance, of those that read captions at least half as well as any."""
+    """Return the setting with the lowest joint distance, of those that read captions at least half as well as any."""
     enough = 0.5 * max(trial.retrieval_r10 for trial in trials.values())
     return min(
         (name for name in trials if trials[name].retrieval_r10 >= enough), key=lambda name: trials[name].joint_fd
@@ -50,19 +50,20 @@ def best(trials: dict[Any, Trial]) -> Any:
 
 
 class Choice(LightningModule):
-    """``unclip validate --config configs/compare/choice.yaml``: writes ``NAME.json`` (every trial, and what was chosen)
-    and two configs to lay over others: ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the
-    guidance.
+    """``unclip validate --config configs/compare/choice.yaml``: chooses a learning rate and a guidance.
+
+    It writes ``NAME.json`` (every trial, and what was chosen) and two configs to lay over others:
+    ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the guidance.
 
     Args:
         run: folder that CLIP is named relative to.
         clip: the CLIP whose embeddings these are.
-        priors: one, by its name in the study; it has an attribute ``guidance``. Its checkpoint is named relative to the
-            folder of each learning rate.
-        weights: folder of the network trained with each learning rate, by learning rate.
-        guidance: scales to try on the chosen one.
-        out: NAME.json.
-        seed: of all noise; every trial sees the same.
+        priors: the prior by its name in the study; it has a setting ``guidance``. Its checkpoint is named relative to
+            the folder of each learning rate.
+        weights: learning rate → folder of the network that was trained with it.
+        guidance: scales to try on the chosen network.
+        out: file to write, NAME.json.
+        seed: base seed of every random draw; every trial sees the same noise.
 
     Raises:
         ValueError: not one prior, or one without guidance.
@@ -82,7 +83,8 @@ class Choice(LightningModule):
     ) -> None:
         super().__init__()
         if len(priors) != 1 or not hasattr(next(iter(priors.values())), "guidance"):
-            raise InputError(f"Expected one prior, with an attribute `guidance`. Got {', '.join(priors) or 'none'}.")
+            names = ", ".join(priors) or "none"
+            raise InputError(f"Expected one prior, with a setting `guidance`. Got {names}: name one such prior.")
         self.run = Path(run)
         self.clip = clip
         self.name, self.prior = next(iter(priors.items()))
@@ -93,12 +95,12 @@ class Choice(LightningModule):
         self._batches: list[PriorBatch] = []
 
     def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
-        """Keeps the batch: every setting embeds all of them."""
+        """Keep the batch: every setting embeds all of them."""
         if not self.trainer.sanity_checking:
             self._batches.append(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Tries, chooses and writes.
+        """Try, choose and write.
 
         Raises:
             ValueError: several processes, or embeddings of another CLIP.

@@ -1,4 +1,4 @@
-"""Decodes embeddings batch by batch, over all ranks, and keeps of each image only what the scores need."""
+"""Decode embeddings batch by batch, over all ranks, and keep of each picture only what the scores need."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def gather(own: T, world_size: int) -> list[T]:
-    """Every rank's object, in the order of ranks."""
+    """Return every rank's object, in the order of ranks."""
     if world_size == 1:
         return [own]
     everyone: list[T] = [own] * world_size
@@ -36,16 +36,16 @@ class _Rate(ProgressColumn):
 class Painter(AbstractContextManager["Painter"]):
     """Draws, and looks at what it drew. A context: the progress bar stands while it is open.
 
-    Image i starts from the same noise whatever its embedding, so that two priors differ by their embeddings alone.
+    Picture i starts from the same noise for every embedding, so two priors differ by their embeddings alone.
 
     Args:
-        decoder: loaded.
-        judge: its features are kept.
-        oracle: its readings are kept; None where the data are no shapes.
-        batch_size: images decoded at once.
-        seed: of the noise.
-        rank: of this process, which draws every ``world_size``-th batch.
-        world_size: processes.
+        decoder: loaded decoder.
+        judge: CLIP whose features are kept.
+        oracle: reader of shapes, whose readings are kept; None where the data are no shapes.
+        batch_size: number of pictures decoded at once.
+        seed: base seed of the noise.
+        rank: number of this process, which draws every ``world_size``-th batch.
+        world_size: number of processes.
     """
 
     def __init__(
@@ -72,26 +72,26 @@ class Painter(AbstractContextManager["Painter"]):
         self.bar = self.progress.add_task("decoding", total=None)
 
     def __enter__(self) -> "Painter":
-        """Shows the bar."""
+        """Show the bar."""
         self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves it as it stands."""
+        """Leave the bar on the screen."""
         self.progress.stop()
 
     def expect(self, images: int) -> None:
-        """Tells the bar how many images there will be."""
+        """Tell the bar how many pictures there will be."""
         self.progress.update(self.bar, total=images)
 
     def paint(self, image_embed: Tensor, text: TextFeatures, *, what: str, keep: Sequence[int] = ()) -> View:
-        """Decode and look.
+        """Decode embeddings and look at the pictures.
 
         Args:
-            image_embed: (N, d) on the CPU.
-            text: N captions, on the CPU.
-            what: is being drawn, for the bar.
-            keep: the rows of which to keep the images themselves, ascending.
+            image_embed: (N, d) embeddings, on the CPU.
+            text: features of N captions, on the CPU.
+            what: description of the pictures, for the bar.
+            keep: rows of which the pictures themselves are kept, ascending.
         """
         self.progress.update(self.bar, description=f"decoding: {what}")
         device = self.judge.preprocess.mean.device
@@ -99,8 +99,8 @@ class Painter(AbstractContextManager["Painter"]):
         for batch in range(self.rank, -(-len(image_embed) // self.batch_size), self.world_size):
             start = batch * self.batch_size
             rows = slice(start, start + self.batch_size)
-            words = text.rows(rows).to(device)
             generator = torch.Generator().manual_seed(self.seed + 7919 * batch)
+            words = text.rows(rows).to(device)
             images = self.decoder.decode(image_embed[rows].to(device), words, generator=generator)
             parts[batch] = self.look(images, keep=[row - start for row in keep if 0 <= row - start < len(images)])
             # Other ranks draw the batches in between in the same time.
@@ -110,7 +110,7 @@ class Painter(AbstractContextManager["Painter"]):
         return join_views([joined[batch] for batch in sorted(joined)])
 
     def look(self, images: Tensor, *, keep: Sequence[int] = ()) -> View:
-        """What is kept of images (N, 3, H, H) in [-1, 1], on the CPU."""
+        """Look at pictures (N, 3, H, H) in [-1, 1]; the view lies on the CPU."""
         judge = F.normalize(self.judge.encode_image(images).float(), dim=-1)
         if self.oracle is None:
             read, residual = torch.empty(len(images), 0, dtype=torch.long), torch.full((len(images),), torch.nan)
@@ -120,5 +120,5 @@ class Painter(AbstractContextManager["Painter"]):
 
 
 def join_views(views: list[View]) -> View:
-    """Batches as one."""
+    """Return batches as one."""
     return View(*(torch.cat(parts) for parts in zip(*views, strict=True)))

@@ -1,6 +1,9 @@
-"""What a comparison reports, in words: names, directions and how to print each number."""
+"""Name what a comparison reports: labels, directions, and how each number is printed."""
 
+import math
 from typing import Literal, NamedTuple
+
+from unclip_pl.metrics.interval import Interval, share_interval
 
 
 class Measure(NamedTuple):
@@ -9,19 +12,34 @@ class Measure(NamedTuple):
     group: str
     label: str
     better: Literal["higher", "lower", "neither"]
-    what: str
+    what: str  # a sentence for the reader
     percent: bool = False
     digits: int = 3
+    any_space: bool = False  # whether samples in the spaces of two CLIPs may be compared by it
 
     def show(self, value: float) -> str:
-        """The number as the report prints it."""
+        """Return the number in the report's digits."""
         return f"{100 * value:.1f}" if self.percent else f"{value:.{self.digits}f}"
+
+    def signed(self, value: float) -> str:
+        """Return a difference in the report's digits, with its sign."""
+        return f"{100 * value:+.1f}" if self.percent else f"{value:+.{self.digits}f}"
+
+    def interval(self, value: dict[str, float | None]) -> str:
+        """Return the interval in brackets; empty where there is none."""
+        low, high = value["low"], value["high"]
+        return "" if low is None or high is None else f"[{self.show(low)}, {self.show(high)}]"
+
+    @property
+    def title(self) -> str:
+        """Label and unit."""
+        return f"{self.label}{' %' if self.percent else ''}"
 
     @property
     def heading(self) -> str:
         """Label, unit and direction."""
         arrow = {"higher": " ↑", "lower": " ↓", "neither": ""}[self.better]
-        return f"{self.label}{' %' if self.percent else ''}{arrow}"
+        return f"{self.title}{arrow}"
 
 
 MEASURES: dict[str, Measure] = {
@@ -53,11 +71,9 @@ MEASURES: dict[str, Measure] = {
         "100 · cos of image and caption, in the eyes of the judge: a CLIP that no part was trained with.",
         digits=1,
     ),
-    "retrieval_r1": Measure(
-        "Caption match", "R@1", "higher", "As R@10, the true image being the nearest of all.", percent=True
-    ),
+    "retrieval_r1": Measure("Caption match", "R@1", "higher", "R@10 with the true image nearest of all.", percent=True),
     "retrieval_r5": Measure(
-        "Caption match", "R@5", "higher", "As R@10, the true image being among the five nearest.", percent=True
+        "Caption match", "R@5", "higher", "R@10 with the true image among the five nearest.", percent=True
     ),
     "retrieval_r10": Measure(
         "Caption match",
@@ -143,6 +159,7 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "Share of the stated attributes that linear probes, fitted on real embeddings, read from a sampled one.",
         percent=True,
+        any_space=True,
     ),
     "text_cos": Measure(
         "Embeddings",
@@ -163,6 +180,13 @@ MEASURES: dict[str, Measure] = {
         "neither",
         "Mean cosine of two samples of one caption, an estimate of ‖E[z | caption]‖²; 1 is a deterministic prior.",
     ),
+    "mean_norm": Measure(
+        "Embeddings",
+        "norm of the mean",
+        "neither",
+        "‖E[z | caption]‖, from the cosine between samples: the cosine to the true embedding that the mean itself has "
+        "for a calibrated prior.",
+    ),
     "cos_mean": Measure(
         "Embeddings",
         "cos of the mean",
@@ -178,3 +202,22 @@ MEASURES: dict[str, Measure] = {
     ),
 }
 GROUPS = tuple(dict.fromkeys(measure.group for measure in MEASURES.values()))
+
+
+def plain(interval: Interval) -> dict[str, float | None]:
+    """Return an interval as JSON takes it, which knows no NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in interval._asdict().items()}
+
+
+def within_shares(interval: Interval, count: int) -> Interval:
+    """Return the interval of a share inside [0, 1].
+
+    Args:
+        interval: mean and ends, which may lie outside.
+        count: captions behind it, where they are counted one by one. If all of them were answered alike, the interval
+            is Wilson's: no spread is no certainty.
+    """
+    mean, low, high = interval
+    if count > 1 and low == high and mean in (0.0, 1.0):
+        mean, low, high = share_interval(mean, count)
+    return Interval(mean, low if math.isnan(low) else max(0.0, low), high if math.isnan(high) else min(1.0, high))

@@ -1,4 +1,4 @@
-"""What a trained run makes of the held-out captions, written to disk: ``unclip predict --config configs/predict/…``."""
+"""Write what a trained run makes of the held-out captions: ``unclip predict --config configs/predict/…``."""
 
 from pathlib import Path
 
@@ -23,9 +23,9 @@ class PriorPrediction(LightningModule):
     Args:
         run: folder of the run; the checkpoint is named relative to it.
         clip: the CLIP whose embeddings these are.
-        prior: to sample.
+        prior: the prior to sample.
         out: folder to write.
-        seed: of all noise.
+        seed: base seed of every random draw.
     """
 
     batch_type = PriorBatch
@@ -39,7 +39,7 @@ class PriorPrediction(LightningModule):
         self.seed = seed
 
     def on_predict_start(self) -> None:
-        """Loads the prior, and refuses another CLIP's."""
+        """Load the prior, and refuse another CLIP's."""
         self._embeds: list[Tensor] = []
         self._parts = open_parts(
             self.run,
@@ -50,27 +50,27 @@ class PriorPrediction(LightningModule):
         )
 
     def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
-        """One embedding a caption."""
+        """Draw one embedding for each caption."""
         generator = streams_for(batch, self.seed)
         self._embeds.append(self._parts.priors["prior"].embed_batch(batch, generator=generator).float().cpu())
 
     def on_predict_end(self) -> None:
-        """Writes this rank's embeddings, whole or not at all."""
+        """Write this rank's embeddings, whole or not at all."""
         path = self.out / f"image_embed-{self.global_rank:05d}.safetensors"
         metadata = {"fingerprint": self._parts.clip.fingerprint}
         write_tensors(path, {"image_embed": torch.cat(self._embeds)}, metadata)
 
 
 class ImagePrediction(LightningModule):
-    """Images of every held-out caption, packed as shards with their captions: ``out/predicted-RANK-000000.tar``, ….
+    """Draws pictures of all held-out captions, packed as shards with these: ``out/predicted-RANK-000000.tar``, ….
 
     Args:
         run: folder of the run; checkpoints are named relative to it.
         clip: the CLIP that conditions everything.
-        decoder: that draws.
+        decoder: the decoder that draws.
         out: folder to write.
-        prior: whose embeddings are decoded; None decodes the true ones.
-        seed: of all noise.
+        prior: draws the embeddings that are decoded; None decodes the true ones.
+        seed: base seed of every random draw.
     """
 
     batch_type = EvaluationBatch
@@ -87,7 +87,7 @@ class ImagePrediction(LightningModule):
         self.seed = seed
 
     def on_predict_start(self) -> None:
-        """Loads every network, and refuses to mix CLIPs."""
+        """Load every network, and refuse to mix CLIPs."""
         self._samples: list[Sample] = []
         self._parts = open_parts(
             self.run,
@@ -99,7 +99,7 @@ class ImagePrediction(LightningModule):
         )
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """One image a caption."""
+        """Draw one picture for each caption."""
         generator = streams_for(batch, self.seed)
         decoder, prior = self._parts.decoder, self._parts.priors["prior"]
         assert decoder is not None
@@ -109,5 +109,5 @@ class ImagePrediction(LightningModule):
             self._samples.append(Sample(f"{self.global_rank:05d}_{len(self._samples):07d}", image, [caption], {}))
 
     def on_predict_end(self) -> None:
-        """Writes this rank's shards."""
+        """Write this rank's shards."""
         write_shards(self._samples, self.out, f"predicted-{self.global_rank:05d}")

@@ -1,4 +1,4 @@
-"""Reads attributes out of embeddings, without a decoder: linear probes of real ones."""
+"""Read attributes out of embeddings, without a decoder: linear probes, fitted on real embeddings."""
 
 from typing import Self
 
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
-from unclip_pl.evaluation.assemble import true_attributes
+from unclip_pl.evaluation.scores import true_attributes
 from unclip_pl.nn.ridge import fit_ridge
 from unclip_pl.shapes.render import ATTRIBUTES, VALUES
 
-#: Training images that a probe is fitted on.
+#: Training pictures that a probe is fitted on.
 ROWS = 4096
 
 
@@ -22,7 +22,7 @@ class AttributeProbe:
     """One ridge regression for each attribute, from unit-norm z_i to its one-hot values; the largest answer is read.
 
     Args:
-        heads: (weight (V, d), bias (V,)) of each attribute.
+        heads: weight (V, d) and bias (V,) of each attribute.
     """
 
     def __init__(self, heads: list[tuple[Tensor, Tensor]]) -> None:
@@ -30,7 +30,7 @@ class AttributeProbe:
 
     @classmethod
     def fit(cls, store: EmbeddingStore) -> Self:
-        """On images of the training split, whose json says what they show."""
+        """Fit on pictures of the training split, whose json says what they show."""
         rows = store.rows(Split.TRAIN)[:ROWS]
         batch = RowBatch(rows, np.zeros(len(rows), np.uint64))
         image_embed, truth = store.prior_batch(batch).image_embed, true_attributes(store.metadata(batch))
@@ -42,6 +42,6 @@ class AttributeProbe:
         )
 
     def read(self, image_embed: Tensor) -> Tensor:
-        """(..., d) embeddings → (..., A) indices."""
+        """Read (..., d) embeddings into (..., A) indices."""
         unit = F.normalize(image_embed.double(), dim=-1)
         return torch.stack([(unit @ weight.T + bias).argmax(-1) for weight, bias in self.heads], dim=-1)

@@ -1,5 +1,5 @@
-"""Scores of one model, for `unclip test --config configs/evaluate/…`: a prior by its embeddings, a decoder or a whole
-pipeline by its images.
+"""Score one model, for `unclip test --config configs/evaluate/…`: a prior by its embeddings, a decoder or a whole
+pipeline by its pictures.
 
 Metrics pool over batches and ranks by themselves. Networks are loaded when the test starts, and never registered.
 """
@@ -29,9 +29,9 @@ class PriorEvaluation(LightningModule):
     Args:
         run: folder of the run; the checkpoint is named relative to it.
         clip: the CLIP whose embeddings these are.
-        prior: to score.
-        seeds: samples per caption, at least 2; the first one goes into distance, precision and recall.
-        seed: of all noise.
+        prior: the prior to score.
+        seeds: number of samples per caption, at least 2; the first goes into distance, precision and recall.
+        seed: base seed of every random draw.
 
     Raises:
         ValueError: fewer than 2 seeds.
@@ -41,8 +41,7 @@ class PriorEvaluation(LightningModule):
 
     def __init__(self, run: str, clip: ClipSpec, prior: PriorSpec, seeds: int = 2, seed: int = 0) -> None:
         super().__init__()
-        if seeds < 2:
-            raise InputError(f"Expected seeds >= 2: the cosine between two samples needs two. Got {seeds}.")
+        check_seeds(seeds)
         self.run = Path(run)
         self.clip = clip
         self.prior = prior
@@ -53,7 +52,7 @@ class PriorEvaluation(LightningModule):
         self.calibration = EmbeddingCalibration()
 
     def on_test_start(self) -> None:
-        """Loads the prior, and refuses another CLIP's."""
+        """Load the prior, and refuse another CLIP's."""
         self._parts = open_parts(
             self.run,
             self.clip,
@@ -63,7 +62,7 @@ class PriorEvaluation(LightningModule):
         )
 
     def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
-        """Embeds the captions ``seeds`` times."""
+        """Embed the captions ``seeds`` times."""
         generator = streams_for(batch, self.seed)
         prior = self._parts.priors["prior"]
         draws = [prior.embed_batch(batch, generator=generator).float() for _ in range(self.seeds)]
@@ -75,7 +74,7 @@ class PriorEvaluation(LightningModule):
         self.calibration.update(samples, true)
 
     def on_test_epoch_end(self) -> None:
-        """Logs all scores."""
+        """Log all scores."""
         cosines, inside = self.calibration.compute(), self.neighbours.compute()
         self.log_dict(
             {
@@ -85,22 +84,23 @@ class PriorEvaluation(LightningModule):
                 "cos_true": cosines.to_true.float(),
                 "cos_samples": cosines.between_samples.float(),
                 "calibration_gap": cosines.gap.float(),
+                "mean_norm": cosines.mean_norm.float(),
             }
         )
 
 
 class ImageEvaluation(LightningModule):
-    """Decoded images beside the real ones: Fréchet distance, precision and recall in the judge's features, CLIP score.
+    """Decoded pictures beside the real ones: Fréchet distance, precision, recall (judge's features) and CLIP score.
 
     Args:
         run: folder of the run; checkpoints are named relative to it.
         clip: the CLIP that conditions everything.
         judge: another CLIP, for the scores.
-        decoder: to score, with its upsamplers.
-        prior: whose embeddings are decoded; None decodes the true ones, which scores the decoder alone.
+        decoder: the decoder to score, with its upsamplers.
+        prior: draws the embeddings that are decoded; None decodes the true ones, which scores the decoder alone.
         inception_weights: torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``: with it the Fréchet distance
             of Inception features is ``fid``; without it there is no number of that name.
-        seed: of all noise.
+        seed: base seed of every random draw.
 
     Raises:
         ValueError: the judge is the CLIP that it is to judge.
@@ -119,8 +119,7 @@ class ImageEvaluation(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if judge == clip:
-            raise InputError(f"Expected another CLIP as judge than the one that conditions the decoder. Got {clip}.")
+        check_judge(judge, clip)
         self.run = Path(run)
         self.clip = clip
         self.judge = judge
@@ -135,7 +134,7 @@ class ImageEvaluation(LightningModule):
         self.fid = FrechetDistance(2048) if inception_weights else None
 
     def on_test_start(self) -> None:
-        """Loads every network, and refuses to mix CLIPs."""
+        """Load every network, and refuse to mix CLIPs."""
         judge = self.judge.within(self.run).load().to(self.device)
         inception = load_inception(self.inception_weights).to(self.device) if self.inception_weights else None
         # A tuple keeps them out of the module tree: nobody should find a CLIP in a state dict.
@@ -150,7 +149,7 @@ class ImageEvaluation(LightningModule):
         )
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Draws one image for each caption and looks at it."""
+        """Draw one picture for each caption and look at it."""
         generator = streams_for(batch, self.seed)
         decoder, prior = self._parts.decoder, self._parts.priors["prior"]
         assert decoder is not None
@@ -168,7 +167,7 @@ class ImageEvaluation(LightningModule):
             self.fid.update(inception(to_bytes(images))[0], real=False)
 
     def on_test_epoch_end(self) -> None:
-        """Logs all scores."""
+        """Log all scores."""
         inside = self.neighbours.compute()
         scores = {
             "fd_judge": self.distance.compute().float(),
@@ -189,6 +188,26 @@ class Judges(NamedTuple):
     inception: nn.Module | None
 
 
+def check_seeds(seeds: int) -> None:
+    """Refuse fewer than two samples of a caption.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if seeds < 2:
+        raise InputError(f"Expected seeds >= 2, for the cosine between two samples. Got {seeds}: give 2 or more.")
+
+
+def check_judge(judge: ClipSpec | None, clip: ClipSpec) -> None:
+    """Refuse a judge that conditions what it is to judge.
+
+    Raises:
+        ValueError: judge and CLIP are the same.
+    """
+    if judge == clip:
+        raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
+
+
 def store_fingerprint(module: LightningModule) -> str | None:
     """Return the fingerprint of the CLIP whose embeddings a module is given; None without a store."""
     data = getattr(module.trainer, "datamodule", None)  # which Lightning attaches without declaring it
@@ -196,7 +215,10 @@ def store_fingerprint(module: LightningModule) -> str | None:
 
 
 def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torch.Generator]:
-    """One for each pair of a batch, by its embeddings and some numbers alone: the same in any batch, on any rank."""
+    """Return a generator for each pair of a batch, which its embeddings and some numbers alone decide.
+
+    A pair draws the same in any batch, on any rank.
+    """
     pairs = torch.cat([batch.image_embed, batch.text.embed], dim=-1).float().cpu().numpy()
     key = repr(numbers).encode()
     seeds = [int.from_bytes(blake2b(pair.tobytes(), digest_size=8, key=key).digest()) for pair in pairs]
@@ -204,12 +226,12 @@ def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torc
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] → uint8, as an image file would hold it."""
+    """Return pixels in [-1, 1] as uint8, the way an image file holds them."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def load_inception(path: str) -> nn.Module:
-    """torch-fidelity's Inception of FID: uint8 images of any size → ((B, 2048),), resized as TensorFlow 1 did.
+    """Load torch-fidelity's Inception of FID: uint8 pictures of any size → ((B, 2048),), resized as TensorFlow 1 did.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -222,7 +244,7 @@ def load_inception(path: str) -> nn.Module:
             f"No Inception weights at {path}: download weights-inception-2015-12-05-6726825d.pth of torch-fidelity "
             "v0.2.0, or leave inception_weights empty and read fd_judge."
         )
-    try:  # torch-fidelity unpickles whatever it is given: nothing but tensors may get there
+    try:  # torch-fidelity unpickles any file: nothing but tensors may get there
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} holds no plain weights ({type(error).__name__}): download it again.") from error

@@ -38,19 +38,16 @@ def settings(thing: Any) -> Any:
     return {"class": name, **values}
 
 
-def stage_seconds(run: Path, comparison: float) -> dict[str, float]:
-    """What each stage of ``unclip reproduce`` took, from ``stages.json``.
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """Return what each stage of ``unclip reproduce`` took in seconds."""
+    path = folder / STAGES
+    records = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: record["seconds"] for name, record in records.items()}
 
-    Args:
-        run: folder of the run.
-        comparison: seconds of the comparison that reports. They belong to the stage that is not done yet; in a run
-            without stages they are all there is.
-    """
-    path = run / STAGES
-    if not path.is_file():
-        return {"comparison": comparison}
-    records = json.loads(path.read_text())
-    return {name: record["seconds"] + (0 if record["done"] else comparison) for name, record in records.items()}
+
+def wall_seconds(folder: Path) -> float:
+    """Return the seconds in which stages ran."""
+    return sum(stage_seconds(folder).values())
 
 
 def commit() -> str:

@@ -1,1 +1,142 @@
-"""Reports: tables, plots and pages of what was measured."""
+"""Draw a study's report from its cells: plain data in, files out. No network is asked again."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from torch import Tensor
+
+from unclip_pl.evaluation.sheet import REAL, Sheet, sheet_path
+from unclip_pl.files import replacing, write_json
+from unclip_pl.generation.provenance import stage_seconds, wall_seconds
+from unclip_pl.report.claims import claims, claims_table
+from unclip_pl.report.page import markdown, page
+from unclip_pl.report.plots import plots
+from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, study_report
+from unclip_pl.report.tables import metric_tables
+from unclip_pl.report.tables import summary as sentences
+
+__all__ = ["draw", "log", "summary"]
+
+
+def draw(folder: Path) -> dict[str, Any]:
+    """Draw ``report.json``, ``report.md``, ``report.html`` and ``plots/`` from a folder's cells.
+
+    Args:
+        folder: a run or a study, with ``cells/`` and, perhaps, ``best/``, ``stages/`` and ``claims.yaml``.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        FileNotFoundError: there are no cells.
+        ValueError: a cell is broken, doubled or of another base.
+    """
+    paper = claims_table(folder)
+    study = read_study(folder, paper["order"])
+    report = study_report(study, paper)
+    report["meta"]["name"] = folder.resolve().name
+    seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]
+    report["meta"] |= {"stages": stage_seconds(folder), "wall_seconds": seconds}
+    report["claims"] = claims(report, paper["claims"])
+    sheets = _sheets(folder, study, list(report["priors"]))
+    report["pictures"] = {name: {"rows": s.rows, "columns": s.columns} for name, s in sheets.items()}
+    report = _finite(report)
+    figures = plots(report)
+    for name, sheet in sheets.items():
+        sheet.save(folder / "plots" / f"{name}.png")
+    for name, data in figures.items():
+        with replacing(folder / "plots" / f"{name}.png") as temporary:
+            temporary.write_bytes(data)
+    write_json(folder / "report.json", report, indent=1)
+    for name, text in (
+        ("report.md", markdown(report, figures, sheets)),
+        ("report.html", page(report, figures, sheets)),
+    ):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return report
+
+
+def summary(folder: Path, report: dict[str, Any]) -> None:
+    """Print the first tables and the findings."""
+    console = Console()
+    console.width = max(console.width, 116)  # numbers with their intervals in one line
+    for table in metric_tables(report)[:2]:
+        drawn = RichTable(*table.head, title=table.title, title_justify="left", box=None, pad_edge=False)
+        for row in table.rows:
+            drawn.add_row(*(Text.assemble((c.text, "bold" if c.best else ""), (f" {c.interval}", "dim")) for c in row))
+        console.print(drawn, "")
+    for sentence in sentences(report):
+        console.print(f"· {sentence}", highlight=False, markup=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
+
+
+def log(report: dict[str, Any], folder: Path) -> None:
+    """Write every row's means as scalars and its settings as hparams, for TensorBoard; curves beside them."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name, row in report["priors"].items():
+        found = {f"compare/{m}": v["mean"] for m, v in row["metrics"].items() if v["mean"] is not None}
+        settings = {key: value for key, value in row["sampling"].items() if isinstance(value, bool | int | float | str)}
+        with SummaryWriter(str(folder / _file(name))) as writer:
+            writer.add_hparams({"prior": name, "lr": row["lr"] or 0.0, **settings}, found, run_name=".")
+    for title, series in report["curves"].items():
+        for label, measures in series.items():
+            with SummaryWriter(str(folder / "curves" / _file(f"{title}-{label}"))) as writer:
+                for measure, points in measures.items():
+                    for point in points:
+                        if point["mean"] is not None:
+                            # TensorBoard counts steps: guidance and temperature stand there times 100.
+                            writer.add_scalar(f"{title}/{measure}", point["mean"], round(100 * point["x"]))
+
+
+def _file(name: str) -> str:
+    """Return a name that any file system takes."""
+    return re.sub(r"[^\w.()-]+", "-", name)
+
+
+def _sheets(folder: Path, study: Study, rows: list[str]) -> dict[str, Sheet]:
+    """Return captions × arms, joined from the pictures of each arm's first seed, and the pictures of many samples.
+
+    Args:
+        folder: folder of the study.
+        study: all cells.
+        rows: names of the main tables' rows, in order.
+    """
+    found: dict[Key | str, Tensor] = {}
+    captions: list[str] = []
+    many: dict[str, Sheet] = {}
+    for cell in sorted(study.cells, key=lambda cell: cell["seed"]):
+        for name, labels in cell["pictures"].items():
+            path = sheet_path(folder / CELLS / cell["file"], name)
+            if not path.is_file() or cell["kind"] not in ("prior", "matched", "table"):
+                continue
+            if name != "grid":
+                many[name] = many.get(name) or Sheet.load(path, **labels)
+            elif labels["rows"] == (captions or labels["rows"]):
+                captions = labels["rows"]
+                for column, images in zip(labels["columns"], Sheet.load(path, **labels).images.unbind(1), strict=True):
+                    found.setdefault(key_of(cell, column) if column in cell["arms"] else column, images)
+    keys: list[Key | str] = [REAL]
+    for row in rows:
+        own, matched = Key("prior", "", row), Key("matched", "", row)
+        keys.append(own if own in found else matched)
+    keys += [key for key in study.arms if key.kind == "table"] + [key for key in found if isinstance(key, str)]
+    columns = {key if isinstance(key, str) else key.name: found[key] for key in dict.fromkeys(keys) if key in found}
+    return (
+        {"grid": Sheet(torch.stack(list(columns.values()), dim=1), captions, list(columns))} if columns else {}
+    ) | many
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

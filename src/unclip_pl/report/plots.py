@@ -1,6 +1,7 @@
-"""The report's figures, as PNG bytes."""
+"""Draw the report's figures, as PNG bytes."""
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,50 +9,74 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report.study import MATCHED, distinct
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+Report = dict[str, Any]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, and two of Tol's.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 REFERENCE, INK, FAINT = "#555555", "#222222", "#d5d8dc"
 DPI = 170
+#: What is seen at a glance.
+GLANCE = ("stated_match", "clip_score", "residual", "fd_judge", "diversity_gap", "vendi", "recall", "embed_fd")
+#: What a curve shows, the first of these that it has.
+CURVED = (
+    "stated_match", "clip_score", "fd_judge", "embed_fd", "probe_match", "text_cos", "calibration_gap", "cos_true",
+)  # fmt: skip
+PANELS = 3
+#: More stages than these are not drawn: those of a study are its cells.
+BARS = 24
+#: Curves whose x grows by factors.
+LOG = ("sampling steps", "axes", "candidates")
 
 
-def colors(report: dict[str, Any]) -> dict[str, str]:
-    """One for each prior; the ceiling is grey."""
+def colors(report: Report) -> dict[str, str]:
+    """Return a colour for each row; those that look at the true embedding are grey."""
     names = [name for name, entry in report["priors"].items() if not entry["reference"]]
-    # A study's matched rows last: the others keep their colours where those are not drawn.
-    names.sort(key=lambda name: name.endswith("(matched)"))
+    # Matched rows last: the others keep their colours where those are not drawn.
+    names.sort(key=lambda name: name.endswith(MATCHED))
     own = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     return {name: own.get(name, REFERENCE) for name in report["priors"]}
 
 
-def plots(report: dict[str, Any]) -> dict[str, bytes]:
-    """Every figure that the report has numbers for, by file name without suffix."""
-    drawn = {"metrics": draw_metrics(report), "calibration": draw_calibration(report), "cost": _cost(report)}
-    if report["head_to_head"]:
-        drawn["head_to_head"] = _head_to_head(report)
+def plots(report: Report) -> dict[str, bytes]:
+    """Return every figure that the report has numbers for, by file name without suffix."""
+    rows = distinct(report)
+    drawn = {"metrics": draw_metrics(rows), "calibration": draw_calibration(rows), "cost": draw_cost(rows)}
+    if report["duels"]:
+        drawn["head_to_head"] = draw_duels(report)
+    if report["ablations"]:
+        drawn["ablations"] = draw_ablations(report)
     if report["oracle"]:
-        drawn["attributes"] = _attributes(report)
-    if report["meta"]["stages"]:
-        drawn["stages"] = _stages(report)
+        drawn["attributes"] = draw_attributes(report)
+    if 0 < len(report["meta"]["stages"]) <= BARS:
+        drawn["stages"] = draw_stages(report)
+    for title, series in report["curves"].items():
+        drawn[curve_file(title)] = draw_curve(title, series, colors(report))
     return {name: to_png(figure) for name, figure in drawn.items()}
 
 
+def curve_file(title: str) -> str:
+    """Return the name of a curve's picture."""
+    return f"curve-{title.replace(' ', '-')}"
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """An empty one, in inches."""
+    """Return an empty figure; the size is in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing global, no display
     return figure
 
 
 def to_png(figure: Figure) -> bytes:
-    """As a file."""
+    """Return the figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
 
 
 def clean(axes: Axes, *, grid: str = "x") -> None:
-    """No more ink than the numbers need."""
+    """Leave no more ink than the numbers need."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(length=0, colors=INK, labelsize=8)
@@ -59,24 +84,29 @@ def clean(axes: Axes, *, grid: str = "x") -> None:
     axes.set_axisbelow(True)
 
 
-def draw_metrics(report: dict[str, Any]) -> Figure:
-    """A row of dots with intervals for each measure."""
+def dot(axes: Axes, y: float, value: dict[str, Any], color: str, *, scale: float = 1, hollow: bool = False) -> None:
+    """Draw a mean with its interval; nothing where there is no mean."""
+    if value["mean"] is None:
+        return
+    mean = scale * value["mean"]
+    if value["low"] is not None:
+        ends = [scale * value["low"], scale * value["high"]]
+        axes.plot(ends, [y, y], color=color, linewidth=2.2, alpha=0.55, solid_capstyle="round")
+    axes.plot(mean, y, "o", color=color, markersize=5, markerfacecolor="white" if hollow else color)
+
+
+def draw_metrics(report: Report) -> Figure:
+    """Draw a row of dots with intervals for each measure."""
     priors, palette = report["priors"], colors(report)
-    wanted = ("stated_match", "clip_score", "residual", "fd_judge", "diversity_gap", "vendi", "recall", "embed_fd")
-    names = [name for name in wanted if any(name in entry["metrics"] for entry in priors.values())]
+    names = [name for name in GLANCE if any(name in entry["metrics"] for entry in priors.values())]
     rows = -(-len(names) // 4)
     figure = new_figure(9.6, 0.6 + rows * (0.62 + 0.2 * len(priors)))
     for place, name in enumerate(names):
         axes, measure = figure.add_subplot(rows, 4, place + 1), MEASURES[name]
-        scale = 100 if measure.percent else 1
         for y, (prior, entry) in enumerate(priors.items()):
-            value = entry["metrics"].get(name)
-            if value is None or value["mean"] is None:
-                continue
-            low, mean, high = (scale * value[key] for key in ("low", "mean", "high"))
-            axes.plot([low, high], [y, y], color=palette[prior], linewidth=2, alpha=0.55, solid_capstyle="round")
-            face = "white" if entry["reference"] else palette[prior]
-            axes.plot(mean, y, "o", color=palette[prior], markersize=5, markerfacecolor=face)
+            if name in entry["metrics"]:
+                scale = 100 if measure.percent else 1
+                dot(axes, y, entry["metrics"][name], palette[prior], scale=scale, hollow=entry["reference"])
         axes.set_yticks(range(len(priors)), list(priors) if place % 4 == 0 else [""] * len(priors))
         axes.set_ylim(len(priors) - 0.5, -0.5)
         axes.set_title(measure.heading, fontsize=9, color=INK, loc="left")
@@ -85,34 +115,45 @@ def draw_metrics(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _head_to_head(report: dict[str, Any]) -> Figure:
-    """Win rates about one half."""
-    duel = report["head_to_head"]
-    names = [name for name in MEASURES if name in duel["win_rates"]]
-    color = colors(report)[duel["first"]]
-    figure = new_figure(6.4, 0.9 + 0.34 * len(names))
-    axes = figure.add_subplot()
-    axes.axvline(50, color=INK, linewidth=0.8)
-    for y, name in enumerate(names):
-        low, mean, high = (100 * duel["win_rates"][name][key] for key in ("low", "mean", "high"))
-        axes.plot([low, high], [y, y], color=color, linewidth=2.5, alpha=0.5, solid_capstyle="round")
-        axes.plot(mean, y, "o", color=color, markersize=6)
-        axes.annotate(
-            f"{mean:.1f}", (mean, y), (0, 6), textcoords="offset points", ha="center", fontsize=7.5, color=INK
+def draw_duels(report: Report) -> Figure:
+    """Draw win rates about one half: a panel for each pair, at their own settings and, where measured, matched."""
+    pairs = list(dict.fromkeys((duel["first"], duel["second"]) for duel in report["duels"]))
+    names = [name for name in MEASURES if any(name in duel["win_rates"] for duel in report["duels"])]
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = new_figure(1.6 + 2.6 * columns, 0.5 + rows * (0.6 + 0.24 * len(names)))
+    both = {duel["matched"] for duel in report["duels"]} == {True, False}
+    handles: dict[str, Any] = {}
+    for place, pair in enumerate(pairs):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.axvline(50, color=INK, linewidth=0.8)
+        for duel in report["duels"]:
+            if (duel["first"], duel["second"]) != pair:
+                continue
+            color, shift = PALETTE[duel["matched"]], (0.13 if duel["matched"] else -0.13) * both
+            for y, name in enumerate(names):
+                if name in duel["win_rates"]:
+                    dot(axes, y + shift, duel["win_rates"][name], color, scale=100)
+            # Named once for each kind of duel, whichever measures it has.
+            label = "matched settings" if duel["matched"] else "own settings"
+            handles.setdefault(label, axes.plot([], [], "o", color=color, markersize=5)[0])
+        axes.set_xlim(-3, 103)
+        axes.set_xticks([0, 50, 100])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        labels = [MEASURES[name].label for name in names]
+        axes.set_yticks(range(len(names)), labels if place % columns == 0 else [""] * len(names))
+        axes.set_title(f"← {pair[1]}  |  {pair[0]} →", fontsize=9, color=INK)
+        clean(axes)
+    figure.supxlabel("% of captions on which the one on the right scores better", fontsize=8.5)
+    if both:
+        figure.legend(
+            handles.values(), handles.keys(), fontsize=7.5, frameon=False, loc="outside upper center", ncols=2
         )
-    reach = max(12.0, *(abs(100 * duel["win_rates"][n][k] - 50) + 3 for n in names for k in ("low", "high")))
-    axes.set_xlim(50 - reach, 50 + reach)
-    axes.set_ylim(len(names) - 0.4, -0.7)
-    axes.set_yticks(range(len(names)), [f"{MEASURES[name].label} ({MEASURES[name].group.lower()})" for name in names])
-    axes.set_xlabel(
-        f"← {duel['second']} better     % of captions won by {duel['first']}     {duel['first']} better →", fontsize=8.5
-    )
-    clean(axes)
     return figure
 
 
-def draw_calibration(report: dict[str, Any]) -> Figure:
-    """cos(sample, true) against cos(sample, sample'): calibrated priors lie on the diagonal."""
+def draw_calibration(report: Report) -> Figure:
+    """Draw cos(sample, true) against cos(sample, sample'): calibrated priors lie on the diagonal."""
     palette = colors(report)
     figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
@@ -123,12 +164,13 @@ def draw_calibration(report: dict[str, Any]) -> Figure:
     low = min(min(point) for point in points.values()) - 0.06
     axes.plot([low, 1.02], [low, 1.02], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.annotate("calibrated", (low + 0.02, low + 0.03), rotation=45, fontsize=8, color=INK, rotation_mode="anchor")
+    places = apart({name: y for name, (_, y) in points.items()}, gap=(1.03 - low) / 22)
     for name, (x, y) in points.items():
         face = "white" if report["priors"][name]["reference"] else palette[name]
         axes.plot(x, y, "o", color=palette[name], markersize=8, markerfacecolor=face)
-        left = x > 0.9
+        left = x > low + 0.6 * (1 - low)
         axes.annotate(
-            name, (x, y), (-9 if left else 9, -3), textcoords="offset points", fontsize=9,
+            name, (x, places[name]), (-9 if left else 9, -3), textcoords="offset points", fontsize=9,
             color=palette[name], ha="right" if left else "left",
         )  # fmt: skip
     axes.set(xlim=(low, 1.03), ylim=(low, 1.03), aspect="equal")
@@ -140,20 +182,32 @@ def draw_calibration(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _cost(report: dict[str, Any]) -> Figure:
-    """Seconds for an embedding against its Fréchet distance; down and left is better."""
+def apart(places: dict[str, float], gap: float) -> dict[str, float]:
+    """Return places of labels, moved upwards where two would lie closer than ``gap``."""
+    found: dict[str, float] = {}
+    last = -float("inf")
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        found[name] = last = max(place, last + gap)
+    return found
+
+
+def draw_cost(report: Report) -> Figure:
+    """Draw seconds for an embedding against its Fréchet distance; down and left is better."""
     palette = colors(report)
     figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
-    for name, entry in report["priors"].items():
-        if entry["reference"]:
-            continue
+    rows = {name: entry for name, entry in report["priors"].items() if not entry["reference"]}
+    for name, entry in rows.items():
         value, x = entry["metrics"]["embed_fd"], 1e3 * max(entry["seconds_per_embedding"], 1e-7)
-        axes.plot([x, x], [value["low"], value["high"]], color=palette[name], linewidth=2, alpha=0.5)
+        if value["low"] is not None:
+            axes.plot([x, x], [max(value["low"], 1e-5), value["high"]], color=palette[name], linewidth=2, alpha=0.5)
         axes.plot(x, value["mean"], "o", color=palette[name], markersize=8)
-        axes.annotate(name, (x, value["mean"]), (9, -3), textcoords="offset points", fontsize=9, color=palette[name])
+        axes.annotate(
+            name, (x, value["high"] or value["mean"]), (0, 6), textcoords="offset points", fontsize=9,
+            color=palette[name], ha="center",
+        )  # fmt: skip
     axes.set(xscale="log", yscale="log")
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.15, y=0.2)
     axes.set_xlabel("milliseconds for one embedding", fontsize=8.5)
     axes.set_ylabel("Fréchet distance between embeddings", fontsize=8.5)
     clean(axes, grid="both")
@@ -161,10 +215,10 @@ def _cost(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _attributes(report: dict[str, Any]) -> Figure:
-    """What survives from picture to embedding to picture."""
+def draw_attributes(report: Report) -> Figure:
+    """Draw what survives from picture to embedding to picture."""
     rows = {
-        "oracle, real image": (report["oracle"]["real"], "#bbbbbb"),
+        "oracle, real picture": (report["oracle"]["real"], "#bbbbbb"),
         "CLIP, zero-shot": (report["clip"]["zero_shot"], "#777777"),
         "decoded from the true embedding": (report["decoder"]["reconstruction"], INK),
     }
@@ -186,8 +240,8 @@ def _attributes(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _stages(report: dict[str, Any]) -> Figure:
-    """Where the time went."""
+def draw_stages(report: Report) -> Figure:
+    """Draw where the time went."""
     stages = report["meta"]["stages"]
     figure = new_figure(6.4, 0.7 + 0.26 * len(stages))
     axes = figure.add_subplot()
@@ -199,5 +253,55 @@ def _stages(report: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlabel("minutes", fontsize=8.5)
+    clean(axes)
+    return figure
+
+
+def draw_curve(title: str, series: dict[str, Any], priors: dict[str, str]) -> Figure:
+    """Draw a panel for each measure, a line for each series, its interval as a band; priors keep their colours."""
+    there = [name for name in CURVED if any(name in measures for measures in series.values())][:PANELS]
+    figure = new_figure(3.3 * len(there), 2.7)
+    free = _unused(priors.values() if priors.keys() & series.keys() else [])
+    palette = {label: priors.get(label) or next(free) for label in series}
+    for place, name in enumerate(there):
+        axes, measure = figure.add_subplot(1, len(there), place + 1), MEASURES[name]
+        scale = 100 if measure.percent else 1
+        for label, measures in series.items():
+            points = [point for point in measures.get(name, []) if point["mean"] is not None]
+            x, mean = [point["x"] for point in points], [scale * point["mean"] for point in points]
+            low, high = ([scale * (p[k] if p[k] is not None else p["mean"]) for p in points] for k in ("low", "high"))
+            axes.plot(x, mean, "o-", color=palette[label], markersize=3.5, linewidth=1.3, label=label)
+            axes.fill_between(x, low, high, color=palette[label], alpha=0.18, linewidth=0)
+        if title in LOG:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(measure.heading, fontsize=9, color=INK, loc="left")
+        axes.set_xlabel(title, fontsize=8.5)
+        clean(axes, grid="both")
+        if place == 0 and len(series) > 1:
+            axes.legend(fontsize=7.5, frameon=False)
+    return figure
+
+
+def _unused(taken: Iterable[str]) -> Any:
+    """Yield colours that no prior has, then all of them again."""
+    used = set(taken)
+    yield from [color for color in PALETTE if color not in used]
+    while True:
+        yield from PALETTE
+
+
+def draw_ablations(report: Report) -> Figure:
+    """Draw the difference of one choice less the other, in percent of the other, with its interval."""
+    lines = [(line, line["measures"]["embed_fd"]) for line in report["ablations"] if "embed_fd" in line["measures"]]
+    figure = new_figure(6.4, 0.9 + 0.34 * len(lines))
+    axes = figure.add_subplot()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    for y, (_, values) in enumerate(lines):
+        dot(axes, y, values["difference"], PALETTE[0], scale=100 / (values["other"]["mean"] or 1.0))
+    axes.set_yticks(range(len(lines)), [f"{line['title']}: {line['paper']} for {line['other']}" for line, _ in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.6)
+    axes.set_xlabel("← better    change of embed_fd, %    worse →", fontsize=8.5)
+    axes.spines["left"].set_color(FAINT)
     clean(axes)
     return figure

@@ -1,9 +1,13 @@
-"""The report's tables and sentences, before anybody decides between Markdown and HTML."""
+"""Arrange a report's numbers in tables and sentences, before anybody decides between Markdown and HTML."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from unclip_pl.evaluation.measures import GROUPS, MEASURES, Measure
+from unclip_pl.evaluation.measures import GROUPS, MEASURES
+from unclip_pl.report.claims import UNMEASURED
+from unclip_pl.report.study import MATCHED, distinct
+
+Report = dict[str, Any]
 
 
 class Cell(NamedTuple):
@@ -12,7 +16,7 @@ class Cell(NamedTuple):
     text: str
     interval: str = ""
     best: bool = False
-    tone: str = ""  # a verdict's, for its colour
+    tone: str = ""  # the CSS class of a verdict
 
 
 class Table(NamedTuple):
@@ -22,85 +26,144 @@ class Table(NamedTuple):
     head: list[str]
     rows: list[list[Cell]]
     notes: list[tuple[str, str]] = []
+    words: bool = False  # sentences, not numbers
 
 
-def metric_tables(report: dict[str, Any]) -> list[Table]:
-    """One table for each group of measures that was measured: priors × measures."""
+def metric_tables(report: Report) -> list[Table]:
+    """Return a table of priors × measures for each group of measures that was measured."""
     priors = report["priors"]
     tables: list[Table] = []
     for group in GROUPS:
-        names = [
-            name
-            for name, measure in MEASURES.items()
-            if measure.group == group and any(name in prior["metrics"] for prior in priors.values())
-        ]
+        names = [name for name in measured(priors) if MEASURES[name].group == group]
         best = {name: _best(name, priors) for name in names}
         rows = [
-            [
-                Cell(prior),
-                *(metric_cell(MEASURES[name], entry["metrics"].get(name), prior in best[name]) for name in names),
-            ]
+            [Cell(prior), *(metric_cell(name, entry, best=prior in best[name]) for name in names)]
             for prior, entry in priors.items()
         ]
         notes = [(MEASURES[name].label, MEASURES[name].what) for name in names]
         if any(best.values()) and not tables:
-            notes.append(
-                ("bold", "of the priors that see the caption alone, those whose interval reaches the best mean")
-            )
+            bold = "of the priors that see the caption alone, those whose interval reaches the best mean"
+            notes.append(("bold", bold))
         if names:
             tables.append(Table(group, ["prior", *(MEASURES[name].heading for name in names)], rows, notes))
     return tables
 
 
+def measured(entries: dict[str, Any]) -> list[str]:
+    """Return the measures that any of some rows has, in the order of the tables."""
+    return [name for name in MEASURES if any(name in entry["metrics"] for entry in entries.values())]
+
+
 def _best(name: str, priors: dict[str, Any]) -> set[str]:
-    """Priors that see the caption alone and whose interval reaches the best mean."""
+    """Return the priors that see the caption alone and whose interval reaches the best mean."""
     sign = {"higher": 1, "lower": -1, "neither": 0}[MEASURES[name].better]
-    rivals = {
+    contenders = {
         prior: entry["metrics"][name]
         for prior, entry in priors.items()
         if not entry["reference"] and entry["metrics"].get(name, {}).get("low") is not None
     }
-    if not sign or len(rivals) < 2:
+    if not sign or len(contenders) < 2:
         return set()
-    top = max(sign * value["mean"] for value in rivals.values())
-    return {prior for prior, value in rivals.items() if sign * value["high" if sign > 0 else "low"] >= top}
+    top = max(sign * value["mean"] for value in contenders.values())
+    return {prior for prior, value in contenders.items() if sign * value["high" if sign > 0 else "low"] >= top}
 
 
-def metric_cell(measure: Measure, value: dict[str, Any] | None, best: bool) -> Cell:
-    """A mean with its interval."""
+def metric_cell(name: str, entry: dict[str, Any], *, best: bool = False) -> Cell:
+    """Return a row's mean with its interval; a dash where it was not measured."""
+    value, measure = entry["metrics"].get(name), MEASURES[name]
     if value is None or value["mean"] is None:
         return Cell("–")
-    interval = f"[{measure.show(value['low'])}, {measure.show(value['high'])}]" if value["low"] is not None else ""
-    return Cell(measure.show(value["mean"]), interval, best)
+    return Cell(measure.show(value["mean"]), measure.interval(value), best)
 
 
-def cost_table(report: dict[str, Any]) -> Table:
-    """What each prior took."""
+def duel_table(report: Report) -> Table | None:
+    """Return win rates: measures × pairs of contenders."""
+    duels = {
+        f"{duel['first']} : {duel['second']}{MATCHED if duel['matched'] else ''}": duel["win_rates"]
+        for duel in report["duels"]
+    }
+    rows = [
+        [Cell(MEASURES[name].label), *(_share(rates.get(name)) for rates in duels.values())]
+        for name in MEASURES
+        if any(name in rates for rates in duels.values())
+    ]
+    notes = [
+        ("%", "share of the captions on which the first of a pair scores better; a tie is half a win"),
+        ("bold", "50 % lies outside the interval"),
+        ("report.json", "has captions won, lost and tied, the exact sign test, and the paper's normal approximation"),
+    ]
+    return Table("Head to head", ["% won", *duels], rows, notes) if rows else None
+
+
+def ablation_table(report: Report) -> Table | None:
+    """Return a line for each ablation."""
+    shown = ("embed_fd", "probe_match", "text_cos", "calibration_gap")
+    there = [name for name in shown if any(name in line["measures"] for line in report["ablations"])]
     rows = [
         [
-            Cell(name),
-            Cell(sampled_by(report["meta"]["config"].get("priors", {}).get(name, {}))),
-            Cell(short_count(entry["parameters"])),
-            Cell(f"{entry['training_steps']:,}"),
-            Cell(f"{entry['training_seconds']:.0f}"),
-            Cell(f"{entry['evaluations']:,}"),
-            Cell(f"{entry['flops_per_embedding'] / 1e6:,.1f}"),
-            Cell(f"{1e3 * entry['seconds_per_embedding']:.2f}"),
+            Cell(line["title"], f"{line['paper']} against {line['other']}, {len(line['seeds'])} seeds"),
+            *(_change(line["measures"].get(name), name) for name in there),
         ]
-        for name, entry in report["priors"].items()
+        for line in report["ablations"]
     ]
-    head = ["prior", "sampled with", "parameters", "training steps", "training s", "evaluations", "MFLOP", "ms"]
+    head = ["ablation", *(f"Δ {MEASURES[name].heading}" for name in there)]
+    notes = [
+        ("Δ", "the first choice less the other, paired by training seed and caption; bold where 0 lies outside"),
+        ("–", "not measured, or two CLIPs: distances and cosines in different spaces are not compared"),
+    ]
+    return Table("Ablations", head, rows, notes) if rows else None
+
+
+def further_tables(report: Report) -> list[Table]:
+    """Return the tables that a study adds, such as decoders of another budget."""
+    shown = ("fd_judge", "stated_match", "clip_score", "recall", "diversity_gap", "vendi")
+    tables = []
+    for title, entries in report["tables"].items():
+        there = [name for name in measured(entries) if name in shown] or measured(entries)
+        rows = [[Cell(row), *(metric_cell(name, entry) for name in there)] for row, entry in entries.items()]
+        notes = [("rows", "compare them with each other alone: another decoder may have drawn them than the one above")]
+        tables.append(Table(title, ["", *(MEASURES[name].heading for name in there)], rows, notes))
+    return tables
+
+
+def cost_table(report: Report) -> Table:
+    """Return what training and sampling took, and how each row was trained and sampled."""
+    rows = []
+    for name, row in report["priors"].items():
+        trained = bool(row["training_steps"])
+        low, high = row["training_seconds_range"]
+        numbers = [
+            f"{row['lr']:g}" if row["lr"] else "–",
+            short_count(row["parameters"]),
+            f"{row['training_samples']:,.0f}" if row["training_samples"] else "–",
+            f"{row['training_seconds']:.0f}" if trained else "–",
+            f"{row['training_flops'] / 1e12:,.1f}" if row["training_flops"] else "–",
+            f"{row['evaluations']:,.0f}",
+            f"{row['flops_per_embedding'] / 1e6:,.1f}",
+            f"{1e3 * row['seconds_per_embedding']:.2f}",
+        ]
+        cells = [
+            Cell(text, f"{low:.0f} to {high:.0f}" if i == 3 and high > low else "") for i, text in enumerate(numbers)
+        ]
+        seeds = f"{len(row['seeds'])} training seeds" if trained and len(row["seeds"]) > 1 else ""
+        rows.append([Cell(name, seeds), Cell(sampled_by(row["sampling"])), *cells])
+    head = [
+        "prior", "sampled with", "learning rate", "parameters", "samples seen", "training s", "training TFLOP",
+        "evaluations", "MFLOP", "ms",
+    ]  # fmt: skip
     notes = [
         ("sampled with", "guidance 1 is off; of several candidates the one nearest to its caption is kept"),
-        ("evaluations", "of the network for one embedding, candidates and guidance included"),
-        ("MFLOP, ms", "for one embedding, on this machine in batches of the data's size; a multiply-add is two"),
+        ("training s", "median, fastest and slowest of the training seeds: other work may have run beside them"),
+        ("–", "a closed form, nothing to train, or not known"),
+        ("training TFLOP", "matrix products, attention included, forward and backward; a multiply-add is two"),
+        ("evaluations, MFLOP, ms", "for one embedding, candidates and guidance included, on the hardware named above"),
     ]
     return Table("Cost", head, rows, notes)
 
 
 def sampled_by(settings: dict[str, Any]) -> str:
-    """How a prior's samples were drawn, from its settings; a dash where nothing is drawn."""
-    sampler = settings.get("sampler", {})
+    """Return how a prior's samples were drawn; a dash where nothing is drawn."""
+    sampler = settings.get("sampler") or {}
     variance = f" {sampler['variance']}" if "variance" in sampler else ""
     parts = [f"{sampler['class']} {sampler['steps']}{variance}"] if sampler else []
     parts += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
@@ -110,45 +173,61 @@ def sampled_by(settings: dict[str, Any]) -> str:
     return ", ".join(parts) or "–"
 
 
-def attribute_table(report: dict[str, Any]) -> Table | None:
-    """Accuracy by attribute along the chain, from the oracle itself to each prior; None without an oracle."""
+def choice_table(report: Report) -> Table | None:
+    """Return every trial on validation data."""
+    rows = []
+    notes = [("bold", "what was chosen")]
+    for choice in report["choices"]:
+        chosen = choice["chosen"]
+        tried = sorted(map(float, choice["learning_rates"]))
+        if len(tried) > 1 and chosen["lr"] in (tried[0], tried[-1]):
+            end = "smallest" if chosen["lr"] == tried[0] else "largest"
+            notes.append((f"{choice['prior']}'s learning rate", f"the {end} tried: one beyond might be better still"))
+        for kind, trials, taken in (
+            ("learning rate", choice["learning_rates"], chosen["lr"]),
+            ("guidance", choice["guidance"], chosen["guidance"]),
+        ):
+            for value, trial in trials.items():
+                numbers = [f"{trial['joint_fd']:.4f}", f"{trial['embed_fd']:.4f}", f"{trial['text_cos']:.3f}"]
+                numbers += [f"{100 * trial['retrieval_r10']:.1f}"]
+                best = float(value) == taken
+                rows.append([Cell(choice["prior"]), Cell(kind), *(Cell(x, best=best) for x in (value, *numbers))])
+    head = ["prior", "setting", "value", "joint_fd ↓", "embed_fd ↓", "mean z_i·z_t", "R@10 % ↑"]
+    return Table("Chosen on validation data", head, rows, notes) if rows else None
+
+
+def attribute_table(report: Report) -> Table | None:
+    """Return accuracy by attribute along the chain, from the oracle itself to each prior; None without an oracle."""
     if report["oracle"] is None:
         return None
     rows = {
-        "oracle on real images": report["oracle"]["real"],
+        "oracle on real pictures": report["oracle"]["real"],
         "CLIP, zero-shot": report["clip"]["zero_shot"],
         "decoder, from the true embedding alone": report["decoder"]["reconstruction"],
-        **{f"{name} prior, where stated": entry["attributes"] for name, entry in report["priors"].items()},
+        **{f"{name} prior, where stated": e["attributes"] for name, e in report["priors"].items() if e["attributes"]},
     }
     names = list(report["oracle"]["real"])
-    cells = [[Cell(label), *(_share(values.get(name)) for name in names)] for label, values in rows.items()]
+    cells = [[Cell(label), *(Cell(_percent(values.get(name))) for name in names)] for label, values in rows.items()]
     return Table("Accuracy by attribute, %", ["", *names], cells)
 
 
-def _share(value: float | None) -> Cell:
-    return Cell("–" if value is None or value != value else f"{100 * value:.1f}")
-
-
-def foundation_table(report: dict[str, Any]) -> Table:
-    """What the comparison stands on."""
+def foundation_table(report: Report) -> Table | None:
+    """Return what the comparison stands on; None where it was not measured."""
     decoder, clip, judge, codec = (report[name] for name in ("decoder", "clip", "judge", "codec"))
-    r10 = MEASURES["retrieval_r10"]
+    if not decoder:
+        return None
+    entry = {"metrics": decoder}
     rows = [
-        [
-            Cell("decoder, from the embedding alone: R@10 by the judge, %"),
-            metric_cell(r10, decoder["judge_r10"], False),
-        ],
-        [Cell("decoder: Fréchet distance (judge)"), metric_cell(MEASURES["fd_judge"], decoder["fd_judge"], False)],
-        [Cell("CLIP finds the true image of a caption: R@1 / R@10, %"), _retrieval(clip)],
+        [Cell("decoder, from the embedding alone: R@10 by the judge, %"), metric_cell("retrieval_r10", entry)],
+        [Cell("decoder, from the embedding alone: Fréchet distance (judge)"), metric_cell("fd_judge", entry)],
+        [Cell("CLIP finds the true picture of a caption: R@1 / R@10, %"), _retrieval(clip)],
         [Cell("judge, the same: R@1 / R@10, %"), _retrieval(judge)],
     ]
     if codec:
+        lost = f"codec: variance lost by keeping {codec['code_length']} of {codec['embed_dim']} axes, %"
         rows += [
             [Cell("codec: round-trip cosine"), Cell(f"{codec['roundtrip_cosine']:.4f}")],
-            [
-                Cell(f"codec: variance lost by keeping {codec['code_length']} of {codec['embed_dim']} axes, %"),
-                Cell(f"{100 * codec['pca_error']:.2f}"),
-            ],
+            [Cell(lost), Cell(f"{100 * codec['pca_error']:.2f}")],
             [
                 Cell(f"codec: variance lost by {codec['buckets']} buckets, %"),
                 Cell(f"{100 * codec['quantisation_error']:.3f}"),
@@ -157,89 +236,106 @@ def foundation_table(report: dict[str, Any]) -> Table:
     return Table("Foundations", ["", ""], rows)
 
 
-def _retrieval(scores: dict[str, Any]) -> Cell:
-    return Cell(" / ".join(f"{100 * scores[key]:.1f}" for key in ("retrieval_r1", "retrieval_r10")))
-
-
-def claim_table(report: dict[str, Any]) -> Table:
-    """The paper's claims beside ours."""
+def claim_table(report: Report) -> Table | None:
+    """Return the claims that were measured, beside what was found."""
     rows = [
         [
             Cell(claim["claim"], f"({claim['source']})"),
             Cell(claim["paper"]),
             Cell(claim["ours"]),
             Cell(claim["verdict"], tone=claim["verdict"].replace(" ", "-")),
+            Cell(claim["why"]),
         ]
-        for claim in report["paper"]
+        for claim in report["claims"]
+        if claim["verdict"] != UNMEASURED
     ]
-    return Table("Claims", ["claim", "paper", "here", "verdict"], rows)
+    title = "What is claimed, what we find"
+    return Table(title, ["claim", "paper", "here", "verdict", "why"], rows, words=True) if rows else None
 
 
-def summary(report: dict[str, Any]) -> list[str]:
-    """The findings in a few sentences."""
-    return [
-        sentence for sentence in (_rivals(report), _floor(report), _calibration(report), _verdicts(report)) if sentence
-    ]
+def summary(report: Report) -> list[str]:
+    """Return what a tired reader takes away in a minute."""
+    sentences = [_quality(report), _duels(report), _cost(report), _calibration(report), _verdicts(report)]
+    return [sentence for sentence in sentences if sentence]
 
 
-def _rivals(report: dict[str, Any]) -> str:
-    duel = report["head_to_head"]
-    if not duel:
+def _quality(report: Report) -> str:
+    rows = distinct(report)["priors"]
+    name = next((m for m in ("stated_match", "clip_score", "embed_fd") if m in measured(rows)), None)
+    if name is None:
         return ""
-    name = next((key for key in ("stated_match", "clip_score") if key in duel["win_rates"]), "")
-    first, second = (report["priors"][duel[side]]["metrics"][name] for side in ("first", "second"))
-    measure, rate = MEASURES[name], duel["win_rates"][name]
-    return (
-        f"On {measure.label}, {duel['first']} scores {_with_interval(measure, first)} and {duel['second']} "
-        f"{_with_interval(measure, second)}; head to head {duel['first']} wins {100 * rate['mean']:.1f} % "
-        f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] of the captions, ties counted half."
-    )
-
-
-def _floor(report: dict[str, Any]) -> str:
-    """How far every prior lies from floor and ceiling."""
-    name = next(
-        key for key in ("stated_match", "clip_score") if any(key in p["metrics"] for p in report["priors"].values())
-    )
     measure = MEASURES[name]
-    values = {prior: entry["metrics"][name]["mean"] for prior, entry in report["priors"].items()}
-    listed = ", ".join(f"{prior} {measure.show(value)}" for prior, value in sorted(values.items(), key=lambda x: -x[1]))
-    return f"From best to worst on {measure.label}{' (%)' if measure.percent else ''}: {listed}."
+    found = {prior: row["metrics"][name] for prior, row in rows.items() if name in row["metrics"]}
+    sign = -1 if measure.better == "higher" else 1
+    listed = ", ".join(
+        f"{prior} {measure.show(value['mean'])} {measure.interval(value)}".rstrip()
+        for prior, value in sorted(found.items(), key=lambda item: sign * (item[1]["mean"] or 0))
+        if value["mean"] is not None
+    )
+    title = measure.title[0].upper() + measure.title[1:]  # CLIP stays CLIP
+    return f"{title}, best first: {listed}."
 
 
-def _calibration(report: dict[str, Any]) -> str:
-    gaps = {
-        name: entry["metrics"]["calibration_gap"]["mean"]
-        for name, entry in report["priors"].items()
-        if not entry["reference"] and entry["metrics"]["cos_samples"]["mean"] < 0.9999
-    }
-    if not gaps:
+def _duels(report: Report) -> str:
+    """Return how the first contender fares against the others, on the measure that says most."""
+    duels = [duel for duel in report["duels"] if not duel["matched"]]
+    name = next((m for m in ("stated_match", "clip_score") if duels and m in duels[0]["win_rates"]), None)
+    if name is None:
         return ""
-    name = min(gaps, key=lambda key: abs(gaps[key]))
-    listed = ", ".join(f"{prior} {gap:+.3f}" for prior, gap in gaps.items())
-    return f"The best calibrated prior is {name} (cos to true less cos between samples: {listed}; 0 is calibrated)."
+    first = duels[0]["first"]
+    against = {duel["second"]: duel["win_rates"].get(name) for duel in duels if duel["first"] == first}
+    listed = ", ".join(
+        f"{100 * rate['mean']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] against {second}"
+        for second, rate in against.items()
+        if rate and rate["low"] is not None
+    )
+    return f"Share of captions that {first} wins head to head on {MEASURES[name].label}, ties counted half: {listed}."
 
 
-def _verdicts(report: dict[str, Any]) -> str:
+def _cost(report: Report) -> str:
+    rows = {name: row for name, row in report["priors"].items() if name.endswith(MATCHED) and row["training_flops"]}
+    if len(rows) < 2:
+        return ""
+    (first, ours), *others = rows.items()
+    listed = "; ".join(
+        f"{ours['training_flops'] / row['training_flops']:.2f} times the training FLOPs of "
+        f"{name.removesuffix(MATCHED)}, "
+        f"{ours['flops_per_embedding'] / max(1, row['flops_per_embedding']):.1f} times its FLOPs for an embedding"
+        for name, row in others
+    )
+    return f"After equally many samples, without guidance, {first.removesuffix(MATCHED)} has cost {listed}."
+
+
+def _calibration(report: Report) -> str:
+    gaps = {
+        name: row["metrics"]["calibration_gap"]["mean"]
+        for name, row in distinct(report)["priors"].items()
+        if not row["reference"] and row["metrics"]["cos_samples"]["mean"] < 0.9999
+    }
+    listed = ", ".join(f"{name} {gap:+.3f}" for name, gap in gaps.items())
+    return f"Calibration (cos to true less cos between samples, 0 is calibrated): {listed}." if gaps else ""
+
+
+def _verdicts(report: Report) -> str:
     counts: dict[str, int] = {}
-    for claim in report["paper"]:
+    for claim in report["claims"]:
         counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
     listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items(), key=lambda x: -x[1]))
-    return f"Verdicts on {len(report['paper'])} claims set beside these numbers: {listed}." if counts else ""
+    return f"Verdicts on {len(report['claims'])} claims of the paper and about it: {listed}." if counts else ""
 
 
-def sample_sizes(report: dict[str, Any]) -> str:
-    """One line of sample counts."""
-    counts = report["meta"]["counts"]
-    many = f", {counts['diversity_samples']} images of each of {counts['diversity_captions']} for diversity"
-    return (
-        f"{counts['heldout_rows']:,} held-out captions × {counts['seeds']} seeds for embeddings, "
-        f"{counts['decoded_captions']:,} of them decoded{many if counts['diversity_captions'] else ''}"
-    )
+def sample_sizes(report: Report) -> str:
+    """Return one line of sample counts."""
+    meta = report["meta"]
+    counts = meta["counts"]
+    seeds = f"{meta['training_seeds']} training seeds" if meta["training_seeds"] > 1 else "one training seed"
+    drawn = f", {counts['captions']:,} of them drawn" if counts["captions"] else ""
+    many = f", {counts['many_samples']} pictures of each of {counts['many']} for diversity" if counts["many"] else ""
+    return f"{seeds}, {counts['rows']:,} held-out captions × {counts['seeds']} samples{drawn}{many}"
 
 
 def lines_of(settings: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Nested settings as (dotted key, value)."""
+    """Yield nested settings as (dotted key, value)."""
     if not isinstance(settings, dict):
         yield prefix, str(settings)
         return
@@ -247,14 +343,32 @@ def lines_of(settings: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
         yield from lines_of(value, f"{prefix}.{key}" if prefix else key)
 
 
-def _with_interval(measure: Measure, value: dict[str, Any]) -> str:
-    unit = " %" if measure.percent else ""
-    return f"{measure.show(value['mean'])}{unit} [{measure.show(value['low'])}, {measure.show(value['high'])}]"
-
-
 def short_count(number: float) -> str:
-    """1.9 M."""
+    """Return a number such as 1.9 M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.1f} {letter}"
     return f"{number:.0f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None or share != share else f"{100 * share:.1f}"
+
+
+def _share(rate: dict[str, Any] | None) -> Cell:
+    if rate is None or rate["low"] is None:
+        return Cell("–")
+    clear = rate["low"] > 0.5 or rate["high"] < 0.5
+    return Cell(f"{100 * rate['mean']:.1f}", f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]", best=clear)
+
+
+def _change(line: dict[str, Any] | None, name: str) -> Cell:
+    if line is None or line["difference"]["low"] is None:
+        return Cell("–")
+    low, mean, high = (MEASURES[name].signed(line["difference"][key]) for key in ("low", "mean", "high"))
+    clear = line["difference"]["low"] > 0 or line["difference"]["high"] < 0
+    return Cell(mean, f"[{low}, {high}]", best=clear)
+
+
+def _retrieval(scores: dict[str, Any]) -> Cell:
+    return Cell(" / ".join(f"{100 * scores[key]:.1f}" for key in ("retrieval_r1", "retrieval_r10")))

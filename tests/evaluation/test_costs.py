@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from unclip_pl.evaluation.flops import count_flops
+from unclip_pl.evaluation.costs import count_flops
 
 
 def test_attention_counts_on_any_device() -> None:

@@ -1,0 +1,409 @@
+"""Reduce a study's cells to the plain data of ``report.json``. Pure arithmetic: no network is asked again.
+
+A cell holds what one training seed of some arms scored, caption by caption. Arms are compared seed by seed and caption
+by caption: seed k of every prior saw the data in the same order, and its images start from the same noise. A comparison
+is a study of one cell and one training seed. Intervals: see :mod:`unclip_pl.metrics.crossed`.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.evaluation.measures import MEASURES, plain, within_shares
+from unclip_pl.evaluation.sheet import FORMAT
+from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples
+from unclip_pl.metrics.interval import Interval, mean_interval, sign_test
+
+#: Below a study's folder: its cells, and what was chosen on validation data.
+CELLS, BEST = "cells", "best"
+#: What a matched row adds to the name of its prior.
+MATCHED = " (matched)"
+COSTS = (
+    "parameters", "training_steps", "training_samples", "training_seconds", "training_flops", "evaluations",
+    "flops_per_embedding", "seconds_per_embedding",
+)  # fmt: skip
+#: Measures whose paired differences are reported.
+DIFFERENCES = (
+    "fd_judge", "embed_fd", "stated_match", "clip_score", "residual", "diversity_gap", "vendi", "recall", "cos_true",
+)  # fmt: skip
+
+Arm = dict[int, dict[str, Any]]  # training seed → what its cell says of the arm
+
+
+class Key(NamedTuple):
+    """The place of an arm in the report."""
+
+    kind: str  # see Cell
+    title: str  # the table, curve or ablation that it belongs to
+    name: str  # its row, line or side
+    x: float | None = None  # where on the curve
+
+
+class Study(NamedTuple):
+    """All that was measured."""
+
+    arms: dict[Key, Arm]
+    cells: list[dict[str, Any]]
+    choices: list[dict[str, Any]]
+
+
+def read_study(folder: Path, order: list[str]) -> Study:
+    """Read all cells of a study.
+
+    Args:
+        folder: folder with ``cells/`` and, perhaps, ``best/``.
+        order: names of arms that come first in tables, in this order.
+
+    Raises:
+        FileNotFoundError: there are no cells.
+        ValueError: a file is broken, two cells measured the same arm and seed, or cells have different bases.
+    """
+    paths = sorted((folder / CELLS).glob("*.json"))
+    if not paths:
+        raise MissingFileError(
+            f"Expected cells in {folder / CELLS}. Got none: run `unclip test` with a config of configs/compare, or "
+            "`unclip reproduce`, to measure them."
+        )
+    cells = [_read_cell(path) for path in paths]
+    arms: dict[Key, Arm] = defaultdict(dict)
+    source: dict[tuple[Key, int], str] = {}
+    for cell in cells:
+        for name, arm in cell["arms"].items():
+            key, seed = key_of(cell, name), cell["seed"]
+            if (key, seed) in source:
+                raise InputError(
+                    f"Expected one cell for each arm and seed. Got seed {seed} of {name!r} ({cell['kind']}) in "
+                    f"{source[key, seed]} and {cell['file']}: delete one of them."
+                )
+            source[key, seed] = cell["file"]
+            arms[key][seed] = arm | {"base": cell["base"]}
+    _check_bases(cells)
+    known = {name: place for place, name in enumerate(order)}
+    ordered = sorted(arms, key=lambda key: (key.kind, known.get(key.name, len(known))))
+    choices = [_read(path) for path in sorted((folder / BEST).glob("*.json"))]
+    return Study({key: arms[key] for key in ordered}, cells, choices)
+
+
+def key_of(cell: dict[str, Any], arm: str) -> Key:
+    """Return where an arm of a cell stands: its series names it, except on a curve whose arms are named by their x."""
+    kind, title, series = cell["kind"], cell["title"], cell["series"]
+    if kind == "curve":
+        return Key(kind, title, series or arm, float(arm) if cell["x"] is None else cell["x"])
+    return Key(kind, title, series or arm)
+
+
+def _check_bases(cells: list[dict[str, Any]]) -> None:
+    """Ablations may compare bases (such as two CLIPs); all else is compared needs one."""
+    files = {cell["base"]: cell["file"] for cell in cells if cell["kind"] != "ablation"}
+    if len(files) > 1:
+        told = ", ".join(f"{base} ({file})" for base, file in files.items())
+        raise InputError(
+            f"Expected cells of one base (CLIP, judge, decoder). Got {told}: measure the cells of one of them again."
+        )
+
+
+def study_report(study: Study, paper: dict[str, Any]) -> dict[str, Any]:
+    """Return ``report.json`` without claims, pictures and times.
+
+    Args:
+        study: all cells.
+        paper: the table of claims, whose ``ablations`` name the pairs of arms that are compared.
+    """
+    rows = rows_of(study.arms)
+    tables: dict[str, dict[str, Arm]] = defaultdict(dict)
+    for key, arm in study.arms.items():
+        if key.kind == "table":
+            tables[key.title][key.name] = arm
+    compared = [rows, *({f"{title}: {name}": arm for name, arm in t.items()} for title, t in tables.items())]
+    report: dict[str, Any] = {
+        "priors": {name: entry(arm) for name, arm in rows.items()},
+        "duels": duels(rows),
+        "tables": {title: {name: entry(arm) for name, arm in table.items()} for title, table in tables.items()},
+        "differences": differences(compared),
+        "curves": curves(study.arms),
+        "ablations": ablations(study.arms, paper["ablations"]),
+        "spaces": spaces(study.cells),
+        "choices": study.choices,
+        **foundations(study.cells),
+    }
+    report["meta"] = meta(study, report)
+    return report
+
+
+def rows_of(arms: dict[Key, Arm]) -> dict[str, Arm]:
+    """Return the rows of the main tables: each prior, then what was measured of it at matched settings.
+
+    A prior that was measured at matched settings alone has both rows all the same.
+    """
+    matched = {key.name: arm for key, arm in arms.items() if key.kind == "matched"}
+    rows = {key.name: arm for key, arm in arms.items() if key.kind == "prior"}
+    names = sorted(matched.keys() - rows.keys())
+    return {name: matched[name] for name in names} | rows | {name + MATCHED: arm for name, arm in matched.items()}
+
+
+def distinct(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report without rows that repeat another: a prior whose best guidance is 1 is the matched one."""
+    rows: dict[str, Any] = {}
+    for name, row in report["priors"].items():
+        if all(row["metrics"] != other["metrics"] for other in rows.values()):
+            rows[name] = row
+    return {**report, "priors": rows}
+
+
+def entry(arm: Arm) -> dict[str, Any]:
+    """Return one row of the tables."""
+    first = next(iter(arm.values()))
+    # Seconds of several runs: one that had to wait for other work on the machine moves their mean, and no median.
+    costs = {name: statistics.median(cell[name] for cell in arm.values()) for name in COSTS}
+    seconds = [cell["training_seconds"] for cell in arm.values()]
+    return {
+        **{name: first.get(name) for name in ("class", "reference", "lr", "sampling", "attributes")},
+        "seeds": sorted(arm),
+        "metrics": {name: plain(value) for name, value in metrics(arm).items()},
+        "training_seconds_range": [min(seconds), max(seconds)],
+        **costs,
+    }
+
+
+def metrics(arm: Arm) -> dict[str, Interval]:
+    """Return every measure with its interval over training seeds and captions."""
+    first = next(iter(arm.values()))
+    values = {name: _whole(stacked(arm, "values", name)) for name in first["values"]}
+    found = {name: crossed_interval(numbers) for name, numbers in values.items()}
+    found |= {name: crossed_resamples(stacked(arm, "resamples", name)) for name in first["resamples"]}
+    for name in found:
+        if MEASURES[name].percent:
+            found[name] = within_shares(found[name], values[name].shape[1] if name in values else 0)
+    return {name: found[name] for name in MEASURES if name in found}
+
+
+def stacked(arm: Arm, kind: str, name: str) -> Tensor:
+    """Return (K, …) numbers of a measure, a row for each training seed.
+
+    Raises:
+        ValueError: the seeds were measured on different numbers of captions.
+    """
+    rows = [arm[seed][kind][name] for seed in sorted(arm)]
+    if len({len(row) for row in rows}) > 1:
+        counts = ", ".join(str(len(row)) for row in rows)
+        raise InputError(f"Expected {name} of as many captions at every seed. Got {counts}: measure the cells again.")
+    return torch.tensor([[torch.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Return the captions of which every seed has a number."""
+    kept = values[:, ~values.isnan().any(0)]
+    return kept if kept.shape[1] > 1 else values.new_full((len(values), 2), torch.nan)
+
+
+def shared(a: Arm, b: Arm) -> tuple[Arm, Arm]:
+    """Return both arms at the training seeds that both have."""
+    seeds = sorted(a.keys() & b.keys())
+    return {seed: a[seed] for seed in seeds}, {seed: b[seed] for seed in seeds}
+
+
+class Pair(NamedTuple):
+    """A measure of two arms, at the training seeds and captions that both have."""
+
+    first: Tensor  # (K, C), or (K, 1 + R) of a bootstrap
+    second: Tensor
+    resampled: bool
+
+    def difference(self) -> Interval:
+        """Return the first less the second, paired by training seed and caption."""
+        return (crossed_resamples if self.resampled else crossed_interval)(self.first - self.second)
+
+    def plain(self) -> dict[str, float | None]:
+        """Return the difference and the means of both sides, over nothing but what is compared."""
+        means = [(x[:, 0] if self.resampled else x).mean().item() for x in (self.first, self.second)]
+        finite = [mean if math.isfinite(mean) else None for mean in means]
+        return plain(self.difference()) | {"first": finite[0], "second": finite[1]}
+
+
+def paired(a: Arm, b: Arm, name: str) -> Pair | None:
+    """Return a measure of both arms; None where they share no seed or number."""
+    a, b = shared(a, b)
+    if not a:
+        return None
+    kinds = [kind for kind in ("values", "resamples") if all(name in next(iter(arm.values()))[kind] for arm in (a, b))]
+    if not kinds:
+        return None
+    first, second = stacked(a, kinds[0], name), stacked(b, kinds[0], name)
+    if kinds[0] == "resamples":
+        return Pair(first, second, resampled=True)
+    both = _whole(torch.cat([first, second]))
+    return Pair(both[: len(first)], both[len(first) :], resampled=False)
+
+
+def differences(groups: list[dict[str, Arm]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return the paired differences of every two rows of a group: measure → "a - b" → interval and both means."""
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name in DIFFERENCES:
+        pairs = {f"{a} - {b}": paired(rows[a], rows[b], name) for rows in groups for a, b in combinations(rows, 2)}
+        found[name] = {label: pair.plain() for label, pair in pairs.items() if pair}
+    return found
+
+
+def duels(rows: dict[str, Arm]) -> list[dict[str, Any]]:
+    """Return the head to head of every two contenders, at their own settings and at matched ones.
+
+    A contender sees the caption alone: the true embedding is none.
+    """
+    names = [name for name, arm in rows.items() if not next(iter(arm.values()))["reference"]]
+    pairs = [(a, b) for a, b in combinations(names, 2) if a.endswith(MATCHED) == b.endswith(MATCHED)]
+    found = [(a, b, duel(rows[a], rows[b])) for a, b in pairs]
+    return [
+        {"first": a.removesuffix(MATCHED), "second": b.removesuffix(MATCHED), "matched": a.endswith(MATCHED), **won}
+        for a, b, won in found
+        if won["win_rates"]
+    ]
+
+
+def duel(first: Arm, second: Arm) -> dict[str, Any]:
+    """Return win rates on every per-caption measure that has a direction; a tie is half a win."""
+    first, second = shared(first, second)
+    names = [name for name in _values(first) if name in _values(second) and MEASURES[name].better != "neither"]
+    rates = {}
+    for name in names:
+        sign = 1 if MEASURES[name].better == "higher" else -1
+        ours, theirs = sign * stacked(first, "values", name), sign * stacked(second, "values", name)
+        there = ~(ours + theirs).isnan().any(0)
+        ours, theirs = ours[:, there], theirs[:, there]
+        if ours.shape[1] > 1:
+            wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
+            intervals = crossed_interval(wins), mean_interval(wins)
+            inside, normal = (plain(within_shares(interval, wins.shape[1])) for interval in intervals)
+            rates[name] = inside | {"normal": normal, **sign_test(ours, theirs)._asdict()}
+    return {"seeds": len(first), "win_rates": rates}
+
+
+def _values(arm: Arm) -> dict[str, Any]:
+    return next(iter(arm.values()))["values"] if arm else {}
+
+
+def curves(arms: dict[Key, Arm]) -> dict[str, Any]:
+    """Return title → series → measure → [{x, mean, low, high}], x ascending."""
+    found: dict[str, Any] = {}
+    for key in sorted((key for key in arms if key.x is not None), key=lambda key: key.x or 0.0):
+        points = found.setdefault(key.title, {}).setdefault(key.name, {})
+        for measure, interval in metrics(arms[key]).items():
+            points.setdefault(measure, []).append({"x": key.x, **plain(interval)})
+    return found
+
+
+def ablations(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return two arms and their paired difference for every ablation that was measured.
+
+    Args:
+        arms: all arms.
+        named: ablations as the table of claims lists them. Cells of kind ``ablation`` with another title are compared
+            side by side in the order in which they come.
+    """
+    pairs = list(_named_pairs(arms, named))
+    known = {title for title, *_ in pairs}
+    trained = [key for key in arms if key.kind == "ablation" and key.title not in known]
+    pairs += [(a.title, a.name, b.name, a, b) for a, b in combinations(trained, 2) if a.title == b.title]
+    return [ablation(title, ours, theirs, arms[a], arms[b]) for title, ours, theirs, a, b in pairs]
+
+
+def _named_pairs(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, Key, Key]]:
+    for line in named:
+        sides = line["paper"], line["other"]
+        if "curve" in line:  # both sides are points of one curve: series and x
+            first, second = (Key("curve", line["curve"], side[0], float(side[1])) for side in sides)
+            by = "x" if first.name == second.name else "name"
+            ours, theirs = (f"{x:g}" if isinstance(x := getattr(key, by), float) else x for key in (first, second))
+        else:
+            ours, theirs = sides
+            first, second = (Key("ablation", line["title"], side) for side in sides)
+        if first in arms and second in arms:
+            yield line["title"], ours, theirs, first, second
+
+
+def ablation(title: str, ours: str, theirs: str, a: Arm, b: Arm) -> dict[str, Any]:
+    """Return both arms and their paired difference for every measure that they share.
+
+    Of arms on different bases only measures of what a sample shows are compared: distances and cosines in the spaces
+    of two CLIPs have different units.
+    """
+    a, b = shared(a, b)
+    first, second = (metrics(arm) if arm else {} for arm in (a, b))
+    one_space = {cell["base"] for cell in a.values()} == {cell["base"] for cell in b.values()}
+    names = [name for name in first if name in second and (one_space or MEASURES[name].any_space)]
+    pairs = {name: pair for name in names if (pair := paired(a, b, name))}
+    measures = {
+        name: {"paper": plain(first[name]), "other": plain(second[name]), "difference": plain(pair.difference())}
+        for name, pair in pairs.items()
+    }
+    return {"title": title, "paper": ours, "other": theirs, "seeds": sorted(a), "measures": measures}
+
+
+def spaces(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return how many directions each CLIP's embeddings use: the study's own, and those of ablations of the CLIP."""
+    own = [cell for cell in cells if cell["kind"] != "ablation"] or cells
+    most = max(own, key=lambda cell: cell["counts"]["rows"])  # the more embeddings, the better known
+    others = [cell for cell in cells if cell["base"] != most["base"]]
+    found = {"the study's CLIP": most["space"]} | {cell["series"]: cell["space"] for cell in others}
+    return {name: space for name, space in found.items() if space}
+
+
+def foundations(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the comparison stands on: ``oracle``, ``decoder``, ``clip``, ``judge`` and ``codec``."""
+    found = next((cell["foundations"] for cell in cells if cell.get("foundations")), None)
+    if found is None:
+        return dict.fromkeys(("oracle", "decoder", "clip", "judge", "codec"))
+    scores = {
+        name: {measure: plain(v) for measure, v in metrics({0: arm}).items()} for name, arm in found["arms"].items()
+    }
+    oracle = {"real": found["oracle"], "residual": scores["real"]["residual"]} if found["oracle"] else None
+    decoder = {"reconstruction": found["reconstruction"], **scores["reconstruction"]}
+    return {"oracle": oracle, "decoder": decoder, **{name: found[name] for name in ("clip", "judge", "codec")}}
+
+
+def meta(study: Study, report: dict[str, Any]) -> dict[str, Any]:
+    """Return where the numbers come from."""
+    cells = study.cells
+    # Of the tables' rows; curves are measured on fewer captions.
+    drawn = max(cells, key=lambda cell: (cell["counts"]["captions"], cell["counts"]["many"], cell["counts"]["rows"]))
+    seeds = [len(row["seeds"]) for row in report["priors"].values() if row["training_steps"]]
+    hashes = {name: next(iter(arm.values()))["config_hash"] for name, arm in rows_of(study.arms).items()}
+    return {
+        "training_seeds": min(seeds, default=1),
+        "cells": len(cells),
+        "base": drawn["base"],
+        "counts": drawn["counts"],
+        "commits": sorted({cell["meta"]["commit"] for cell in cells}),
+        "hardware": sorted({cell["meta"]["hardware"] for cell in cells}),
+        "versions": drawn["meta"]["versions"],
+        "config_hashes": {name: value for name, value in hashes.items() if value},
+        "config": drawn["settings"] | {"priors": {name: row["sampling"] for name, row in report["priors"].items()}},
+        "measuring_seconds": sum(cell["meta"].get("seconds", 0.0) for cell in cells),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} is broken ({error}): delete it and run the study again, it measures this alone."
+        ) from None
+
+
+def _read_cell(path: Path) -> dict[str, Any]:
+    cell = _read(path)
+    if not isinstance(cell, dict) or cell.get("format") != FORMAT:
+        got = cell.get("format") if isinstance(cell, dict) else type(cell).__name__
+        raise InputError(
+            f"Expected a cell of format {FORMAT} in {path}. Got {got}: measure it again with this version."
+        )
+    return cell | {"file": path.name}
