@@ -74,7 +74,7 @@ def build(name: str, device: str = "cpu") -> Part:
     parser.add_subclass_arguments(Task, "model")
     torch.manual_seed(0)
     with torch.device(device):  # billions of weights are drawn sooner on a GPU
-        task = parser.instantiate_classes(parser.parse_object({"model": model})).model.to(device)
+        task = parser.instantiate(parser.parse_object({"model": model})).model.to(device)
     settings = {"_class_path": model["class_path"], **model["init_args"]}
     return Part(task, settings, clip, data["batch_size"], data.get("image_size", clip.image_size), config["trainer"])
 

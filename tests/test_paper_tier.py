@@ -99,7 +99,7 @@ def network(name: str) -> nn.Module:
     parser.add_subclass_arguments(nn.Module, "net")
     with torch.device("meta"):
         parsed = parser.parse_object({"net": net | {"init_args": net.get("init_args", {}) | linked}})
-        return parser.instantiate_classes(parsed).net
+        return parser.instantiate(parsed).net
 
 
 def count(module: nn.Module) -> int:

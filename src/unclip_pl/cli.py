@@ -6,14 +6,14 @@
 
 import importlib
 import logging
-import os
 import signal
 import sys
 import threading
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -67,7 +67,8 @@ NOISE = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",
     ".*could be decompression bomb.*",  # our own limit is lower, and refuses
-    "(?s).*instantiate_classes.*deprecated.*",  # Lightning 2.6 calls jsonargparse by the old name
+    "(?s).*deprecated in v4.*",  # Lightning 2.6 calls jsonargparse by older names
+    "(?s).*JsonargparseDeprecationWarning.*",
 )
 
 
@@ -78,9 +79,14 @@ class Terminated(SystemExit):
 class Parser(ArgumentParser):
     """A parser whose errors leave out the list of all options, and name the new path of a class that moved."""
 
+    #: Whether errors show their traceback.
+    debug: ClassVar[bool] = False
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with status 2."""
-        if self.exit_on_error and "JSONARGPARSE_DEBUG" not in os.environ:
+        if self.exit_on_error and Parser.debug:
+            raise ArgumentError(None, message) from ex
+        if self.exit_on_error:
             program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
             said = moved_in(message) or f"{message}\n({program} --help lists the options)"
             print(f"error: {said} {DEBUG_HINT}", file=sys.stderr)
@@ -124,15 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command whose name is known; see :func:`main` for the exit status."""
+    Parser.debug = debug
     before = _on_sigterm(_terminate)
-    if debug:
-        os.environ["JSONARGPARSE_DEBUG"] = "true"
     try:
-        return _run(words, debug)
+        return _run(words)
     finally:
         _on_sigterm(before)
-        if debug:
-            del os.environ["JSONARGPARSE_DEBUG"]
 
 
 def _terminate(*_: Any) -> None:
@@ -145,7 +148,7 @@ def _on_sigterm(handler: Any) -> Any:
     return signal.signal(signal.SIGTERM, handler) if in_main else handler
 
 
-def _run(words: list[str], debug: bool) -> int:
+def _run(words: list[str]) -> int:
     again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
@@ -161,7 +164,7 @@ def _run(words: list[str], debug: bool) -> int:
         print(f"interrupted{again}.", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        if debug or not (isinstance(error, EXPECTED) or type(error).__name__ == EXPECTED_NAME):
+        if Parser.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == EXPECTED_NAME):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnicodeDecodeError):  # it does not know its file

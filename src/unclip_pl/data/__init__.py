@@ -1,1 +1,1 @@
-"""From shards to batches: the embedding store, samplers and the LightningDataModules."""
+"""Shards in, batches out: packing, the embedding store, samplers and the LightningDataModules."""

@@ -159,7 +159,7 @@ class RunConfig(SaveConfigCallback):
         rank_zero_only(print)("\n".join([title, *lines]), file=sys.stderr)
 
     def _plain(self) -> dict[str, Any]:
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        return yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
 
 
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
