@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from unclip_pl.cli import NOISE
+from unclip_pl.cli import NOISE, main
+from unclip_pl.commands import reproduce as module
 from unclip_pl.commands.reproduce import Stage, reproduce
 
 ROOT = Path(__file__).parent.parent
@@ -45,13 +46,29 @@ def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+class InProcess:
+    """Stands in for a stage's process and runs its words here: a process imports for five seconds."""
+
+    def __init__(self, words: list[str], *_: object) -> None:
+        self._status = main(words)
+
+    def poll(self) -> int:
+        return self._status
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of recipes run in the test's own process."""
+    monkeypatch.setattr(module, "Process", InProcess)
+
+
 def mini_stages() -> dict[str, Stage]:
     """The stages of configs/reproduce/shapes.yaml, shrunk."""
     recipe = yaml.safe_load((ROOT / "configs/reproduce/shapes.yaml").read_text())
     stages = {}
     for name, stage in recipe["stages"].items():
         extra = SHRINK.get(name) or SHRINK.get(stage["run"].split()[0], "")
-        stages[name] = Stage(f"{stage['run']} {extra}", stage.get("needs", []))
+        stages[name] = Stage(**stage | {"run": f"{stage['run']} {extra}"})
     return stages
 
 
@@ -80,7 +97,9 @@ def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(ROOT)
     run = tmp_path_factory.mktemp("runs") / "mini"
     try:
-        reproduce(mini_stages(), str(run), compare="configs/compare/tiny.yaml")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "Process", InProcess)
+            reproduce(mini_stages(), str(run), compare="configs/compare/tiny.yaml")
         yield run
     finally:
         os.chdir(here)

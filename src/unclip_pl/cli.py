@@ -113,9 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
         signal's number for Ctrl-C and SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    if debug:
-        words.remove("--debug")
+    if lock := os.environ.pop("UNCLIP_STAGE", ""):  # `unclip reproduce` has started this process
+        importlib.import_module("unclip_pl.commands.launch").belong(lock)
+    debug = "--debug" in words or "JSONARGPARSE_DEBUG" in os.environ  # the latter in stages of a recipe
+    words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2

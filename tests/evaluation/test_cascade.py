@@ -28,11 +28,11 @@ SHRINK = {
 }
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_recipe_trains_two_upsamplers_and_measures_every_stage(mini_run: Path, tmp_path: Path) -> None:
     recipe = yaml.safe_load(Path("configs/reproduce/cascade.yaml").read_text())["stages"]
     stages = {
-        name: Stage(f"{stage['run']} {SHRINK.get(name, '')}", stage.get("needs", []), stage.get("matrix", {}))
-        for name, stage in recipe.items()
+        name: Stage(**stage | {"run": f"{stage['run']} {SHRINK.get(name, '')}"}) for name, stage in recipe.items()
     }
     reproduce(stages, str(tmp_path), base=str(mini_run))
     report = json.loads((tmp_path / "evaluation" / "cascade.json").read_text())

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from unclip_pl.cli import main
 from unclip_pl.commands import reproduce as module
-from unclip_pl.commands.plan import Stage, spell_out, write_out
-from unclip_pl.commands.reproduce import Recipe, reproduce
+from unclip_pl.commands.plan import Recipe, Stage, write_out
+from unclip_pl.commands.reproduce import reproduce
 from unclip_pl.report.claims import UNMEASURED, claims_table
 
 RECIPES = Path(__file__).parent.parent.parent / "configs" / "reproduce"
@@ -42,21 +43,27 @@ KINDS: dict[str, dict[str, list[Any]]] = {
 
 
 def read(name: str) -> dict[str, Stage]:
-    """A recipe's stages, spelt out."""
-    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    return spell_out({key: Stage(**stage) for key, stage in recipe["stages"].items()}, recipe["shorthand"])
+    """A recipe's stages."""
+    stages = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["stages"]
+    return {key: Stage(**stage) for key, stage in stages.items()}
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_what_is_committed_was_measured_as_the_recipe_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a setting of the recipe, or of a config that it names, changed since: run it again, it does that alone."""
-    monkeypatch.chdir(RECIPES.parent.parent)
-    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    places = {f"{{{place}}}": recipe[place] for place in ("run", "base", "results")}
-    stages = Recipe(write_out(read(name)), Path(recipe["run"]), places | {"{source}": "", "{precision}": ""}, [])
-    kept = [stage for stage in stages.stages if stages.kept(stage)]
-    assert len(kept) > 80
-    assert [stage for stage in kept if not stages.done(stage)] == []
+def test_what_is_committed_was_measured_as_the_recipe_stands(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a setting of the recipe, or of a config that it names, changed since: run it again, it does that alone.
+
+    A clone has neither the study's run nor the one that it builds on: nothing of them is missed.
+    """
+    for folder in ("configs", "results"):
+        (tmp_path / folder).symlink_to(RECIPES.parent.parent / folder)
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "--config", f"configs/reproduce/{name}.yaml", "--dry_run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "Nothing is to be done."
+    assert len([line for line in said if line.endswith(": done")]) > 80
+    assert not (tmp_path / "runs").exists()
 
 
 def small(stage: Stage, matrix: dict[str, list[Any]]) -> Stage:
@@ -107,29 +114,33 @@ def test_a_recipe_holds_every_arm_that_the_claims_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> None:
-    runs = [stage.run for stage in write_out(read(name)).values()]
-    known = {"run", "base", "source", "results", "precision"}
-    assert not {word for run in runs for word in re.findall(r"\{(\w+)\}", run)} - known
-    files = [path for run in runs for path in re.findall(r"\.out (\S+)", run)]
+    recipe = Recipe(read(name), {"{run}": "run", "{source}": "data", "{base}": "base", "{results}": f"results/{name}"})
+    texts = [f"{stage.run} {json.dumps(recipe.configs(key))}" for key, stage in recipe.stages.items()]
+    known = {"run", "base", "source", "results", "precision", "out"}
+    assert not {word for text in texts for word in re.findall(r"\{(\w+)\}", text)} - known
+    files = [stage.out for stage in recipe.stages.values()]
     assert len(files) == len(set(files)) > 50
 
 
 def make(stages: dict[str, Stage], base: Path, folder: Path) -> dict[str, Any]:
     """A study of the miniature run; what its report says."""
-    reproduce(stages, str(folder / "run"), base=str(base), results=str(folder / "results"))
+    reproduce(stages, str(folder / "run"), "{base}/data", base=str(base), results=str(folder / "results"))
     return json.loads((folder / "results" / "report.json").read_text())
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_from_end_to_end_and_without_its_run(
     mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = read("rematch-shapes")
     stages = {name: small(recipe[name], matrix) for name, matrix in KINDS.items()}
-    tried = """'{"0.001": "{run}/try-{prior}-0.001-0"}'"""
-    stages["choice"].run = re.sub(r"'\{.*\}'", tried, stages["choice"].run)
+    tried = tmp_path / "choice.yaml"
+    tried.write_text((RECIPES.parent / "base" / "choice-shapes.yaml").read_text())
+    tried.write_text(re.sub(r' +"0\.(?!001").*\n', "", tried.read_text()))
+    stages["choice"].run = stages["choice"].run.replace("configs/base/choice-shapes.yaml", str(tried))
     # A prior of one's own is one more cell.
     own = recipe["reference"].run.replace("configs/arms/reference.yaml", "examples/noisy_linear.yaml")
-    stages["own"] = small(replace(recipe["reference"], run=own.replace("cells/reference", "cells/own")), {"seed": [1]})
+    stages["own"] = small(Stage(own, "{results}/cells/own-{seed}.json"), {"seed": [1]})
     monkeypatch.syspath_prepend("examples")
     report = make(stages, mini_run, tmp_path)
     assert report["meta"]["training_seeds"] == 2
@@ -150,10 +161,8 @@ def test_a_study_from_end_to_end_and_without_its_run(
     assert all(set(claim) >= {"claim", "paper", "ours", "verdict", "why"} for claim in answered)
 
     shutil.rmtree(tmp_path / "run")
-    asked: list[list[str]] = []
-    monkeypatch.setattr(module, "dispatch", asked.append)
+    monkeypatch.delattr(module, "Process")
     assert make(stages, mini_run, tmp_path) == report
-    assert not asked
 
 
 def chosen(folder: Path, prior: str) -> float:
@@ -163,6 +172,7 @@ def chosen(folder: Path, prior: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
     """All curves, arms and ablations, one training seed each."""
     stages = {

@@ -1,7 +1,6 @@
 """``unclip bundle``: a run as one file."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json
 from unclip_pl.generation.bundle import write_bundle
 from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
-from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.generation.provenance import commit, stage_records
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
 
 #: What sampling needs of a checkpoint, beside its weights.
@@ -125,16 +124,13 @@ def _tokens(clip: ClipEncoder, store: Path) -> list[int] | None:
 
 def _provenance(root: Path) -> dict[str, Any]:
     """Where the weights come from, as far as ``reproduce`` and the comparison have noted it."""
-    stages = json.loads(path.read_text()) if (path := root / STAGES).is_file() else {}
+    stages = stage_records(root)
     report = json.loads(path.read_text()) if (path := root / "report.json").is_file() else {}
     return {
         "run": root.resolve().name,
         "commits": list(dict.fromkeys(name for record in stages.values() for name in record["commits"])),
         "hardware": report.get("meta", {}).get("hardware", ""),
-        "seconds": sum(record["seconds"] for record in stages.values() if record["command"][0] == "fit"),
-        "recipe": {
-            name: f"unclip {shlex.join(record['command'])}".replace(str(root), "{run}")
-            for name, record in stages.items()
-        },
+        "seconds": sum(record["seconds"] for record in stages.values() if record["command"].startswith("fit ")),
+        "recipe": {name: f"unclip {record['command']}" for name, record in stages.items()},
         "bundled": commit(),
     }

@@ -1,10 +1,24 @@
-"""A recipe before it runs: its stages written out, and which of them have work to do."""
+"""A recipe before it runs: its stages written out, what is known of each, and which of them have work to do."""
 
-from collections.abc import Callable
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
+from functools import lru_cache
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
-from unclip_pl.errors import InputError
+import yaml
+
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import sha256
+from unclip_pl.generation.provenance import STAGES, stage_records
+
+#: The stage that makes the run which a recipe builds on.
+BASE = "base"
 
 
 @dataclass
@@ -12,79 +26,282 @@ class Stage:
     """One command of a recipe.
 
     Args:
-        run: the command line after ``unclip``; ``{run}`` is the run's folder, ``{source}`` the shards, ``{base}`` the
-            run that it builds on, ``{results}`` what is kept.
-        needs: stages whose results it reads.
-        matrix: values of further names in ``run`` and ``needs``: the stage is done once for each combination, as
-            ``stage-VALUE-…``.
+        run: the command line after ``unclip``. Words in braces stand for the recipe's folders and files: ``{run}``,
+            ``{source}``, ``{base}``, ``{results}`` and ``{out}``; ``{precision}`` is the machine's. They may also stand
+            in the configs that the command names.
+        out: the folder or file that the stage writes.
+        needs: names of the stages whose results it reads.
+        matrix: values of further words in ``run``, ``out`` and ``needs``: the stage is done once for each combination,
+            as ``stage-VALUE-…``.
     """
 
     run: str
+    out: str
     needs: list[str] = field(default_factory=list)
     matrix: dict[str, list[str | int | float]] = field(default_factory=dict)
 
 
-def spell_out(stages: dict[str, Stage], shorthand: dict[str, str]) -> dict[str, Stage]:
-    """Words that many commands share, put where their names stand; one may stand in those after it."""
-    for name, words in reversed(shorthand.items()):
-        stages = {key: replace(stage, run=stage.run.replace(f"{{{name}}}", words)) for key, stage in stages.items()}
-    return stages
+def combinations(name: str, stage: Stage) -> dict[str, dict[str, Any]]:
+    """Return a stage's full names, one for each combination of its matrix, with the values of each."""
+    rows = [dict(zip(stage.matrix, values, strict=True)) for values in product(*stage.matrix.values())]
+    return {"-".join([name, *map(str, row.values())]): row for row in rows}
 
 
 def write_out(stages: dict[str, Stage]) -> dict[str, Stage]:
-    """Every combination of every matrix as a stage of its own.
+    """Make a stage of every combination of every matrix.
 
-    A stage may need one combination of another by its full name, or the other by its own: those of its combinations,
-    then, that agree with the stage's own values.
+    A stage may need one combination of another stage by its full name. It may also need the other stage by its own
+    name: then it needs those of its combinations that agree with the stage's own values.
+
+    Returns:
+        The stages by full name, in order. Their matrices hold one value of each word.
 
     Raises:
-        ValueError: a stage needs one that does not stand before it.
+        InputError: a stage needs one that does not stand before it.
     """
     written: dict[str, Stage] = {}
-    values: dict[str, list[tuple[str, dict[str, str]]]] = {}  # stage → (name, values) of its combinations
+    known: dict[str, dict[str, dict[str, Any]]] = {}  # name → full name → values
     for name, stage in stages.items():
-        before, values[name] = dict(written), []
-        for combination in product(*stage.matrix.values()):
-            own = dict(zip(stage.matrix, map(str, combination), strict=True))
-            full = "-".join([name, *own.values()])
-            wanted = [_fill_in(need, own) for need in stage.needs]
-            unknown = {need for need in wanted if not (values.get(need) or need in before)}
+        added: dict[str, Stage] = {}
+        for full, own in combinations(name, stage).items():
+            words = _places(own)
+            wanted = [fill(need, words) for need in stage.needs]
+            unknown = [need for need in wanted if need not in known and need not in written]
             if unknown:
-                raise InputError(f"Stage {name!r} needs {sorted(unknown)}. Expected stages that stand before it.")
-            needs = [n for need in wanted for n, theirs in values.get(need, [(need, {})]) if _agree(own, theirs)]
-            values[name].append((full, own))
-            written[full] = replace(stage, run=_fill_in(stage.run, own), needs=needs, matrix={})
+                raise InputError(f"Stage {name!r} needs {unknown}. Expected stages before it: move it behind them.")
+            needs = [n for need in wanted for n, theirs in known.get(need, {need: {}}).items() if _agree(own, theirs)]
+            matrix = {key: [value] for key, value in own.items()}
+            added[full] = Stage(fill(stage.run, words), fill(stage.out, words), needs, matrix)
+        known[name] = combinations(name, stage)
+        written |= added
     return written
 
 
-def work(stages: dict[str, Stage], done: Callable[[str], bool], kept: Callable[[str], bool]) -> set[str]:
-    """The stages to run, in the order that they stand.
+def fill(node: Any, places: Mapping[str, str]) -> Any:
+    """Return texts, or a tree of them, with the words of ``places`` replaced."""
+    if isinstance(node, dict):
+        return {key: fill(value, places) for key, value in node.items()}
+    if isinstance(node, list):
+        return [fill(value, places) for value in node]
+    if isinstance(node, str):
+        for word, place in places.items():
+            node = node.replace(word, place)
+    return node
 
-    What is not done is worth doing where something is kept of it, where nothing else needs it, or where a stage that
-    runs needs it. So what a lost training was for, once measured, does not ask for the training again.
+
+def digest(content: Any) -> str:
+    """Return a short hash of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolved(path: Path) -> Any:
+    """Return a YAML file's content, with the files that it names by relative path put in their place.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: inline(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [inline(value) for value in node]
+        if isinstance(node, str) and node.endswith((".yaml", ".yml")) and (path.parent / node).is_file():
+            return resolved(path.parent / node)
+        return node
+
+    return inline(_read_yaml(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _read_yaml(path: Path, changed: int) -> Any:
+    """Read a file once: a recipe of many stages asks for the same few again and again."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+class Recipe:
+    """Stages written out, and what is known of them on disk.
 
     Args:
-        stages: written out.
-        done: whether a stage's result is there as the recipe wants it. It is asked for every stage in order.
-        kept: whether the result is a measurement, which stays true when what it was made of is gone.
+        stages: the recipe's stages.
+        places: what the words ``{run}``, ``{source}``, ``{base}``, ``{results}`` and ``{precision}`` stand for.
+            ``{base}`` may be a folder, or a file that ``unclip bundle --for_study`` wrote.
+        base_recipe: the recipe of the run at ``{base}``.
+        shards: a text that changes with the content of the source's shards; empty where the recipe makes them.
     """
-    finished: set[str] = set()
-    for name, stage in stages.items():
-        if done(name) and (kept(name) or finished.issuperset(stage.needs)):
-            finished.add(name)
-    wanted: set[str] = set()
-    for name in reversed(stages):
-        users = [user for user, stage in stages.items() if name in stage.needs]
-        if name not in finished and (kept(name) or not users or wanted.intersection(users)):
-            wanted.add(name)
-    return wanted
+
+    def __init__(
+        self, stages: dict[str, Stage], places: dict[str, str], base_recipe: str = "", shards: str = ""
+    ) -> None:
+        self.stages = write_out(stages)
+        self.names = {name: list(combinations(name, stage)) for name, stage in stages.items()}
+        self.places = places
+        self.root = Path(places["{run}"])
+        self.base_recipe = base_recipe
+        self.shards = shards
+        base = places.get("{base}", "")
+        self.bundled = Path(base).is_file()
+        if base and self.bundled:
+            self._add_base(f"unbundle {shlex.quote(base)} {{out}}", "{run}/base")
+            self.places = places | {"{base}": f"{self.root}/base"}
+        elif base:
+            source = [] if shards == "" else ["--source", places["{source}"]]
+            words = shlex.join(["reproduce", "--config", base_recipe or "RECIPE", "--run", base, *source])
+            self._add_base(words, "{base}/run.json")
+
+    def _add_base(self, run: str, out: str) -> None:
+        self.stages = {BASE: Stage(run, out)} | {
+            name: replace(stage, needs=[BASE, *stage.needs]) if "{base}" in self._text(name) else stage
+            for name, stage in self.stages.items()
+        }
+
+    def out(self, name: str) -> Path:
+        """Return the folder or file that a stage writes."""
+        return Path(fill(self.stages[name].out, self.places))
+
+    def kept(self, name: str) -> bool:
+        """Return whether a stage's result is a measurement, which stays true when what it was made of is gone."""
+        return self.stages[name].out.startswith("{results}/")
+
+    def notes(self, name: str) -> Path:
+        """Return the folder of a stage's record and log."""
+        return Path(self.places["{results}"] if self.kept(name) else self.root) / STAGES
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return what was noted when the stage ran; empty where it never did."""
+        path = self.notes(name) / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def configs(self, name: str) -> dict[str, Any]:
+        """Return what the configs say that a stage names, by path; None for one that is not there yet.
+
+        Comments and layout do not count. Values of the stage's matrix are filled in.
+        """
+        found: dict[str, Any] = {}
+        for before, path in pairwise(shlex.split(self.stages[name].run)):
+            if before == "--config" and name != BASE:
+                file = Path(fill(path, self.places))
+                found[path] = fill(resolved(file), self._own(name)) if file.is_file() else None
+        return found
+
+    def words(self, name: str) -> list[str]:
+        """Return the command with its places filled in; a config that has places is the copy of :meth:`filled`."""
+        copies = {path: str(copy) for path, (copy, _) in self.filled(name).items()}
+        places = self._all(name)
+        return [copies.get(word) or fill(word, places) for word in shlex.split(self.stages[name].run)]
+
+    def filled(self, name: str) -> dict[str, tuple[Path, Any]]:
+        """Return the path and content of a stage's own copy of each config that has places."""
+        places, folder = self._all(name), self.root / STAGES
+        pairs = {path: (content, fill(content, places)) for path, content in self.configs(name).items()}
+        return {
+            path: (folder / f"{name}.{Path(path).stem}.yaml", new) for path, (old, new) in pairs.items() if new != old
+        }
+
+    def key(self, name: str) -> str:
+        """Return a text that changes when the recipe asks for something else.
+
+        It is the same wherever the run lies, on every machine, and however often something was made again.
+        """
+        stage = self.stages[name]
+        needs = [self.key(need) for need in stage.needs if need != BASE]
+        content = [shlex.split(stage.run), list(self.configs(name).values()), needs]
+        return digest(content)
+
+    def inputs(self, name: str) -> dict[str, str]:
+        """Return stamps of all that a stage reads. A result that was made again has another stamp."""
+        stage, text = self.stages[name], self._text(name)
+        stamps = {need: self.record(need).get("stamp", "") for need in stage.needs if need != BASE or self.bundled}
+        if name == BASE and self.bundled:
+            stamps["file"] = sha256(Path(shlex.split(stage.run)[1]))
+        if "{source}" in text and self.shards:
+            stamps["source"] = self.shards
+        if BASE in stage.needs and not self.bundled:
+            named = set(re.findall(r"\{base\}/?([^\s/\"']*)", text))
+            for other, record in stage_records(Path(self.places["{base}"])).items():
+                made = Path(record["out"]).name
+                stamps |= {f"base/{other}": record["stamp"]} if named & {"", made} else {}
+        return stamps
+
+    def reason(self, name: str) -> str:
+        """Return why a stage's result is not there as the recipe wants it; empty where it is."""
+        out, record = self.out(name), self.record(name)
+        if name == BASE and not self.bundled:
+            return "" if out.exists() else f"there is no run at {out.parent}"
+        missing = [path for path, content in self.configs(name).items() if content is None]
+        if missing:
+            return f"{missing[0]} is not written yet"
+        if not record:
+            return "it has not run yet"
+        if record["key"] != self.key(name):
+            same = record["command"] == self.stages[name].run
+            return "a config, or a stage before it, has changed" if same else "its command has changed"
+        if not record["done"]:
+            return f"it was stopped after {record['seconds']:.0f} s"
+        if not out.exists():
+            return f"{out} is not there"
+        now = {} if self.kept(name) else self.inputs(name)
+        other = [input for input in now if now[input] != record["inputs"].get(input)]
+        return f"what it reads has changed: {', '.join(other)}" if other else ""
+
+    def plan(self, only: str = "") -> dict[str, str]:
+        """Return the stages to run, in order, and why.
+
+        What is not done is worth doing where it is a measurement, where nothing else needs it, or where a stage that
+        runs needs it. So a lost training does not run again once it is measured.
+
+        Args:
+            only: the one stage to look at, by its name or a full name; empty for all.
+
+        Raises:
+            InputError: there is no such stage, or what it needs is not done.
+            MissingFileError: there is no run to build on, and no recipe of it.
+        """
+        reasons = {name: self.reason(name) for name in self.stages}
+        finished: set[str] = set()
+        for name, stage in self.stages.items():
+            late = [need for need in stage.needs if need not in finished]
+            if not reasons[name] and late and not self.kept(name):
+                reasons[name] = f"it needs {late[0]}"
+            if not reasons[name]:
+                finished.add(name)
+        if only:
+            return self._only(only, reasons, finished)
+        wanted: set[str] = set()
+        for name in reversed(self.stages):
+            users = {user for user, stage in self.stages.items() if name in stage.needs}
+            last = not users and name != BASE
+            if name not in finished and (last or self.kept(name) or wanted & users):
+                wanted.add(name)
+        if BASE in wanted and not self.bundled and not self.base_recipe:
+            raise MissingFileError(f"No run at {self.places['{base}']}: make it first, or give --base_recipe.")
+        return {name: reasons[name] for name in self.stages if name in wanted}
+
+    def _only(self, only: str, reasons: dict[str, str], finished: set[str]) -> dict[str, str]:
+        chosen = self.names.get(only) or [name for name in self.stages if name == only]
+        if not chosen:
+            raise InputError(f"Expected one of the stages {', '.join(self.names)}. Got {only!r}: name one of them.")
+        late = {need for name in chosen for need in self.stages[name].needs} - finished - set(chosen)
+        if late and any(reasons[name] for name in chosen):
+            raise InputError(f"Stage {only!r} needs {', '.join(sorted(late))}, not done yet: run those stages first.")
+        return {name: reasons[name] for name in chosen if reasons[name]}
+
+    def _own(self, name: str) -> dict[str, str]:
+        return _places({key: values[0] for key, values in self.stages[name].matrix.items()})
+
+    def _all(self, name: str) -> dict[str, str]:
+        return self._own(name) | {"{out}": str(self.out(name))} | self.places
+
+    def _text(self, name: str) -> str:
+        """Return all that a stage's command and configs say, a source inside the base spelt out."""
+        text = f"{self.stages[name].run} {json.dumps(self.configs(name))}"
+        source = self.places.get("{source}", "")
+        return text.replace("{source}", source) if "{base}" in source else text
 
 
-def _fill_in(text: str, own: dict[str, str]) -> str:
-    for key, value in own.items():
-        text = text.replace(f"{{{key}}}", value)
-    return text
+def _places(values: Mapping[str, Any]) -> dict[str, str]:
+    return {f"{{{word}}}": str(value) for word, value in values.items()}
 
 
-def _agree(a: dict[str, str], b: dict[str, str]) -> bool:
-    return all(b[key] == value for key, value in a.items() if key in b)
+def _agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(str(b[key]) == str(value) for key, value in a.items() if key in b)

@@ -1,29 +1,30 @@
-"""Where a report's numbers come from: commit, machine, versions, settings, times."""
+"""Where a number comes from: commit, machine, versions, threads, settings, times."""
 
 import json
 import os
 import platform
 import subprocess
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-#: What ``unclip reproduce`` writes of its stages, in the run's folder.
-STAGES = "stages.json"
+#: Folder of a run, or of a study's results, in which ``unclip reproduce`` notes its stages: a record and a log of each.
+STAGES = "stages"
 #: Longer lists, such as a sampler's times, follow from the other settings.
 FEW = 8
 PACKAGES = ("unclip_pl", "torch", "lightning", "open_clip_torch", "torchmetrics", "numpy")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, hardware and versions."""
+    """Return commit, hardware, threads and versions: all that may change a number's last digits."""
     return {"commit": commit(), "hardware": _hardware(device), "versions": _versions()}
 
 
 def settings(thing: Any) -> Any:
-    """An object of ours as plain data: its class and constructor arguments. Call it before weights are loaded."""
+    """Return an object as plain data: its class and constructor arguments. Call it before weights are loaded."""
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
     if isinstance(thing, dict):
@@ -33,25 +34,51 @@ def settings(thing: Any) -> Any:
     name = type(thing).__name__.removesuffix("Spec")
     if isinstance(thing, torch.nn.Module):
         return name
-    # Slots-less objects of ours and of the user's: attributes are constructor arguments until something is loaded.
+    # Until something is loaded, the attributes of these objects are their constructor arguments.
     values = {key: settings(value) for key, value in getattr(thing, "__dict__", {}).items() if not key.startswith("_")}
     return {"class": name, **values}
 
 
+def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what ``unclip reproduce`` noted of each stage, in the order in which they ended.
+
+    Args:
+        folder: folder of a run, or of a study's results.
+
+    Returns:
+        By the stage's name: ``command``, ``out``, ``seconds``, ``ended`` (UTC; absent in a stage that was measured
+        before times were noted), ``done``, ``commits``, ``threads``, and the stamps that tell results apart.
+    """
+    files = sorted((folder / STAGES).glob("*.json"))
+    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return dict(sorted(records.items(), key=lambda item: item[1].get("ended", "")))
+
+
 def stage_seconds(folder: Path) -> dict[str, float]:
-    """Return what each stage of ``unclip reproduce`` took in seconds."""
-    path = folder / STAGES
-    records = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: record["seconds"] for name, record in records.items()}
+    """Return what each stage of ``unclip reproduce`` took in seconds, in the order in which they ended."""
+    return {name: record["seconds"] for name, record in stage_records(folder).items()}
 
 
 def wall_seconds(folder: Path) -> float:
-    """Return the seconds in which stages ran."""
-    return sum(stage_seconds(folder).values())
+    """Return the seconds in which at least one stage ran: less than their sum where stages ran side by side."""
+    total, until = 0.0, float("-inf")
+    for record in sorted(stage_records(folder).values(), key=_started):
+        start, seconds = _started(record), record["seconds"]
+        if "ended" not in record:
+            total += seconds
+            continue
+        total += max(0.0, start + seconds - max(start, until))
+        until = max(until, start + seconds)
+    return total
+
+
+def _started(record: dict[str, Any]) -> float:
+    """Return the second at which a stage started, had it run without a break."""
+    return datetime.fromisoformat(record["ended"]).timestamp() - record["seconds"] if "ended" in record else 0.0
 
 
 def commit() -> str:
-    """Of the working tree that this code belongs to; marked where it was changed."""
+    """Return the commit of the working tree that this code belongs to, marked where the tree has changes."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = [subprocess.run([*git, *words], capture_output=True, text=True, timeout=10) for words in _QUESTIONS]
