@@ -6,6 +6,7 @@
 
 import importlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if lock := os.environ.pop("UNCLIP_STAGE", ""):  # `unclip reproduce` has started this process
         importlib.import_module("unclip_pl.commands.launch").belong(lock)
-    debug = "--debug" in words or "JSONARGPARSE_DEBUG" in os.environ  # the latter in stages of a recipe
+    debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help"):
         print(usage())

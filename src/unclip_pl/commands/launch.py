@@ -40,6 +40,7 @@ class Process:
 
     def __init__(self, words: Sequence[str], log: Path, lock: Path, label: str, variables: dict[str, str]) -> None:
         size = shutil.get_terminal_size()
+        debug = ["--debug"] if "--debug" in sys.argv else []
         told = {LOCK: str(lock), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         told |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
         if sys.stdout.isatty() and not label:
@@ -47,7 +48,7 @@ class Process:
         # In a group of its own Ctrl-C reaches it by this process alone, once.
         own: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
         self._process = subprocess.Popen(
-            [*PROGRAM, *words], env=os.environ | told | variables,
+            [*PROGRAM, *words, *debug], env=os.environ | told | variables,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **own,
         )  # fmt: skip
         log.parent.mkdir(parents=True, exist_ok=True)
