@@ -1,4 +1,4 @@
-"""A prior of one's own: what the linear prior answers, and noise about it. noisy_linear.yaml names it."""
+"""A prior of your own: the linear prior's answer with noise. noisy_linear.yaml names it."""
 
 from dataclasses import dataclass
 from pathlib import Path
