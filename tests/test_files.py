@@ -114,5 +114,6 @@ def test_an_unknown_format_is_said_in_one_line(tmp_path: Path) -> None:
     write_tensors(path, {"mean": torch.ones(3)}, {"format": "9"})
     with pytest.raises(InputError, match=r"codec\.safetensors in format '1'. Got '9': install the version"):
         read_tensors(path, ["mean"], what="codec", command="unclip codec")
+    write_tensors(path, {"mean": torch.ones(3)}, {"format": "9", "checkpoint": "{}"})
     with pytest.raises(InputError, match="Got '9'"):
         read_checkpoint(path)

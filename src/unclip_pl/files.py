@@ -133,7 +133,7 @@ def check_archive(path: str | Path) -> None:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
-        raise InputError(f"wrong checksum of {damaged}")
+        raise InputError(f"Expected the checksum of {damaged} to agree. It does not: make the file again.")
 
 
 def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool = False) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
         check_archive(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict):
-            raise InputError(f"a {type(checkpoint).__name__} instead of a dictionary")
+            raise TypeError(f"a {type(checkpoint).__name__} instead of a dictionary")
     except UnknownFormatError:
         raise
     except Exception as error:
@@ -209,10 +209,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: file to write; its folder is made where it is missing.
         tensors: arrays by name.
         metadata: texts by name, for the file's header.
+
+    Raises:
+        InputError: the disk is full.
     """
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, {_FORMAT: FORMAT, **(metadata or {})})
+        try:
+            save_file(contiguous, temporary, {_FORMAT: FORMAT, **(metadata or {})})
+        except SafetensorError as error:
+            raise InputError(f"{path} cannot be written ({error}): free some space.") from error
 
 
 def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: str, device: str = "cpu") -> Tensors:

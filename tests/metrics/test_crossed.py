@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples, student_975
+from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples
 from unclip_pl.metrics.interval import mean_interval, sign_test
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (1e6, 1.95996)]
-)
-def test_student_quantiles_are_those_of_the_tables(freedom: float, quantile: float) -> None:
-    assert student_975(freedom) == pytest.approx(quantile, abs=2e-3)
 
 
 def test_one_training_seed_is_the_plain_interval_over_captions() -> None:
@@ -30,7 +23,7 @@ def test_captions_that_agree_leave_students_interval_over_seeds() -> None:
     seeds = torch.tensor([0.90, 0.92, 0.91, 0.95])
     crossed = crossed_interval(seeds[:, None].repeat(1, 50))
     assert crossed.mean == pytest.approx(seeds.mean().item())
-    assert crossed.high - crossed.mean == pytest.approx(3.1824 * seeds.std().item() / 2, rel=1e-3)
+    assert crossed.high - crossed.mean == pytest.approx(3.18244631 * seeds.std().item() / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ def test_win_rate_has_the_papers_half_width_and_halves_ties() -> None:
     assert rate.mean == pytest.approx(0.471)
     assert rate.high - rate.mean == pytest.approx(0.031, abs=5e-4)
     assert win_rate(torch.ones(10), torch.ones(10)) == (0.5, 0.5, 0.5)
+    mostly = torch.ones(20)
+    mostly[0] = 0
+    assert win_rate(mostly, torch.full((20,), 0.5)).high == 1
 
 
 def test_recentred_interval_forgets_where_the_resamples_lie() -> None:

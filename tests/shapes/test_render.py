@@ -120,12 +120,12 @@ def test_antialiasing_agrees_with_supersampling(size: int) -> None:
     mask = coverage(cells, jitter, size)
     exact = avg_pool2d((coverage(cells, jitter, 16 * size) > 0.5).float(), 16)
     assert (mask - exact).square().mean().sqrt() < 0.4 / size
-    # The area of a shape is a share of the image, whatever the number of pixels.
+    # The area of a shape is a share of the image, for any number of pixels.
     assert torch.allclose(mask.mean((1, 2)), exact.mean((1, 2)), rtol=0.06)
 
 
 def test_areas_in_closed_form() -> None:
-    """Of a centred shape of radius r: π for the circle, π(1 − 0.52²) for the ring, and polygons by their vertices."""
+    """A centred shape of radius r: π for the circle, π(1 − 0.52²) for the ring, and polygons by their vertices."""
     notch, turn = 0.47, np.pi / 5
     area = {
         "circle": np.pi,

@@ -1,4 +1,4 @@
-"""Frozen CLIP, any of open_clip's, and our tiny architectures."""
+"""Frozen CLIP: any of open_clip's, and our tiny architectures."""
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 

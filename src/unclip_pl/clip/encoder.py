@@ -1,11 +1,11 @@
-"""One class around open_clip: frozen, in eval mode for ever, and with a fingerprint that tells two CLIPs apart."""
+"""One class around open_clip: frozen, always in eval mode, and with a fingerprint that tells two CLIPs apart."""
 
 import hashlib
 import json
 import logging
 import zipfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +24,7 @@ from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
 
-
-#: What open_clip says through the root logger, and raises or means as well.
+#: Messages that open_clip sends through the root logger, and that it raises or means as well.
 CHATTER = ("No pretrained weights loaded", "Failed to download weights")
 
 
@@ -36,33 +35,33 @@ def _set_up_open_clip() -> None:
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """open_clip's model config of ``name``: one of its own names, one of ours, or ``local-dir:PATH``.
+    """Return open_clip's model config of ``name``: one of its own names, one of ours, or ``local-dir:PATH``.
 
     Raises:
-        ValueError: nobody knows that name.
+        InputError: the name is unknown.
     """
     _set_up_open_clip()
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
-            raise MissingFileError(f"{path} does not exist: a local-dir CLIP is a folder with open_clip_config.json.")
+            raise MissingFileError(f"{path} does not exist: give a local-dir: folder with an open_clip_config.json.")
         return json.loads(path.read_text())["model_cfg"]
     config = open_clip.get_model_config(name)
     if config is None:
-        raise InputError(f"Expected a CLIP architecture that open_clip knows, or local-dir:PATH. Got {name!r}.")
+        raise InputError(f"Expected a CLIP that open_clip knows, or local-dir:PATH. Got {name!r}: correct clip.name.")
     return config
 
 
 def build_clip(name: str, pretrained: str = "") -> Any:
-    """open_clip's model of that architecture: trainable, and random unless ``pretrained`` says otherwise.
+    """Build open_clip's model of an architecture: trainable, and random unless ``pretrained`` names weights.
 
     Args:
         name: architecture, see :func:`architecture`.
         pretrained: an open_clip tag, a weights file, a checkpoint of ``ClipTask``, or nothing (random weights).
 
     Raises:
-        OSError: no such file, or a tag whose weights are neither downloaded yet nor to be had.
-        ValueError: weights of another architecture, or a damaged file.
+        MissingFileError: no such file.
+        InputError: weights of another architecture, a damaged file, or a tag that cannot be downloaded.
     """
     architecture(name)
     if name.startswith("local-dir:"):
@@ -89,30 +88,32 @@ def _with_tag(name: str, tag: str) -> Any:
 
 def _load_weights(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
-        raise MissingFileError(f"CLIP weights {path} do not exist: expected an open_clip tag or a file.")
+        raise MissingFileError(f"CLIP weights {path} do not exist: give an open_clip tag or a file.")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)
-        # by open_clip, plain tensors only
+        # open_clip's load_state_dict reads plain tensors only
         state = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else load_state_dict(path)
     except Exception as error:
-        raise InputError(f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}).") from error
+        raise InputError(
+            f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}): give another file."
+        ) from error
     if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise InputError(
-            f"{path} does not fit this CLIP architecture: {len(missing)} keys missing ({missing[:3]}…), "
-            f"{len(unexpected)} unexpected ({unexpected[:3]}…)."
+            f"{path} does not fit this CLIP architecture ({len(missing)} keys missing: {missing[:3]}…, "
+            f"{len(unexpected)} unexpected: {unexpected[:3]}…): correct clip.name."
         )
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """Which CLIP: enough to build one, and to know its widths without building it.
+    """Name of a CLIP: enough to build one, and to know its widths without building it.
 
     Args:
-        name: an architecture of open_clip, one of ours (``tiny-rn``, ``tiny-judge``, …), or ``local-dir:PATH``.
+        name: architecture of open_clip, one of ours (``tiny-rn``, ``tiny-judge``, …), or ``local-dir:PATH``.
         pretrained: open_clip tag, weights file or ``ClipTask`` checkpoint; empty means random weights.
     """
 
@@ -141,7 +142,7 @@ class ClipSpec:
         return int(size if isinstance(size, int) else size[0])
 
     def within(self, root: Path) -> "ClipSpec":
-        """The same CLIP with weights named relative to a run's folder made findable from here."""
+        """Return this CLIP with its weights, named relative to a run's folder, found from here."""
         path = root / self.pretrained
         return ClipSpec(self.name, str(path)) if self.pretrained and path.is_file() else self
 
@@ -151,11 +152,11 @@ class ClipSpec:
 
 
 class Preprocess(nn.Module):
-    """[-1, 1] pixels of any size → what an open_clip image tower wants: its own size, its own mean and std.
+    """Resizer and normaliser of [-1, 1] pixels for an open_clip image tower.
 
     Args:
-        model: as :func:`build_clip` made it.
-        size: side that the image tower wants, in pixels.
+        model: CLIP of :func:`build_clip`.
+        size: side that the image tower takes, in pixels.
     """
 
     mean: Tensor
@@ -169,16 +170,16 @@ class Preprocess(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, H) in [-1, 1] → (B, 3, size, size) normalised; antialiased bicubic where the size differs."""
+        """Turn (B, 3, H, H) in [-1, 1] into (B, 3, size, size) normalised; antialiased bicubic where sizes differ."""
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
         return (images.add(1).div(2) - self.mean) / self.std
 
 
 class ClipEncoder(nn.Module):
-    """Frozen CLIP. Never an attribute of a trained Task: EMA and checkpoints would copy it.
+    """Frozen CLIP, whose embeddings come out raw, not normalised.
 
-    Embeddings come out raw, not normalised.
+    It is never an attribute of a trained Task, since EMA and checkpoints would copy it.
     """
 
     model: Any  # open_clip's CLIP or CustomTextCLIP: they share methods and no type
@@ -194,7 +195,7 @@ class ClipEncoder(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode whatever is asked."""
+        """Stay in eval mode."""
         return self
 
     @property
@@ -219,17 +220,18 @@ class ClipEncoder(nn.Module):
 
     @property
     def _text_model(self) -> Any:
-        """Of the two places where open_clip keeps it."""
+        """Text tower, which open_clip keeps in one of two places."""
         return self.model if hasattr(self.model, "positional_embedding") else self.model.text
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """``name-xxxxxxxxxxxx``: a hash over architecture, weights and preprocessing.
+        """``name-xxxxxxxxxxxx``: a hash over architecture, weights and preprocessing, computed once.
 
-        The halves of a bundle keep the fingerprint of the CLIP that they were made of.
+        A copy in half precision carries the fingerprint of the CLIP that it was made of.
         """
-        if is_checkpoint(self.spec.pretrained):
-            return str(read_checkpoint(self.spec.pretrained).get("fingerprint", ""))
+        carried = read_checkpoint(self.spec.pretrained) if is_checkpoint(self.spec.pretrained) else {}
+        if "fingerprint" in carried:
+            return str(carried["fingerprint"])
         digest = hashlib.sha256(json.dumps(architecture(self.spec.name), sort_keys=True).encode())
         digest.update(json.dumps([part.flatten().tolist() for part in self.preprocess.buffers()]).encode())
         for key, value in sorted(self.model.state_dict().items()):
@@ -238,7 +240,7 @@ class ClipEncoder(nn.Module):
         return f"{self.spec.name.replace('local-dir:', '').rstrip('/').rsplit('/', 1)[-1]}-{digest.hexdigest()[:12]}"
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """(B, context_length) token ids. What is cut of a long caption is a warning."""
+        """Return (B, context_length) token ids, with a warning where a long caption is cut."""
         tokens = self.tokenizer(captions)
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is not None and len(captions):
@@ -250,12 +252,12 @@ class ClipEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:
-        """Token states after the final LayerNorm and the raw pooled embedding, cut to the longest caption.
+        """Encode captions: token states after the final LayerNorm and the raw pooled embedding, cut to the longest.
 
         Args:
             tokens: (B, context_length) ids from :meth:`tokenize`.
         """
-        # CLIP's end token has the highest id of its vocabulary and pooling reads there: what follows is padding.
+        # CLIP's end token has the highest id of its vocabulary and pooling reads there: padding follows.
         length = tokens.argmax(dim=-1) + 1
         longest = int(length.max())
         out = self._text_tower(tokens, longest)
@@ -264,7 +266,7 @@ class ClipEncoder(nn.Module):
         return TextFeatures(tokens * mask, states * mask[..., None], mask, out["text_features"])
 
     def _text_tower(self, tokens: Tensor, longest: int) -> dict[str, Any]:
-        """What open_clip's tower says; under a causal mask without the positions that hold nothing but padding."""
+        """Run open_clip's tower; under a causal mask, without the positions that only hold padding."""
         tower = self._text_model
         prefix = "" if tower is self.model else "text."
         causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
@@ -281,7 +283,7 @@ class ClipEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, d) raw embeddings.
+        """Encode images to (B, d) raw embeddings.
 
         Args:
             images: (B, 3, H, H) in [-1, 1]; resized (antialiased bicubic) where H is not CLIP's own size.
@@ -303,10 +305,10 @@ class _TextTower(nn.Module):
 
 
 def _require_clips_own_text(name: str) -> None:
-    """Raise ValueError where captions do not end in CLIP's own end token, which says where padding begins."""
+    """Raise InputError where captions do not end in CLIP's own end token, after which padding begins."""
     text = architecture(name)["text_cfg"]
     foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
     if foreign:
         raise InputError(
-            f"Expected a CLIP with CLIP's own tokenizer. Got {name!r}, whose text is {foreign}'s: take another one."
+            f"Expected a CLIP with CLIP's own tokenizer. Got {name!r}, whose text is {foreign}'s: use another one."
         )

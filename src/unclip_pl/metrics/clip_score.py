@@ -1,4 +1,4 @@
-"""How well an image fits its caption, in the eyes of a CLIP: the mean cosine, and retrieval.
+"""Fit of an image to its caption by the features of a CLIP: the mean cosine, and retrieval.
 
 Never score with the CLIP that conditions the decoder: give the features of a judge.
 """
@@ -16,14 +16,14 @@ ROWS = 1024  # of a similarity matrix at a time
 
 
 def clip_scores(image_embed: Tensor, text_embed: Tensor) -> Tensor:
-    """100 · cos of each image (B, d) and its caption (B, d); (B,) in [-100, 100], of any scale of the embeddings."""
+    """Return 100 · cos of each image (B, d) and its caption (B, d), at any scale: (B,) in [-100, 100]."""
     return 100 * F.cosine_similarity(image_embed.float(), text_embed.float(), dim=-1)
 
 
 class CLIPScore(Metric):
     """Mean of 100 · cos(image, caption), not clamped, no prompt before the caption.
 
-    The same as torchmetrics' ``CLIPScore``, save that it clamps a negative *mean* to 0. Hessel et al. (2021) differ:
+    torchmetrics' ``CLIPScore`` differs in that it clamps a negative *mean* to 0. Hessel et al. (2021) differ:
     2.5 · max(cos, 0), clamped per sample, captions behind "A photo depicts".
     """
 
@@ -39,24 +39,25 @@ class CLIPScore(Metric):
         self.count: Tensor
 
     def update(self, image_embed: Tensor, text_embed: Tensor) -> None:
-        """Count in pairs of embeddings, each (B, d)."""
+        """Add pairs of embeddings, each (B, d)."""
         scores = clip_scores(image_embed, text_embed)
         self.total += scores.double().sum()
         self.count += len(scores)
 
     def compute(self) -> Tensor:
-        """The mean, in [-100, 100]."""
+        """Return the mean, in [-100, 100]."""
         return self.total / self.count
 
 
 def retrieval_ranks(query: Tensor, target: Tensor) -> Tensor:
-    """How many other targets are at least as similar to query i as target i is. 0 is found.
+    """Count the other targets that are at least as similar to query i as target i is; 0 means found.
 
-    Ties count against: a model that gives every caption the same embedding finds nothing, rather than everything. So
-    give distinct targets, or what is equal in truth counts as a miss too.
+    Ties count against: a model that gives every caption the same embedding finds nothing, rather than everything. Give
+    distinct targets, since equal ones count as misses too.
 
     Args:
-        query, target: (N, d), of any scale; query i belongs to target i.
+        query: (N, d) at any scale.
+        target: (N, d) at any scale; target i belongs to query i.
 
     Returns:
         (N,) int64 in [0, N − 1]. Recall at k of each query is ``ranks < k``.
@@ -76,7 +77,7 @@ class RetrievalRecall(Metric):
     It falls as N grows: compare at equal N. With several samples per caption, keep one metric for each sampling seed.
 
     Args:
-        k: at least 1.
+        k: number of nearest targets that count as found, at least 1.
     """
 
     is_differentiable = False
@@ -86,7 +87,7 @@ class RetrievalRecall(Metric):
     def __init__(self, k: int = 1) -> None:
         super().__init__()
         if k < 1:
-            raise InputError(f"Expected k >= 1. Got {k}.")
+            raise InputError(f"Expected k >= 1. Got {k}: use a larger one.")
         self.k = k
         self.add_state("query", [], dist_reduce_fx="cat")
         self.add_state("target", [], dist_reduce_fx="cat")
@@ -99,5 +100,5 @@ class RetrievalRecall(Metric):
         self.target.append(target)
 
     def compute(self) -> Tensor:
-        """The share, in [0, 1]."""
+        """Return the share, in [0, 1]."""
         return (retrieval_ranks(dim_zero_cat(self.query), dim_zero_cat(self.target)) < self.k).double().mean()

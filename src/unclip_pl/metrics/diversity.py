@@ -1,25 +1,22 @@
-"""How different the samples are that share one caption, and whether they differ as the truth does.
+"""Diversity of the samples that share one caption, beside the diversity of the truth.
 
-What is per caption comes as one number for each: average it with ``torchmetrics.MeanMetric``, or with
-:func:`unclip_pl.metrics.interval.mean_interval` for its interval.
+Functions return one number for each caption: average it with :func:`unclip_pl.metrics.interval.mean_interval`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from unclip_pl.errors import InputError
 
 
 def vendi(features: Tensor) -> Tensor:
-    """Vendi score: the effective number of distinct samples (Friedman & Dieng 2023), cosine kernel.
+    """Compute the Vendi score, the effective number of distinct samples (Friedman & Dieng 2023), with cosine kernel.
 
     exp(−Σ λ ln λ) over the eigenvalues λ of K / n. n equal samples give 1, n orthogonal ones n.
 
     Args:
-        features: (..., n, d), of any scale.
+        features: (..., n, d) at any scale.
 
     Returns:
         (...) float64 in [1, n]; below 1 only if a feature is zero.
@@ -31,52 +28,31 @@ def vendi(features: Tensor) -> Tensor:
     return (-torch.xlogy(eigenvalues, eigenvalues).sum(-1)).exp()
 
 
-class VendiScore(Metric):
-    """:func:`vendi` of all features seen, by all processes."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.features: list[Tensor]
-
-    def update(self, features: Tensor) -> None:
-        """Keep features (B, d)."""
-        self.features.append(features)
-
-    def compute(self) -> Tensor:
-        """The score, a scalar in [1, n]."""
-        return vendi(dim_zero_cat(self.features))
-
-
 def intra_caption_cosine(samples: Tensor) -> Tensor:
-    """Mean cosine of two different samples of one caption, an unbiased estimate of E cos(sample, sample′).
+    """Average the cosine of two different samples of one caption: an unbiased estimate of E cos(sample, sample′).
 
     Args:
-        samples: (N, S, d), S ≥ 2 samples for each of N captions, of any scale.
+        samples: (N, S, d) at any scale, S ≥ 2 samples for each of N captions.
 
     Returns:
         (N,) float in [-1 / (S − 1), 1].
 
     Raises:
-        ValueError: with fewer than two samples per caption.
+        InputError: fewer than two samples per caption.
     """
     count = samples.shape[1]
     if count < 2:
-        raise InputError(f"Expected at least 2 samples per caption. Got {count}, of shape {tuple(samples.shape)}.")
+        raise InputError(f"Expected at least 2 samples per caption. Got shape {tuple(samples.shape)}: draw more.")
     unit = F.normalize(samples.float(), dim=-1)
     squared_sum = unit.sum(1).square().sum(-1)  # Σ over all pairs, each sample with itself included
     return (squared_sum - count) / (count * (count - 1))
 
 
 def total_variation(counts: Tensor, p: Tensor) -> Tensor:
-    """½ Σ |counts / n − p| with n the row's own sum.
+    """Compute the total variation ½ Σ |counts / n − p|, with n the row's own sum.
 
     Args:
-        counts: (..., V) how often each of V values was drawn.
+        counts: (..., V) draws of each of V values.
         p: (..., V) probabilities.
 
     Returns:
@@ -87,14 +63,14 @@ def total_variation(counts: Tensor, p: Tensor) -> Tensor:
 
 
 def expected_total_variation(p: Tensor, draws: Tensor) -> Tensor:
-    """What :func:`total_variation` is on average for ``draws`` true draws from p, exactly.
+    """Compute the exact mean of :func:`total_variation` over ``draws`` true draws from p.
 
     Each count is binomial, and its mean absolute deviation has a closed form (De Moivre 1730; Diaconis & Zabell 1991):
     E |k − np| = 2 (1 − p) m C(n, m) pᵐ (1 − p)ⁿ⁻ᵐ, m = ⌊np⌋ + 1.
 
     Args:
         p: (..., V) probabilities.
-        draws: (...) n, at least 1.
+        draws: (...) number n of draws, at least 1.
 
     Returns:
         (...) float64.
@@ -108,14 +84,14 @@ def expected_total_variation(p: Tensor, draws: Tensor) -> Tensor:
 
 
 def diversity_gap(counts: Tensor, conditional: Tensor) -> Tensor:
-    """How much further the drawn values lie from the truth than as many true draws would; 0 is as diverse as the truth.
+    """Return how much further the drawn values lie from the truth than as many true draws would.
 
     Args:
-        counts: (N, V) how often each value of an unstated attribute was drawn for each caption.
+        counts: (N, V) draws of each value of an unstated attribute for each caption.
         conditional: (N, V) the renderer's true distribution of that attribute given the caption.
 
     Returns:
-        (N,) float64 in (-1, 1). One caption may lie below 0, the mean over captions of a perfect prior is 0. NaN where
-        nothing was drawn.
+        (N,) float64 in (-1, 1); 0 is as diverse as the truth. One caption may lie below 0; the mean over captions of a
+        perfect prior is 0. NaN where nothing was drawn.
     """
     return total_variation(counts, conditional) - expected_total_variation(conditional, counts.sum(-1))

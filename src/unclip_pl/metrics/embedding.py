@@ -16,20 +16,20 @@ from unclip_pl.metrics.diversity import intra_caption_cosine
 
 
 class Calibration(NamedTuple):
-    """Per caption (N,), or scalars once averaged."""
+    """Cosines per caption (N,), or scalars once averaged."""
 
     to_true: Tensor  # cos(sample, true), mean over the samples
     between_samples: Tensor  # cos(sample, sample′), mean over pairs
     gap: Tensor  # to_true − between_samples: 0 calibrated, below 0 too sure (collapsed, guided), above 0 too spread
     mean_norm: Tensor  # ‖mean of the unit-norm samples‖, without the 1 / S that S samples add to its square
-    mean_to_true: Tensor  # cos(mean of the samples, true): what collapse onto the mean would earn
+    mean_to_true: Tensor  # cos(mean of the samples, true): the score of collapse onto the mean
 
 
 def cosine_to_true(samples: Tensor, true: Tensor) -> Tensor:
-    """Mean cosine of a caption's samples to its true embedding.
+    """Average the cosine of a caption's samples to its true embedding.
 
     Args:
-        samples: (N, d) or (N, S, d), of any scale.
+        samples: (N, d) or (N, S, d) at any scale.
         true: (N, d).
 
     Returns:
@@ -40,10 +40,10 @@ def cosine_to_true(samples: Tensor, true: Tensor) -> Tensor:
 
 
 def calibration(samples: Tensor, true: Tensor) -> Calibration:
-    """All cosines of the calibration identity, per caption.
+    """Compute all cosines of the calibration identity, per caption.
 
     Args:
-        samples: (N, S, d), S ≥ 2, of any scale.
+        samples: (N, S, d) at any scale, S ≥ 2.
         true: (N, d).
 
     Returns:
@@ -75,10 +75,10 @@ class EmbeddingCalibration(Metric):
         self.count: Tensor
 
     def update(self, samples: Tensor, true: Tensor) -> None:
-        """Count in samples (B, S, d) and true embeddings (B, d)."""
+        """Add samples (B, S, d) and true embeddings (B, d)."""
         self.totals += torch.stack(calibration(samples, true)).double().sum(1)
         self.count += len(true)
 
     def compute(self) -> Calibration:
-        """Calibration of scalars."""
+        """Return a Calibration of scalars."""
         return Calibration(*(self.totals / self.count))

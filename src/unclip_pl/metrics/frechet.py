@@ -1,7 +1,8 @@
 """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6).
 
-Features decide the name of the number: ``fid`` only for the Inception weights of FID. The distance is biased upward,
-more so for small n: compare at equal n only. All of it is float64, which neither autocast nor TF32 touches.
+The number is called ``fid`` only for the Inception weights of FID, and by its features otherwise. The distance is
+biased upward, more so for small n: compare at equal n only. Everything is
+float64, which neither autocast nor TF32 touches.
 """
 
 import torch
@@ -16,11 +17,13 @@ _STRIP = 256
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """‖μ1 − μ2‖² + Tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½), leading dimensions broadcast.
+    """Compute ‖μ1 − μ2‖² + Tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½); leading dimensions broadcast.
 
     Args:
-        mean1, mean2: (..., F).
-        cov1, cov2: (..., F, F); only their lower triangles are looked at.
+        mean1: (..., F).
+        cov1: (..., F, F), of which the lower triangle is read.
+        mean2: (..., F).
+        cov2: (..., F, F), of which the lower triangle is read.
 
     Returns:
         (...) float64.
@@ -31,7 +34,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def _overlap(cov1: Tensor, cov2: Tensor) -> Tensor:
-    """Tr (Σ1 Σ2)^½, the sum of singular values of A1ᵀ A2, for any A1, A2 with A Aᵀ = Σ.
+    """Compute Tr (Σ1 Σ2)^½, the sum of singular values of A1ᵀ A2, for any A1, A2 with A Aᵀ = Σ.
 
     Real and stable where the eigenvalues of the non-symmetric product Σ1 Σ2 are not. Cholesky's A are the cheapest, and
     then the singular values are roots of a symmetric matrix's eigenvalues. Covariances of fewer samples than features
@@ -47,13 +50,13 @@ def _overlap(cov1: Tensor, cov2: Tensor) -> Tensor:
 
 
 def _root(cov: Tensor) -> Tensor:
-    """A with A Aᵀ = Σ, of any rank."""
+    """Return A with A Aᵀ = Σ of any rank."""
     eigenvalues, axes = torch.linalg.eigh(cov)
     return axes * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """Adds rowsᵀ rows, (..., F, F), to ``total`` in place, without the blocks above the diagonal: half the work."""
+    """Add rowsᵀ rows, (..., F, F), to ``total`` in place, without the blocks above the diagonal: half the work."""
     total, rows = (x.view(-1, *x.shape[-2:]) for x in (total, rows))
     for start in range(0, rows.shape[2], _STRIP):
         stop = start + _STRIP
@@ -64,7 +67,7 @@ class FrechetDistance(Metric):
     """Fréchet distance of real and generated features, pooled over batches and processes through sums.
 
     Args:
-        num_features: F, the width of the features.
+        num_features: width F of the features.
     """
 
     is_differentiable = False
@@ -83,30 +86,34 @@ class FrechetDistance(Metric):
         self.fake: Tensor
 
     def update(self, features: Tensor, *, real: bool) -> None:
-        """Count features (B, F) in, of real or of generated images.
+        """Add features (B, F) of real or of generated images.
 
         Raises:
-            ValueError: if they are not (B, num_features).
+            InputError: the features are not (B, num_features).
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise InputError(f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}.")
+            raise InputError(
+                f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}: set num_features."
+            )
         rows = torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
         _add_gram(self.real if real else self.fake, rows)
 
     def compute(self) -> Tensor:
-        """The distance, a float64 scalar, with unbiased covariances (n − 1) as FID has them.
+        """Return the distance, a float64 scalar, with the unbiased covariances (n − 1) of FID.
 
         Raises:
-            ValueError: with fewer than two samples on either side.
+            InputError: fewer than two samples on either side.
         """
         counts = int(self.real[0, 0]), int(self.fake[0, 0])
         if min(counts) < 2:
-            raise InputError(f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}.")
+            raise InputError(
+                f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}: add some."
+            )
         return frechet_distance(*_mean_and_cov(self.real), *_mean_and_cov(self.fake))
 
 
 def _mean_and_cov(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Of moments, of which the lower triangle is enough, as it is of what comes out."""
+    """Compute mean and covariance of moments; only lower triangles are filled, before and after."""
     count = moments[0, 0]
     mean = moments[1:, 0] / count
     return mean, (moments[1:, 1:] - count * mean.outer(mean)) / (count - 1)
@@ -115,24 +122,27 @@ def _mean_and_cov(moments: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_resamples(
     real: Tensor, fakes: dict[str, Tensor], resamples: int = 200, *, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Distances on bootstrap resamples of the captions: every name sees the same resamples (paired).
+    """Compute distances on bootstrap resamples of the captions: every name sees the same resamples (paired).
 
     The difference of two names' resamples is thus a bootstrap of their difference, with what they share cancelled.
 
     Args:
         real: (N, F), row i belongs to caption i.
         fakes: name → (N, F), or (S, N, F) for S sampling seeds: the distance is then the mean over seeds.
-        resamples: R.
+        resamples: number R of resamples.
+        generator: source of the resamples.
 
     Returns:
-        name → (R + 1,) float64; element 0 is the estimate on all captions, the others are resamples.
+        Distances by name, (R + 1,) float64; element 0 is the estimate on all captions, the others are resamples.
 
     Raises:
-        ValueError: if a name has another N or F than ``real``: distances compare at equal n only.
+        InputError: a name has another N or F than ``real``: distances compare at equal n only.
     """
     for name, fake in fakes.items():
         if fake.ndim not in (2, 3) or fake.shape[-2:] != real.shape:
-            raise InputError(f"Expected {name!r} of shape {tuple(real.shape)}, as real. Got {tuple(fake.shape)}.")
+            raise InputError(
+                f"Expected {name!r} of shape {tuple(real.shape)}. Got {tuple(fake.shape)}: use equal numbers."
+            )
     count = len(real)
     device = generator.device if generator is not None else None
     index = torch.randint(count, (resamples, count), generator=generator, device=device)
@@ -150,7 +160,7 @@ def frechet_resamples(
 
 
 def _moments(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (K, F) and unbiased covariance (K, F, F) of rows (K, N, F), of which row i occurs ``weight[i]`` times."""
+    """Compute mean (K, F) and unbiased covariance (K, F, F) of rows (K, N, F); row i occurs ``weight[i]`` times."""
     count = len(weight)
     weighted = rows.mT * weight  # (K, F, N)
     mean = weighted.sum(-1) / count
@@ -160,11 +170,11 @@ def _moments(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_interval(
     real: Tensor, fakes: dict[str, Tensor], resamples: int = 200, *, generator: torch.Generator | None = None
 ) -> dict[str, Interval]:
-    """Each name's distance at this n with its 95 % interval over captions, recentred on the full estimate.
+    """Compute each name's distance at this n with its 95 % interval over captions, recentred on the full estimate.
 
-    Arguments and errors as :func:`frechet_resamples`, whose differences are the way to compare two names: their
-    intervals may overlap where the paired difference is clear. Each resample decomposes F × F matrices: for features
-    up to a few hundred.
+    Arguments and errors are those of :func:`frechet_resamples`. Compare two names by the differences of its results:
+    their intervals may overlap where the paired difference is clear. Each resample decomposes F × F matrices, so use
+    it for features up to a few hundred.
     """
     distances = frechet_resamples(real, fakes, resamples, generator=generator)
     return {name: recentred_interval(value[0].item(), value[1:]) for name, value in distances.items()}

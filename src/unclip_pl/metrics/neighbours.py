@@ -1,7 +1,7 @@
 """Fidelity and coverage apart from each other, by balls around nearest neighbours.
 
-A sample's ball reaches to its k-th nearest neighbour of its own set, the border included (≤, as OpenAI's evaluator and
-torch-fidelity have it; prdc has <, which differs on duplicates only).
+A sample's ball reaches to its k-th nearest neighbour of its own set, the border included: ≤, like OpenAI's evaluator
+and torch-fidelity. prdc has <, which differs on duplicates only.
 """
 
 from collections.abc import Iterator
@@ -27,23 +27,25 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Precision, recall, density and coverage: means of :func:`neighbour_values`, whose arguments these are."""
+    """Average :func:`neighbour_values`, whose arguments these are."""
     return PrecisionRecall(*(values.mean() for values in neighbour_values(real, fake, k)))
 
 
 def neighbour_values(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """What each sample contributes: precision and density (M,) of the generated, recall and coverage (N,) of the real.
+    """Compute each sample's share: precision and density (M,) of the generated, recall and coverage (N,) of the real.
 
     Args:
-        real: (N, F).
-        fake: (M, F).
-        k: the neighbour that bounds a ball; 3 is customary.
+        real: (N, F) features.
+        fake: (M, F) features.
+        k: number of the neighbour that bounds a ball; 3 is customary.
 
     Raises:
-        ValueError: if either set has no more than k samples.
+        InputError: either set has no more than k samples.
     """
     if min(len(real), len(fake)) <= k:
-        raise InputError(f"Expected more than k = {k} samples on either side. Got {len(real)} real, {len(fake)} fake.")
+        raise InputError(
+            f"Expected more than k = {k} samples on either side. Got {len(real)} real, {len(fake)} fake: add some."
+        )
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls that hold each generated sample
     recalled, covered = [], []
@@ -61,12 +63,12 @@ def neighbour_values(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """(N,) distance to the k-th nearest neighbour; the nearest of all is the sample itself."""
+    """Return (N,) distances to the k-th nearest neighbour; the nearest of all is the sample itself."""
     return torch.cat([distance.kthvalue(k + 1, dim=1).values for distance in _distances(features, features)])
 
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Rows of the (N, M) distance matrix, float32 at least."""
+    """Yield rows of the (N, M) distance matrix, float32 at least."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     for rows in a.split(ROWS):
         # Through a matrix product, equal rows would be a rounding error apart and duplicates fall out of their ball.
@@ -77,7 +79,7 @@ class NeighbourScores(Metric):
     """:func:`precision_recall` of all features seen, by all processes.
 
     Args:
-        k: the neighbour that bounds a ball.
+        k: number of the neighbour that bounds a ball.
     """
 
     is_differentiable = False
@@ -97,5 +99,5 @@ class NeighbourScores(Metric):
         (self.real if real else self.fake).append(features)
 
     def compute(self) -> PrecisionRecall:
-        """The four scores of all that was kept."""
+        """Return the four scores."""
         return precision_recall(dim_zero_cat(self.real), dim_zero_cat(self.fake), self.k)
