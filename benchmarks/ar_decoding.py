@@ -11,7 +11,7 @@ from measure import Row, fastest, floor, flops, growth, show, side_by_side
 from torch import Tensor
 
 from unclip_pl.nn.ar_prior import ARPriorTransformer, draw, upper_quantile
-from unclip_pl.nn.packed import packed
+from unclip_pl.nn.kernels import packed
 from unclip_pl.types import TextFeatures
 
 D, CONTEXT, BATCH = 768, 77, 8

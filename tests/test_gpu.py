@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unclip_pl.cli import main
 from unclip_pl.generation.pipeline import Unclip
-from unclip_pl.nn.recorded import recorded
+from unclip_pl.nn.kernels import recorded
 from unclip_pl.tasks import Task
 from unclip_pl.training.resume import StepCheckpoint
 

@@ -7,6 +7,11 @@ import re
 MOVED = {
     "unclip_pl.callbacks": "unclip_pl.training.callbacks",
     "unclip_pl.manipulation": "unclip_pl.generation.manipulation",
+    "unclip_pl.diffusion.sampling": "unclip_pl.diffusion.solvers",
+    "unclip_pl.nn.ar_prior.PerPositionHead": "(no config used it: take SharedHead or CosineHead)",
+    "unclip_pl.nn.ar_prior.TableCodeEmbedding": "(it overfits small data: take FourierCodeEmbedding)",
+    "unclip_pl.nn.packed": "unclip_pl.nn.kernels",
+    "unclip_pl.nn.recorded": "unclip_pl.nn.kernels",
     "unclip_pl.pipeline": "unclip_pl.generation.pipeline",
     "unclip_pl.pipeline.Decoder": "unclip_pl.generation.decoding.DecoderSpec",
     "unclip_pl.pipeline.Upsampler": "unclip_pl.generation.decoding.UpsamplerSpec",

@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.nn.ar_prior import (
     ARLogits,
     ARPriorTransformer,
+    CodeEmbedding,
+    CodeHead,
     CosineHead,
     FourierCodeEmbedding,
-    PerPositionHead,
     SharedHead,
-    TableCodeEmbedding,
     draw,
     upper_quantile,
 )
@@ -23,7 +23,32 @@ from unclip_pl.nn.text import TextTransformer
 from unclip_pl.types import TextFeatures
 
 D, W, CONTEXT, N, BUCKETS, DOTS = 6, 10, 7, 5, 8, 4
-PARTS = [(FourierCodeEmbedding, SharedHead), (FourierCodeEmbedding, CosineHead), (TableCodeEmbedding, PerPositionHead)]
+
+
+class Tables(CodeEmbedding):
+    """A learned vector for every (position, code): reads all that an embedding is given but the values."""
+
+    def __init__(self, width: int, code_length: int, buckets: int) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.table = nn.Embedding(code_length * buckets, width)
+
+    def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        return self.table(codes + position * self.buckets)
+
+
+class OwnHeads(CodeHead):
+    """A linear map of its own for every position."""
+
+    def __init__(self, width: int, code_length: int, buckets: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(code_length, width, buckets))
+
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return torch.einsum("bmw,mwv->bmv", hidden, self.weight[position])
+
+
+PARTS = [(FourierCodeEmbedding, SharedHead), (FourierCodeEmbedding, CosineHead), (Tables, OwnHeads)]
 
 
 def build(embedding: type = FourierCodeEmbedding, head: type = SharedHead) -> ARPriorTransformer:
@@ -326,18 +351,7 @@ def test_a_code_teaches_its_neighbours() -> None:
     assert risen[20] > 3 * risen[40:].abs().max()
 
 
-def test_tables_know_the_position() -> None:
-    table, codes = TableCodeEmbedding(16, N, BUCKETS), torch.tensor([[3, 3, 1]])
-    position = torch.arange(N)
-    whole = table(codes, codes.float(), position[:3])
-    assert not torch.equal(whole[0, 0], whole[0, 1])
-    torch.testing.assert_close(table(codes[:, 1:], codes[:, 1:].float(), position[1:3]), whole[:, 1:])
-    head, hidden = PerPositionHead(16, N, BUCKETS), torch.randn(2, N, 16, generator=seeded(0))
-    torch.nn.init.normal_(head.weight)
-    torch.testing.assert_close(head(hidden[:, 2:4], position[2:4]), head(hidden, position)[:, 2:4])
-
-
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"dot_quantile": 1.0}, {"candidates": 0}, {"guidance": 2.0}])
 def test_errors(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"Expected temperature|needs the features of the empty caption"):
+    with pytest.raises(ValueError, match=r"Expected temperature|Expected unconditional, the empty caption"):
         build().generate(captions(2), values_of=VALUES_OF, **bad)

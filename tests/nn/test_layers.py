@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.nn.layers import Attention, Prefix, PrefixTransformer, Transformer, attend, causal_mask, sinusoidal
+from unclip_pl.nn.kernels import attend
+from unclip_pl.nn.layers import Attention, Prefix, PrefixTransformer, Transformer, causal_mask, sinusoidal
 from unclip_pl.types import TextFeatures
 
 
@@ -168,7 +169,7 @@ def test_deep_stacks_start_calm() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="heads divides"):
+    with pytest.raises(ValueError, match="heads to divide"):
         Transformer(10, 1, 3)
     net = PrefixTransformer(4, 4, context_length=3, suffix_length=1, width=8, layers=1, heads=1)
     text = TextFeatures(torch.zeros(1, 4).long(), torch.zeros(1, 4, 4), torch.ones(1, 4).bool(), torch.zeros(1, 4))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip_pl.nn.kernels import resample, scale_shift_norm
 from unclip_pl.nn.text import TextTransformer, mix_text
 from unclip_pl.nn.unet import UNet
-from unclip_pl.nn.unet_blocks import group_norm, resample, scale_shift_norm
+from unclip_pl.nn.unet_blocks import group_norm
 from unclip_pl.types import TextFeatures
 
 EMBED, WIDTH = 12, 10

@@ -62,7 +62,7 @@ def test_samples_are_counted_over_accumulated_batches_and_kept(tmp_path: Path) -
         "enable_progress_bar": False,
         "default_root_dir": tmp_path,
     }
-    batches = DataLoader([(torch.randn(n, 8),) for n in (4, 4, 4, 2)], batch_size=None)
+    batches = DataLoader([(torch.randn(n, 8),) for n in (4, 4, 4, 4)], batch_size=None)
 
     class Save(Callback):
         def on_train_batch_end(self, trainer: Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -71,13 +71,13 @@ def test_samples_are_counted_over_accumulated_batches_and_kept(tmp_path: Path) -
 
     task = Square()
     Trainer(**settings, max_epochs=1, enable_checkpointing=False, callbacks=[Save()]).fit(task, batches)
-    assert task.train_samples == 14
+    assert task.train_samples == 16
     assert torch.load(tmp_path / "one.ckpt", weights_only=False)["train_samples"] == 8
     resumed = Square()
     Trainer(**settings, max_epochs=1, enable_checkpointing=False).fit(
         resumed, batches, ckpt_path=tmp_path / "one.ckpt", weights_only=False
     )
-    assert resumed.train_samples == 14
+    assert resumed.train_samples == 16
 
 
 def test_a_rank_takes_its_rows_of_the_global_draw() -> None:

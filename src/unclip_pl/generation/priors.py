@@ -21,8 +21,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.files import read_tensors
 from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
-from unclip_pl.nn.packed import packed
-from unclip_pl.nn.recorded import recorded
+from unclip_pl.nn.kernels import packed, recorded
 from unclip_pl.streams import Streams
 from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters

@@ -10,29 +10,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError
+from unclip_pl.nn.kernels import recorded
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, zeroed
-from unclip_pl.nn.recorded import recorded
 from unclip_pl.nn.text import TextTransformer
 from unclip_pl.streams import Streams, fill_like
 from unclip_pl.types import TextFeatures
 
 
 class CodeEmbedding(nn.Module, ABC):
-    """How a code enters the transformer. Built by the network as ``CodeEmbedding(width, code_length, buckets)``."""
+    """The way of a code into the transformer. The network builds ``CodeEmbedding(width, code_length, buckets)``."""
 
     @abstractmethod
     def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """(B, m) codes at ``position`` (m,) and their buckets' values (unit variance) → (B, m, width)."""
+        """Embed codes (B, m) as (B, m, width).
+
+        Args:
+            codes: (B, m) int64.
+            values: (B, m) their buckets' values, at unit variance.
+            position: (m,) their positions in the sequence of codes.
+        """
 
 
 class FourierCodeEmbedding(CodeEmbedding):
     """Fourier features of the bucket's value, one projection for all positions: neighbouring buckets look alike.
 
     Args:
-        width: of the transformer.
+        width: width of the transformer.
         code_length: not needed.
         buckets: not needed.
-        frequencies: number of them, geometric from 1/8 to 16 cycles per standard deviation.
+        frequencies: number of frequencies, geometric from 1/8 to 16 cycles per standard deviation.
     """
 
     frequency: Tensor
@@ -43,51 +49,36 @@ class FourierCodeEmbedding(CodeEmbedding):
         self.proj = nn.Linear(2 * frequencies + 1, width)
 
     def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """See :class:`CodeEmbedding`; ``codes`` and ``position`` are not looked at."""
+        """Embed the values; ``codes`` and ``position`` are not looked at."""
         angle = values[..., None] * self.frequency
         return self.proj(torch.cat([values[..., None], angle.cos(), angle.sin()], dim=-1))
 
 
-class TableCodeEmbedding(CodeEmbedding):
-    """A learned vector for every (position, code). Overfits small data.
-
-    Args:
-        width: of the transformer.
-        code_length: n.
-        buckets: codes per position.
-    """
-
-    def __init__(self, width: int, code_length: int, buckets: int) -> None:
-        super().__init__()
-        self.buckets = buckets
-        self.table = nn.Embedding(code_length * buckets, width)
-        nn.init.normal_(self.table.weight, std=width**-0.5)
-
-    def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """See :class:`CodeEmbedding`; ``values`` are not looked at."""
-        return self.table(codes + position * self.buckets)
-
-
 class CodeHead(nn.Module, ABC):
-    """How codes leave the transformer. Built by the network as ``CodeHead(width, code_length, buckets)``.
+    """The way of codes out of the transformer. The network builds ``CodeHead(width, code_length, buckets)``.
 
-    Every bucket holds as many embeddings, so uniform logits are right as long as no caption is read, and every head
-    starts with them. From random ones the way there is to shrink the last norm's gain, and with it the gradient by
-    which the caption would be read: runs have stayed there for good.
+    Every bucket holds as many embeddings, so uniform logits are right until the caption is read, and every head starts
+    with them. Random logits get there by shrinking the last norm's gain, and with it the gradient that would teach the
+    network to read the caption: some runs never came out of that.
     """
 
     @abstractmethod
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """(B, m, width) from which the codes at ``position`` (m,) are read → logits (B, m, buckets)."""
+        """Return logits (B, m, buckets) of the codes.
+
+        Args:
+            hidden: (B, m, width) outputs of the transformer.
+            position: (m,) positions of the codes in their sequence.
+        """
 
 
 class SharedHead(CodeHead):
     """One linear map for all positions; the hidden state knows which one it is.
 
     Args:
-        width: of the transformer.
+        width: width of the transformer.
         code_length: not needed.
-        buckets: codes per position.
+        buckets: number of values of a code.
     """
 
     def __init__(self, width: int, code_length: int, buckets: int) -> None:
@@ -95,20 +86,20 @@ class SharedHead(CodeHead):
         self.proj = zeroed(nn.Linear(width, buckets))
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """See :class:`CodeHead`."""
+        """Return the logits, see :class:`CodeHead`."""
         return self.proj(hidden)
 
 
 class CosineHead(CodeHead):
     """Logits as a cosine series over the buckets' ranks, one for all positions: a code teaches its neighbours too.
 
-    A free logit for each bucket learns from the few tokens alone that fall there, which is little where data are few.
+    A free logit for each bucket would learn only from the tokens that fall there: too few where data are scarce.
 
     Args:
-        width: of the transformer.
+        width: width of the transformer.
         code_length: not needed.
-        buckets: codes per position, in order of their values.
-        terms: of the series, the constant aside; more than ``buckets − 1`` have nothing to add and are left out.
+        buckets: number of values of a code, in order of their values.
+        terms: number of cosines, without the constant; more than ``buckets − 1`` add nothing and are left out.
     """
 
     cosines: Tensor
@@ -122,27 +113,8 @@ class CosineHead(CodeHead):
         self.register_buffer("cosines", torch.cos(pi * order[:, None] * rank).mul((2 / len(order)) ** 0.5), False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """See :class:`CodeHead`."""
+        """Return the logits, see :class:`CodeHead`."""
         return self.proj(hidden) @ self.cosines
-
-
-class PerPositionHead(CodeHead):
-    """A linear map of its own for every position.
-
-    Args:
-        width: of the transformer.
-        code_length: n.
-        buckets: codes per position.
-    """
-
-    def __init__(self, width: int, code_length: int, buckets: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(code_length, width, buckets))
-        self.bias = nn.Parameter(torch.zeros(code_length, buckets))
-
-    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """See :class:`CodeHead`."""
-        return torch.einsum("bmw,mwv->bmv", hidden, self.weight[position]) + self.bias[position]
 
 
 class ARLogits(NamedTuple):
@@ -153,7 +125,7 @@ class ARLogits(NamedTuple):
 
 
 def upper_quantile(probability: Tensor, quantile: float) -> Tensor:
-    """The distribution (…, V) given that the draw lies above its own ``quantile``; the last dim is ordered.
+    """Return the distribution (…, V) of draws above their own ``quantile``; the last dimension is ordered.
 
     0 changes nothing; 0.5 is the paper's "top half". The bucket at the border keeps its share above it.
     """
@@ -163,7 +135,7 @@ def upper_quantile(probability: Tensor, quantile: float) -> Tensor:
 
 
 def draw(probability: Tensor, *, generator: Streams | None = None) -> Tensor:
-    """One index (…) from each distribution (…, V): the first of V exponential clocks, rates p, to ring.
+    """Draw one index (…) from each distribution (…, V): the first of V exponential clocks, rates p, to ring.
 
     ``torch.multinomial`` does the same, but on a GPU it waits for the device at every call. The clocks are drawn on the
     generator's device, then moved.
@@ -173,14 +145,23 @@ def draw(probability: Tensor, *, generator: Streams | None = None) -> Tensor:
 
 
 def check_draws(temperature: float, dot_quantile: float, candidates: int) -> None:
-    """The settings of :meth:`ARPriorTransformer.generate`.
+    """Refuse settings that :meth:`ARPriorTransformer.generate` cannot follow.
 
     Raises:
-        ValueError: one of them is out of its range.
+        InputError: one of them is out of its range.
     """
     if not (temperature > 0 and 0 <= dot_quantile < 1 and candidates > 0):
         got = f"{temperature}, {dot_quantile}, {candidates}"
-        raise InputError(f"Expected temperature > 0, 0 <= dot_quantile < 1, candidates >= 1. Got {got}.")
+        raise InputError(f"Expected temperature > 0, 0 <= dot_quantile < 1, candidates >= 1. Got {got}: change them.")
+
+
+def guided_probability(logits: Tensor, guidance: float, temperature: float) -> Tensor:
+    """Return the distribution (B, …) of logits; with guidance they are (2B, …), the second half unconditional."""
+    logits = logits.float()
+    if guidance != 1:
+        cond, uncond = logits.chunk(2)
+        logits = uncond.lerp(cond, guidance)
+    return (logits / temperature).softmax(-1)
 
 
 class ARPriorTransformer(PrefixTransformer):
@@ -190,19 +171,19 @@ class ARPriorTransformer(PrefixTransformer):
     :class:`~unclip_pl.nn.codec.EmbeddingCodec`, whose bucket values come along with them.
 
     Args:
-        embed_dim: d of CLIP.
-        text_width: W of CLIP's text tower.
-        context_length: the longest text.
-        code_length: n, codes per embedding.
-        buckets: values of a code.
-        dot_buckets: values of the dot-product token.
-        width: of the residual stream.
+        embed_dim: d, the width of CLIP's embeddings.
+        text_width: W, the width of CLIP's text tower.
+        context_length: number of tokens of the longest text.
+        code_length: n, the number of codes per embedding.
+        buckets: number of values of a code.
+        dot_buckets: number of values of the dot-product token.
+        width: width of the residual stream.
         layers: number of blocks.
-        heads: attention heads.
-        code_embedding: class of the way in; gets width, code_length and buckets from here.
-        head: class of the way out; likewise.
-        text_encoder: reads the caption's token ids and is trained along (the paper's, 2048 × 24); None takes the
-            states of frozen CLIP.
+        heads: number of attention heads.
+        code_embedding: class of the way in; it gets width, code_length and buckets from here.
+        head: class of the way out; it gets width, code_length and buckets from here.
+        text_encoder: text transformer that reads token ids and is trained along (the paper's, 2048 × 24); None takes
+            the states of frozen CLIP.
     """
 
     def __init__(
@@ -234,17 +215,17 @@ class ARPriorTransformer(PrefixTransformer):
         nn.init.normal_(self.dot_embedding.weight, std=width**-0.5)
 
     def token_states(self, text: TextFeatures) -> Tensor:
-        """(B, L, W) of the text transformer of its own, or CLIP's."""
+        """Return the states of every token, (B, L, W): its own text transformer's, or CLIP's."""
         return text.states if self.text_encoder is None else self.text_encoder(text.tokens, text.mask).states
 
     def forward(self, text: TextFeatures, dot: Tensor, codes: Tensor, values: Tensor) -> ARLogits:
-        """Logits of every token given the true ones before it.
+        """Return the logits of every token given the true ones before it.
 
         Args:
-            text: of B captions, z_t scaled.
+            text: features of B captions, z_t scaled.
             dot: (B,) int64, the codec's :meth:`~unclip_pl.nn.codec.EmbeddingCodec.encode_dot`.
             codes: (B, n) int64.
-            values: (B, n) the codes' bucket values at unit variance.
+            values: (B, n) bucket values of the codes at unit variance.
         """
         prefix = self.prefix_tokens(text)
         position = torch.arange(self.code_length, device=codes.device)
@@ -257,7 +238,7 @@ class ARPriorTransformer(PrefixTransformer):
         return ARLogits(self.dot_head(hidden[:, 0]), self.head(hidden[:, 1:], position))
 
     def encode_prefix(self, text: TextFeatures) -> tuple[Tensor, Prefix]:
-        """What is read at z_t, (B, width), and the captions' keys and values."""
+        """Return the output at z_t, (B, width), and the captions' keys and values."""
         tokens = self.prefix_tokens(text)
         keys = F.pad(text.mask, (0, 1), value=True)
         hidden, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1] - 1)
@@ -276,48 +257,41 @@ class ARPriorTransformer(PrefixTransformer):
         candidates: int = 1,
         generator: Streams | None = None,
     ) -> Tensor:
-        """Codes (B, candidates, n) for B captions, token by token with cached keys and values.
+        """Draw codes (B, candidates, n) for B captions, token by token with cached keys and values.
 
         Args:
-            text: of B captions, z_t scaled.
+            text: features of B captions, z_t scaled.
             values_of: (n, buckets) bucket values at unit variance
                 (:attr:`~unclip_pl.nn.codec.EmbeddingCodec.value_table`).
             unconditional: features of the empty caption, batch size 1 or B; needed unless ``guidance`` is 1.
             guidance: scale g of logits u + g·(c − u); 1 is off, 0 ignores the caption.
-            temperature: divides all logits.
-            dot_quantile: the dot-product token is drawn from above this quantile of its distribution; the paper takes
-                the top half, 0 is plain sampling.
-            candidates: draws per caption; they share its prefix.
-            generator: of the draws; one for each caption where they must not depend on the others.
+            temperature: divisor of all logits.
+            dot_quantile: quantile of its distribution above which the dot-product token is drawn; 0.5 is the paper's
+                top half, 0 is plain sampling.
+            candidates: number of draws per caption, which share its prefix.
+            generator: source of the draws; one for each caption if they must not depend on the other captions.
 
         Raises:
-            ValueError: guidance without an unconditional caption, or a number outside its range.
+            InputError: guidance without an unconditional caption, or a number outside its range.
         """
         check_draws(temperature, dot_quantile, candidates)
         if guidance != 1 and unconditional is None:
-            raise InputError(f"Guidance {guidance} needs the features of the empty caption (unconditional).")
+            raise InputError(f"Expected unconditional, the empty caption, for guidance {guidance}. Got None: give it.")
         hidden, prefix = self.encode_prefix(text)  # (B, width)
         if guidance != 1 and unconditional is not None:
             hidden, prefix = self._with_null(hidden, prefix, unconditional)  # (2B, width)
-        branches = len(hidden) // len(text.embed)
-
-        def distribution(logits: Tensor) -> Tensor:
-            cond, *uncond = logits.float().chunk(branches)
-            guided = uncond[0].lerp(cond, guidance) if uncond else cond
-            return (guided / temperature).softmax(-1)
-
-        p_dot = upper_quantile(distribution(self.dot_head(hidden)), dot_quantile)
+        p_dot = upper_quantile(guided_probability(self.dot_head(hidden), guidance, temperature), dot_quantile)
         dot = draw(p_dot.repeat_interleave(candidates, dim=0), generator=generator)  # (B·candidates,)
-        filled = prefix.mask.shape[1]
+        filled, branches = prefix.mask.shape[1], 1 if guidance == 1 else 2
         cache = prefix.repeat(candidates).pad(filled + self.code_length)
 
         def after(token: Tensor, position: Tensor) -> Tensor:
-            """Distribution (B·candidates, buckets) of the code at ``position`` (1,), which follows ``token``."""
+            """Return the distribution (B·candidates, buckets) of the code at ``position`` (1,), behind ``token``."""
             hidden = self._step(token.repeat(branches, 1, 1), cache, filled + position, position)
-            return distribution(self.head(hidden, position))[:, 0]
+            return guided_probability(self.head(hidden, position), guidance, temperature)[:, 0]
 
         def advance(code: Tensor, position: Tensor) -> Tensor:
-            """The same after the code (B·candidates, 1) before it."""
+            """Return the same distribution behind ``code`` (B·candidates, 1), the one before."""
             before = position - 1
             return after(self.code_embedding(code, values_of[before][0][code], before), position)
 
@@ -329,14 +303,14 @@ class ARPriorTransformer(PrefixTransformer):
         return torch.cat(codes, dim=1).unflatten(0, (-1, candidates))
 
     def _with_null(self, hidden: Tensor, prefix: Prefix, unconditional: TextFeatures) -> tuple[Tensor, Prefix]:
-        """The empty caption's half of the batch appended: one prefix serves every caption."""
+        """Append the empty caption's half of the batch: one prefix serves every caption."""
         null_hidden, null = self.encode_prefix(unconditional)
         rows = len(hidden)
         null = null.expand(rows) if len(null_hidden) == 1 else null
         return torch.cat([hidden, null_hidden.expand(rows, -1)]), prefix.cat(null)
 
     def _step(self, token: Tensor, cache: Prefix, slot: Tensor, position: Tensor) -> Tensor:
-        """Feeds the token (rows, 1, width) before code ``position`` (1,) into its slot (1,); (rows, 1, width)."""
+        """Feed the token (rows, 1, width) before code ``position`` (1,) into its slot (1,); return (rows, 1, width)."""
         cache.mask.index_fill_(1, slot, True)
         mask = cache.mask[:, None, None]
         token = token + self.suffix_positions[:, position]

@@ -12,7 +12,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.files import read_tensors, write_tensors
 from unclip_pl.nn.space import Moments
 
-#: Called once per pass over the training set; yields raw (image_embed (B, d), text_embed (B, d)).
+#: Function that is called once per pass over the training set and yields raw (image_embed (B, d), text_embed (B, d)).
 Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 Spacing = Literal["uniform", "quantile"]
 
@@ -30,7 +30,7 @@ class Axes(NamedTuple):
     std: Tensor  # (n,) of the coordinates along them
 
     def project(self, embed: Tensor) -> Tensor:
-        """(B, d) raw → (B, n) coordinates."""
+        """Return the coordinates (B, n) of raw embeddings (B, d)."""
         return (F.normalize(embed.to(self.mean), dim=-1) - self.mean) @ self.components.T
 
 
@@ -42,16 +42,16 @@ class Buckets(NamedTuple):
     high: Tensor  # (n,)
 
     def midpoints(self) -> Tensor:
-        """(n, buckets)."""
+        """Return the middle of every bucket, (n, buckets)."""
         edges = torch.cat([self.low[:, None], self.edges, self.high[:, None]], dim=1)
         return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
 class EmbeddingCodec(nn.Module):
-    """Turns z_i into n codes and back. Works on unit-norm embeddings: norms in are ignored, norms out are 1.
+    """Code of z_i as n numbers, and back. It works on unit-norm embeddings: norms in are ignored, norms out are 1.
 
-    z_i is centred and projected on its first n principal axes; each coordinate falls into one of ``buckets`` and is
-    decoded as the mean of the training data in there. Everything is a buffer, so it travels in the checkpoint.
+    z_i is centred and projected on its first n principal axes. Each coordinate falls into one of ``buckets`` and is
+    decoded as the mean of the training data there. Everything is a buffer, so it travels in the checkpoint.
 
     Args:
         path: file made by :meth:`save`; empty when a checkpoint is about to fill the buffers.
@@ -78,7 +78,7 @@ class EmbeddingCodec(nn.Module):
             self.register_buffer(name, tensors.get(name, torch.empty(0)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The shapes are the checkpoint's to say: whoever loads one need not have the codec's file any more.
+        # The checkpoint decides the shapes, so that loading one does not need the codec's file.
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if saved is not None and buffer is not None and buffer.shape != saved.shape:
@@ -96,19 +96,19 @@ class EmbeddingCodec(nn.Module):
         dot_buckets: int = 256,
         spacing: Spacing = "quantile",
     ) -> Self:
-        """Fits in three passes over the data and memory for one chunk (and 2^18 projected rows).
+        """Fit a codec in three passes over the data, with memory for one chunk and 2^18 projected rows.
 
         Args:
-            chunks: gives the training set's (image_embed, text_embed) anew at every call, raw.
-            fingerprint: of the CLIP that made them.
-            code_length: n. None is the paper's rule: the fewest axes that lose less than 1 % of the variance of
-                held-out embeddings.
-            buckets: per axis.
-            dot_buckets: of z_i·z_t, always with equal counts.
+            chunks: function that yields the training set's raw (image_embed, text_embed) at every call.
+            fingerprint: fingerprint of the CLIP that made them.
+            code_length: n, the number of axes. None is the paper's rule: the fewest that lose less than 1 % of the
+                variance of held-out embeddings.
+            buckets: number of buckets per axis.
+            dot_buckets: number of buckets of z_i·z_t, always with equal counts.
             spacing: edges of the axes' buckets: ``quantile`` (equal counts) or ``uniform`` (equal widths).
 
         Raises:
-            ValueError: fewer than 20 embeddings, or more axes asked for than there are dimensions.
+            InputError: fewer than 20 embeddings, or more axes asked for than there are dimensions.
         """
         count, axes = _principal_axes(chunks, code_length)
         y, dots = _sample(chunks, axes, stride=-(-count // EDGE_SAMPLE))
@@ -127,65 +127,65 @@ class EmbeddingCodec(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """d."""
+        """d, the width of the embeddings."""
         return self.mean.shape[0]
 
     @property
     def code_length(self) -> int:
-        """n."""
+        """n, the number of codes per embedding."""
         return self.levels.shape[0]
 
     @property
     def buckets(self) -> int:
-        """Values of a code."""
+        """Number of values of a code."""
         return self.levels.shape[1]
 
     @property
     def dot_buckets(self) -> int:
-        """Values of the dot-product token."""
+        """Number of values of the dot-product token."""
         return self.dot_edges.shape[1] + 1
 
     @property
     def fingerprint(self) -> str:
-        """Of the CLIP it was fitted on."""
+        """Fingerprint of the CLIP that it was fitted on."""
         return bytes(self.fingerprint_bytes.tolist()).decode()
 
     @property
     def value_table(self) -> Tensor:
-        """(n, buckets): what each code decodes to, each axis at unit variance."""
+        """Coordinates that each code decodes to, (n, buckets), each axis at unit variance."""
         return self.levels / self.std.clamp(min=1e-6)[:, None]
 
     def encode(self, embed: Tensor) -> Tensor:
-        """(B, d) raw embeddings → (B, n) int64 codes."""
+        """Turn raw embeddings (B, d) into codes (B, n) int64."""
         return _codes(self.edges, self._project(embed))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, n) codes → (B, d) embeddings of unit norm."""
+        """Turn codes (B, n) into embeddings (B, d) of unit norm."""
         with _full_precision(codes):
             return F.normalize(self._levels_at(codes) @ self.components + self.mean, dim=-1)
 
     def values(self, codes: Tensor) -> Tensor:
-        """(B, n) codes → (B, n) coordinates, each axis at unit variance: what a network sees beside the codes."""
+        """Return the coordinates (B, n) of codes (B, n), each axis at unit variance: a network's input beside them."""
         return self._levels_at(codes) / self.std.clamp(min=1e-6)
 
     def encode_dot(self, cosine: Tensor) -> Tensor:
-        """(B,) z_i·z_t of unit-norm embeddings → (B,) int64."""
+        """Turn z_i·z_t of unit-norm embeddings, (B,), into tokens (B,) int64."""
         return torch.searchsorted(self.dot_edges[0], cosine.float().contiguous())
 
     def pca_error(self, embed: Tensor) -> Tensor:
-        """Share of the variance of (B, d) embeddings about the training mean that lies off the n axes; scalar.
+        """Return the share of the variance of embeddings (B, d) about the training mean that lies off the n axes.
 
         With :meth:`quantisation_error` it adds up to the codec's whole squared error (before normalisation).
         """
         return 1 - self._project(embed).square().sum() / self._variance(embed)
 
     def quantisation_error(self, embed: Tensor) -> Tensor:
-        """Squared error of the buckets on (B, d) embeddings, as a share of the same variance; scalar."""
+        """Return the squared error of the buckets on embeddings (B, d), as a share of the same variance."""
         y = self._project(embed)
         return (y - self._levels_at(self.encode(embed))).square().sum() / self._variance(embed)
 
     def roundtrip_cosine(self, embed: Tensor) -> Tensor:
-        """(B,) cosine between embeddings (B, d) and what their codes decode to."""
+        """Return the cosine (B,) between embeddings (B, d) and their round trip."""
         return F.cosine_similarity(embed.float(), self.decode(self.encode(embed)), dim=-1)
 
     def _project(self, embed: Tensor) -> Tensor:
@@ -200,17 +200,17 @@ class EmbeddingCodec(nn.Module):
 
 
 def _codes(edges: Tensor, y: Tensor) -> Tensor:
-    """(B, n) coordinates → (B, n) int64; bucket i holds edge i−1 < y ≤ edge i, the end buckets all beyond."""
+    """Turn coordinates (B, n) into codes; bucket i holds edge i−1 < y ≤ edge i, the end buckets all beyond."""
     return torch.searchsorted(edges, y.T.contiguous()).T
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
-    """A training step's bfloat16 has 3 digits: too few to tell 1,024 buckets apart."""
+    """Turn autocast off: bfloat16 has 3 digits, too few to tell 1,024 buckets apart."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]:
-    """First pass: number of embeddings, and the axes to keep."""
+    """Run the first pass: count the embeddings and find the axes to keep."""
     train, held_out, count = None, None, 0
     for embed, _ in chunks():
         out = (torch.arange(len(embed)) + count) % HOLD_OUT == HOLD_OUT - 1
@@ -218,7 +218,7 @@ def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]
         a, b = Moments.of(embed[~out]), Moments.of(embed[out])
         train, held_out = (train.plus(a), held_out.plus(b)) if train and held_out else (a, b)
     if train is None or held_out is None or count < 2 * HOLD_OUT:
-        raise InputError(f"Expected at least {2 * HOLD_OUT} embeddings to fit a codec. Got {count}.")
+        raise InputError(f"Expected at least {2 * HOLD_OUT} embeddings to fit a codec. Got {count}: give more data.")
     mean, covariance = _about(train, train.unit_sum / train.total)
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues, components = eigenvalues.flip(0), vectors.flip(-1).T
@@ -227,18 +227,18 @@ def _principal_axes(chunks: Chunks, code_length: int | None) -> tuple[int, Axes]
         lost = 1 - seen.cumsum(0) / seen.sum()
         code_length = int((lost >= 0.01).sum()) + 1  # decreasing: the first axis count below 1 %
     if not 0 < code_length <= len(mean):
-        raise InputError(f"Expected a code_length from 1 to embed_dim = {len(mean)}. Got {code_length}.")
+        raise InputError(f"Expected a code_length from 1 to embed_dim = {len(mean)}. Got {code_length}: change it.")
     return count, Axes(mean, components[:code_length], eigenvalues[:code_length].clamp(min=0).sqrt())
 
 
 def _about(moments: Moments, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """The centre, and the second moment (d, d) about it."""
+    """Return the centre, and the second moment (d, d) about it."""
     cross = torch.outer(moments.unit_sum / moments.total, centre)
     return centre, moments.unit_outer / moments.total - cross - cross.T + torch.outer(centre, centre)
 
 
 def _sample(chunks: Chunks, axes: Axes, stride: int) -> tuple[Tensor, Tensor]:
-    """Second pass: coordinates (S, n) and dot products (S, 1) of every ``stride``-th row."""
+    """Run the second pass: coordinates (S, n) and dot products (S, 1) of every ``stride``-th row."""
     rows, dots, count = [], [], 0
     for embed, text in chunks():
         chosen = (torch.arange(len(embed)) + count) % stride == 0
@@ -249,7 +249,7 @@ def _sample(chunks: Chunks, axes: Axes, stride: int) -> tuple[Tensor, Tensor]:
 
 
 def _buckets(y: Tensor, buckets: int, spacing: Spacing) -> Buckets:
-    """Quantisers for (S, n) samples."""
+    """Return quantisers for samples (S, n)."""
     ordered = y.sort(dim=0).values
     low, high = ordered[0], ordered[-1]
     inner = torch.arange(1, buckets, dtype=y.dtype) / buckets
@@ -260,7 +260,7 @@ def _buckets(y: Tensor, buckets: int, spacing: Spacing) -> Buckets:
 
 
 def _conditional_means(chunks: Chunks, axes: Axes, quantisers: Buckets) -> Tensor:
-    """Third pass: the mean (n, buckets) of the data in each bucket; its midpoint where there are none."""
+    """Run the third pass: the mean (n, buckets) of the data in each bucket; its midpoint where there are none."""
     midpoints = quantisers.midpoints()
     offset = torch.arange(len(midpoints)) * midpoints.shape[1]
     total = torch.zeros(midpoints.numel(), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The causal transformer both priors share, and the keys and values of a caption that they compute once.
+"""The causal transformer of both priors, and the keys and values of a caption that they compute once.
 
 Parameter names and the layout of the fused QKV (q, k, v side by side within each head) are Karlo's.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError
+from unclip_pl.nn.kernels import attend
 from unclip_pl.types import TextFeatures
 
 M = TypeVar("M", nn.Conv2d, nn.Linear)
@@ -26,9 +27,9 @@ def zeroed(layer: M) -> M:
 
 
 def sinusoidal(index: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding (…, width) of (…) indices: the cosine half first, periods 2π … 2π·max_period (GLIDE).
+    """Embed indices (…) as (…, width): the cosine half first, periods 2π … 2π·max_period (GLIDE).
 
-    At least float32 whatever the dtype of ``index``: bfloat16 cannot tell 998 from 999. An odd width ends in a zero.
+    Computed in float32 at least, since bfloat16 cannot tell 998 from 999. An odd width ends in a zero.
     """
     half = width // 2
     dtype = torch.promote_types(index.dtype, torch.float32)
@@ -37,45 +38,15 @@ def sinusoidal(index: Tensor, width: int, max_period: float = 10_000.0) -> Tenso
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention, (B, heads, L, dim).
-
-    By torch's fused kernels, but in bfloat16 on a CPU, where their backward pass takes up to three times as long as
-    what they fuse (torch 2.14, 64 tokens).
-
-    Args:
-        query: (B, heads, L, dim).
-        key, value: (B, heads, keys, dim).
-        mask: (B or 1, 1, L or 1, keys) bool, True where a query may look; None for everywhere.
-        causal: the queries are the last L of the keys, and none looks behind itself. It takes the place of a mask.
-    """
-    fused = query.device.type != "cpu" or query.dtype != torch.bfloat16
-    if causal and fused and query.shape == key.shape:  # without a mask in memory, flash attention is at its best
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    if causal:
-        length, keys = query.shape[2], key.shape[2]
-        mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
-    if fused:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    batch, heads, _, dim = query.shape
-    bias = query.new_zeros(1, 1, 1)
-    if mask is not None:
-        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-        bias = hidden.expand(batch, heads, -1, -1).flatten(0, 1)
-    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    scores = torch.baddbmm(bias, query, key.mT, alpha=dim**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), value).unflatten(0, (batch, heads))
-
-
 class KeyValue(NamedTuple):
-    """What one layer remembers of a sequence."""
+    """Keys and values of a sequence at one layer."""
 
     key: Tensor  # (B, heads, P, dim)
     value: Tensor  # (B, heads, P, dim)
 
 
 class Prefix(NamedTuple):
-    """What a transformer remembers of B captions: keys and values of [text states …, z_t] at every layer.
+    """Keys and values of B captions, [text states …, z_t], at every layer of a transformer.
 
     The order of keys does not matter to attention (positions went in with the tokens), so a prefix may be padded
     anywhere as long as ``mask`` is False there.
@@ -88,20 +59,20 @@ class Prefix(NamedTuple):
         return Prefix(tuple(KeyValue(change(key), change(value)) for key, value in self.layers), mask)
 
     def expand(self, n: int) -> "Prefix":
-        """One caption's prefix as that of n captions, without a copy: the unconditional one serves every caption."""
+        """Show one caption's prefix as that of n captions, without a copy: one unconditional prefix serves all."""
         return self._map(lambda x: x.expand(n, -1, -1, -1), self.mask.expand(n, -1))
 
     def repeat(self, n: int) -> "Prefix":
-        """Each caption's prefix n times in a row: (B·n) captions."""
+        """Return each caption's prefix n times in a row: (B·n) captions."""
         return self._map(lambda x: x.repeat_interleave(n, dim=0), self.mask.repeat_interleave(n, dim=0))
 
     def pad(self, length: int) -> "Prefix":
-        """Room for keys up to ``length``, hidden by the mask until something is written there."""
+        """Make room for keys up to ``length``, hidden by the mask until something is written there."""
         room = length - self.mask.shape[1]
         return self._map(lambda x: F.pad(x, (0, 0, 0, room)), F.pad(self.mask, (0, room)))
 
     def cat(self, other: "Prefix") -> "Prefix":
-        """Both sets of captions in one batch, as guidance needs them."""
+        """Return both sets of captions in one batch, which guidance needs."""
         length = max(self.mask.shape[1], other.mask.shape[1])
         a, b = self.pad(length), other.pad(length)
         layers = [
@@ -112,7 +83,7 @@ class Prefix(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the sequence itself and whatever went before it."""
+    """Multi-head attention over the sequence itself and all that went before it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -123,7 +94,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, past: KeyValue | None, slot: Tensor | None, start: int
     ) -> tuple[Tensor, KeyValue]:
-        """See :meth:`Transformer.forward`."""
+        """Attend, see :meth:`Transformer.forward`."""
         parts = self.c_qkv(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)
         query, key, value = (part.transpose(1, 2) for part in parts)
         now = KeyValue(key, value)  # (B, heads, L, dim)
@@ -145,7 +116,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, width) → (…, width)."""
+        """Map (…, width) to the same."""
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
@@ -162,7 +133,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, past: KeyValue | None, slot: Tensor | None, start: int
     ) -> tuple[Tensor, KeyValue]:
-        """See :meth:`Transformer.forward`."""
+        """Attend, see :meth:`Transformer.forward`."""
         out, now = self.attn(self.ln_1(x), mask, past, slot, start)
         x = x[:, start:] + out
         return x + self.mlp(self.ln_2(x)), now
@@ -172,18 +143,20 @@ class Transformer(nn.Module):
     """A stack of pre-LN blocks.
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream, a multiple of ``heads``.
         layers: number of blocks.
-        heads: must divide ``width``.
+        heads: number of attention heads.
 
     Raises:
-        ValueError: it does not.
+        InputError: heads do not divide the width.
     """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         if width % heads:
-            raise InputError(f"Expected a width that heads divides. Got width {width}, heads {heads}.")
+            raise InputError(
+                f"Expected heads to divide the width. Got width {width}, heads {heads}: change one of them."
+            )
         self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
         with torch.no_grad():  # GPT-2: the residual stream's variance must not grow with depth
             for block in self.resblocks:
@@ -199,15 +172,15 @@ class Transformer(nn.Module):
         slot: Tensor | None = None,
         start: int = 0,
     ) -> tuple[Tensor, tuple[KeyValue, ...]]:
-        """Outputs of the top layer, and what every layer now remembers.
+        """Return the top layer's outputs, and every layer's keys and values of past and present.
 
         Args:
             x: (B, L, width) tokens, positions already added.
-            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present. None: at
-                itself and whatever came before, for which the present must stand last: not with ``slot``.
-            past: per layer, what went before. Without ``slot`` the present is appended to it.
-            slot: (L,) int64; the present overwrites these positions of ``past`` in place, so that shapes stay static.
-            start: the top layer answers only from this token on: nobody reads the others, only their keys.
+            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present. None is
+                causal: the present must then stand last, so not with ``slot``.
+            past: keys and values of the tokens before, per layer. Without ``slot`` the present is appended to them.
+            slot: (L,) int64, positions of ``past`` that the present overwrites in place, so that shapes stay static.
+            start: first token that the top layer answers for: nobody reads the others, only their keys.
         """
         now = []
         for i, block in enumerate(self.resblocks):
@@ -218,7 +191,7 @@ class Transformer(nn.Module):
 
 
 class PrefixTransformer(nn.Module):
-    """A causal transformer over [text states …, z_t, suffix …]: what the two priors have in common.
+    """A causal transformer over [text states …, z_t, suffix …]: the common part of the two priors.
 
     z_t and the suffix keep their position slots (``context_length`` and on) wherever the text is cut, so neither
     cutting nor padding changes an output. Every caption has at least one real token, and padding stands at its end.
@@ -226,11 +199,11 @@ class PrefixTransformer(nn.Module):
     Args:
         embed_dim: d of CLIP.
         text_width: W of CLIP's text tower.
-        context_length: the longest text.
-        suffix_length: tokens after z_t.
-        width: of the residual stream, independent of CLIP's.
+        context_length: number of tokens of the longest text.
+        suffix_length: number of tokens after z_t.
+        width: width of the residual stream, independent of CLIP's.
         layers: number of blocks.
-        heads: attention heads.
+        heads: number of attention heads.
     """
 
     def __init__(
@@ -256,31 +229,33 @@ class PrefixTransformer(nn.Module):
 
     @property
     def suffix_positions(self) -> Tensor:
-        """(1, suffix_length, width), what is added to the tokens after z_t."""
+        """Positions of the tokens after z_t, (1, suffix_length, width)."""
         return self.positional_embedding[:, self.context_length + 1 :]
 
     def token_states(self, text: TextFeatures) -> Tensor:
-        """(B, L, text_width), what is known of every token: what frozen CLIP says."""
+        """Return the states of every token, (B, L, text_width): frozen CLIP's."""
         return text.states
 
     def prefix_tokens(self, text: TextFeatures) -> Tensor:
-        """(B, L + 1, width): [text states …, z_t] with their positions.
+        """Return [text states …, z_t] with their positions, (B, L + 1, width).
 
         Raises:
-            ValueError: the text is longer than ``context_length``.
+            InputError: the text is longer than ``context_length``.
         """
         length = text.states.shape[1]
         if length > self.context_length:
-            raise InputError(f"Expected at most context_length = {self.context_length} text tokens. Got {length}.")
+            raise InputError(
+                f"Expected at most context_length = {self.context_length} text tokens. Got {length}: shorten captions."
+            )
         positions = self.positional_embedding
         states = self.text_enc_proj(self.token_states(text)) + positions[:, :length]
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
         return torch.cat([states, z_t], dim=1)
 
     def causal_prefix(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
-        """The same tokens, each z_t right behind the last real one of its text, and their mask (B, L + 1).
+        """Return the same tokens with each z_t right behind its text's last real one, and their mask (B, L + 1).
 
-        What is behind z_t is padding, which causality alone hides from all that is read.
+        Only padding stands behind z_t, and causality hides it from all that is read.
         """
         tokens = self.prefix_tokens(text)
         count, place = text.mask.sum(1, keepdim=True), torch.arange(tokens.shape[1], device=tokens.device)
@@ -288,7 +263,7 @@ class PrefixTransformer(nn.Module):
 
 
 def causal_mask(keys: Tensor) -> Tensor:
-    """(B, 1, L, L): each token sees itself and what stands before it, where ``keys`` (B, L) is True."""
+    """Return a mask (B, 1, L, L): each token sees itself and those before it, where ``keys`` (B, L) is True."""
     length = keys.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
     return causal & keys[:, None, None]

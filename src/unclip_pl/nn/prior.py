@@ -15,13 +15,13 @@ class PriorTransformer(PrefixTransformer):
     steps of a sampler and for all K draws of a training step. Modules are named as in Karlo, whose prior this is.
 
     Args:
-        embed_dim: d of CLIP.
-        text_width: W of CLIP's text tower.
-        context_length: the longest text.
-        width: of the residual stream.
+        embed_dim: d, the width of CLIP's embeddings.
+        text_width: W, the width of CLIP's text tower.
+        context_length: number of tokens of the longest text.
+        width: width of the residual stream.
         layers: number of blocks.
-        heads: attention heads.
-        text_states: whether it reads the caption's tokens; without them z_t alone speaks of it.
+        heads: number of attention heads.
+        text_states: read the caption's token states; false leaves z_t alone.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PriorTransformer(PrefixTransformer):
         nn.init.normal_(self.prd_emb, std=width**-0.5)
 
     def encode_prefix(self, text: TextFeatures) -> Prefix:
-        """Keys and values of B captions, z_t scaled like z_i. Serves any number of calls and draws."""
+        """Return the keys and values of B captions, z_t scaled like z_i, for any number of calls and draws."""
         if not self.text_states:
             text = without_states(text)
         tokens, mask = self.causal_prefix(text)
@@ -52,14 +52,14 @@ class PriorTransformer(PrefixTransformer):
         return Prefix(layers, mask)
 
     def forward(self, x_t: Tensor, index: Tensor, prefix: Prefix, *, overwrite: bool = False) -> Tensor:
-        """Predicted z_i, (B, K, d), scaled as x_t: K independent draws for each of B captions.
+        """Predict z_i, (B, K, d), scaled as x_t, for K independent draws of each of B captions.
 
         Args:
             x_t: (B, K, d) noised, scaled image embeddings z_i^(t).
             index: (B, K) 0-based timesteps, t·T − 1.
-            prefix: of the B captions. A draw sees the caption and itself, never another draw.
-            overwrite: the prefix ends in room for 3·K tokens (:meth:`Prefix.pad`), which every call uses again: a
-                sampler need not copy the caption's keys at every step. No gradient passes there.
+            prefix: keys and values of the B captions. A draw sees the caption and itself, never another draw.
+            overwrite: use the room for 3·K tokens at the end of the prefix (:meth:`Prefix.pad`) at every call, so that
+                a sampler need not copy the caption's keys at every step. No gradient passes there.
         """
         draws = index.shape[1]
         seen, slot = prefix.mask, None
@@ -77,7 +77,7 @@ class PriorTransformer(PrefixTransformer):
 
     @staticmethod
     def _own(x_t: Tensor) -> Tensor:
-        """(B, 1, 3K, 3K): causal within a draw, blind between draws."""
+        """Return the mask (B, 1, 3K, 3K): causal within a draw, blind between draws."""
         batch, draws, _ = x_t.shape
         causal = torch.ones(3, 3, device=x_t.device).tril()
         own = torch.kron(causal, torch.eye(draws, device=x_t.device)).bool()

@@ -10,12 +10,12 @@ from unclip_pl.files import write_tensors
 
 
 def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight (d, d) and bias (d,) of argmin ‖Z_t Wᵀ + b − Z_i‖² / N + ridge·‖W‖², both sides unit-norm, in float64.
+    """Return weight (d, d) and bias (d,) of argmin ‖Z_t Wᵀ + b − Z_i‖² / N + ridge·‖W‖², unit-norm rows, float64.
 
     Args:
-        text_embed: (N, d).
-        image_embed: (N, d).
-        ridge: in units of the text embeddings' mean variance per coordinate.
+        text_embed: z_t, (N, d).
+        image_embed: z_i, (N, d).
+        ridge: penalty in units of the text embeddings' mean variance per coordinate.
     """
     x, y = F.normalize(text_embed.double(), dim=-1), F.normalize(image_embed.double(), dim=-1)
     x_mean, y_mean = x.mean(0), y.mean(0)
@@ -27,6 +27,6 @@ def fit_ridge(text_embed: Tensor, image_embed: Tensor, ridge: float) -> tuple[Te
 
 
 def save_linear_prior(path: Path, weight: Tensor, bias: Tensor, *, fingerprint: str, seconds: float) -> None:
-    """Write what :class:`LinearPrior` reads, whole or not at all."""
+    """Write the file that ``LinearPriorSpec`` reads."""
     tensors = {"weight": weight.float(), "bias": bias.float()}
     write_tensors(path, tensors, {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"})

@@ -1,7 +1,7 @@
-"""The embedding space a model was trained in: how raw CLIP embeddings are scaled, and what 'no caption' looks like.
+"""The embedding space of a model: how raw CLIP embeddings are scaled, and the features of the empty caption.
 
-Embeddings are stored raw and scaled here, at load. Statistics, null text and the CLIP's fingerprint are buffers, so
-they travel in the checkpoint and a model can never meet embeddings of another CLIP unnoticed.
+Embeddings are stored raw and scaled here. Statistics, null text and the CLIP's fingerprint are buffers, so they travel
+in the checkpoint, and embeddings of another CLIP are noticed.
 """
 
 from pathlib import Path
@@ -31,25 +31,25 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, embed: Tensor) -> Self:
-        """Moments of (N, d) raw embeddings."""
+        """Return the moments of raw embeddings (N, d)."""
         raw = embed.double()
         unit = F.normalize(raw, dim=-1)
         count = torch.tensor(float(len(raw)), dtype=torch.float64)
         return cls(count, raw.sum(0), raw.square().sum(0), unit.sum(0), unit.T @ unit)
 
     def plus(self, other: "Moments") -> "Moments":
-        """Moments of both sets together."""
+        """Return the moments of both sets together."""
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def write_statistics(path: Path, *, moments: Moments, null_text: TextFeatures, fingerprint: str) -> None:
-    """Mean, std and principal axes of a training set's embeddings beside CLIP's features of the empty caption.
+    """Write mean, std and principal axes of a training set's embeddings, and CLIP's features of the empty caption.
 
     Args:
-        path: the safetensors file to write.
-        moments: of the training split.
+        path: safetensors file to write.
+        moments: moments of the training split's embeddings.
         null_text: CLIP's features of ``""``, batch size 1.
-        fingerprint: of the CLIP that made both.
+        fingerprint: fingerprint of the CLIP that made both.
     """
     n = moments.total
     raw_mean = moments.raw_sum / n
@@ -67,14 +67,14 @@ def write_statistics(path: Path, *, moments: Moments, null_text: TextFeatures, f
 
 
 def write_raw_statistics(path: Path, *, mean: Tensor, std: Tensor, null_text: TextFeatures, fingerprint: str) -> None:
-    """What is known of somebody else's training set: enough for ``standardize`` and ``raw``, not for ``whiten``.
+    """Write what a stranger's checkpoint tells of its data: enough for ``standardize`` and ``raw``, not ``whiten``.
 
     Args:
-        path: the safetensors file to write.
-        mean: (d,) of raw embeddings.
-        std: (d,) likewise.
+        path: safetensors file to write.
+        mean: mean of the raw embeddings, (d,).
+        std: standard deviation of their coordinates, (d,).
         null_text: CLIP's features of ``""``, batch size 1.
-        fingerprint: of the CLIP.
+        fingerprint: fingerprint of the CLIP.
     """
     unknown = {name: torch.empty(0) for name in ("mean", "components", "eigenvalues")}
     _write(path, {"raw_mean": mean, "raw_std": std} | unknown, null_text, fingerprint)
@@ -89,13 +89,13 @@ def _write(path: Path, tensors: dict[str, Tensor], null_text: TextFeatures, fing
 
 
 class EmbeddingSpace(nn.Module):
-    """Scales CLIP embeddings for a network and keeps the null text and fingerprint that belong to them.
+    """Scaling of CLIP's embeddings for a network, with the null text and the fingerprint that belong to them.
 
     Args:
         statistics: file made by ``unclip precompute``; empty when a checkpoint is about to fill the buffers.
-        scaling: ``unit``: unit norm × 0.5375·√d (the paper's 17.2 at d = 1,024). ``standardize``: raw coordinates with
-            mean 0 and std 1 (Karlo's prior). ``whiten``: unit norm, centred, each principal axis to unit variance.
-            ``raw``: as CLIP gave them (Karlo's decoder).
+        scaling: scale of the embeddings. ``unit``: unit norm × 0.5375·√d (the paper's 17.2 at d = 1,024).
+            ``standardize``: raw coordinates with mean 0 and std 1 (Karlo's prior). ``whiten``: unit norm, centred, each
+            principal axis at unit variance. ``raw``: unchanged (Karlo's decoder).
 
     Raises:
         FileNotFoundError: no statistics there.
@@ -125,7 +125,7 @@ class EmbeddingSpace(nn.Module):
             self.register_buffer(name, tensors.get(name, torch.empty(0)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The widths are the checkpoint's to say: whoever loads one need not have the statistics file any more.
+        # The checkpoint decides the widths, so that loading one does not need the statistics file.
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if saved is not None and buffer is not None and buffer.shape != saved.shape:
@@ -134,12 +134,12 @@ class EmbeddingSpace(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """d."""
+        """d, the width of the embeddings."""
         return self.raw_mean.shape[0]
 
     @property
     def fingerprint(self) -> str:
-        """Of the CLIP these embeddings belong to."""
+        """Fingerprint of the CLIP that these embeddings belong to."""
         return bytes(self.fingerprint_bytes.tolist()).decode()
 
     @property
@@ -150,11 +150,11 @@ class EmbeddingSpace(nn.Module):
 
     @property
     def unit_scale(self) -> float:
-        """0.5375·√d: what a unit vector is multiplied by."""
+        """Factor of a unit vector under ``unit``, 0.5375·√d."""
         return PIXEL_RMS * self.embed_dim**0.5
 
     def scale(self, embed: Tensor) -> Tensor:
-        """(…, d) raw image embeddings → what the network sees."""
+        """Scale raw image embeddings (…, d) for the network."""
         if self.scaling == "raw":
             return embed
         if self.scaling == "standardize":
@@ -166,7 +166,7 @@ class EmbeddingSpace(nn.Module):
         return (unit - self.mean) @ self.components.T / self.eigenvalues.clamp(min=floor).sqrt()
 
     def unscale(self, z: Tensor) -> Tensor:
-        """Inverse of :meth:`scale`; for ``unit`` and ``whiten`` it returns to unit-norm coordinates."""
+        """Undo :meth:`scale`; from ``unit`` and ``whiten`` it returns to embeddings of unit norm."""
         if self.scaling == "raw":
             return z
         if self.scaling == "standardize":
@@ -177,7 +177,7 @@ class EmbeddingSpace(nn.Module):
         return (z * self.eigenvalues.clamp(min=floor).sqrt()) @ self.components + self.mean
 
     def scale_text(self, text: TextFeatures) -> TextFeatures:
-        """The caption's features with z_t scaled for the network: as z_i under ``unit``, raw otherwise (Karlo)."""
+        """Scale z_t for the network: like z_i under ``unit``; otherwise it stays raw (Karlo)."""
         if self.scaling != "unit":
             return text
         return text._replace(embed=F.normalize(text.embed, dim=-1) * self.unit_scale)

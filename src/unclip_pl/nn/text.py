@@ -1,4 +1,4 @@
-"""Captions as features: padding, joining and dropping them, and GLIDE's text transformer, trained with its reader.
+"""Captions as features: how they are dropped, and GLIDE's text transformer, trained with its reader.
 
 Legend: B captions, L tokens (cut to the longest), W width of the states, d CLIP embedding dimension.
 """
@@ -15,7 +15,7 @@ from unclip_pl.types import TextFeatures
 
 
 def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatures:
-    """The captions where ``keep`` (B,) bool is True, the null caption (B = 1) elsewhere; L is the longer one's."""
+    """Return the captions where ``keep`` (B,) bool is True and the null caption (B = 1) elsewhere; L is the longer."""
     length = max(text.mask.shape[1], null.mask.shape[1])
     text, null = text.pad(length), null.pad(length)
     row = keep[:, None]
@@ -28,12 +28,12 @@ def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatur
 
 
 def without_states(text: TextFeatures) -> TextFeatures:
-    """z_t alone: no tokens, no states, L = 0."""
+    """Return z_t alone: no tokens, no states, L = 0."""
     return TextFeatures(text.tokens[:, :0], text.states[:, :0], text.mask[:, :0], text.embed)
 
 
 class EncodedText(NamedTuple):
-    """What a text transformer says of B captions."""
+    """A text transformer's features of B captions."""
 
     states: Tensor  # (B, L, W) after the final LayerNorm; readers mask the padding, as they do with CLIP's
     last: Tensor  # (B, W) at the last slot, which has seen the whole caption
@@ -46,11 +46,11 @@ class TextTransformer(nn.Module):
     ``context_length`` slots: the cut of a batch must not change its outputs. The defaults are the paper's (Table 3).
 
     Args:
-        width: W of the states.
+        width: W, the width of the states.
         layers: number of blocks.
-        heads: must divide ``width``.
-        context_length: slots, at least as many as CLIP's: the token ids are those of its tokenizer.
-        vocab_size: token ids, those of CLIP's BPE.
+        heads: number of attention heads, which divides ``width``.
+        context_length: number of slots, at least as many as CLIP's: the token ids are those of its tokenizer.
+        vocab_size: number of token ids, those of CLIP's BPE.
     """
 
     def __init__(
@@ -74,19 +74,21 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.padding_embedding, std=0.01)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> EncodedText:
-        """The states of B captions.
+        """Return the states of B captions.
 
         Args:
             tokens: (B, L) int64, L at most ``context_length``.
             mask: (B, L) bool, False on padding.
 
         Raises:
-            ValueError: if L exceeds ``context_length``.
+            InputError: L exceeds ``context_length``.
         """
         length = tokens.shape[1]
         room = self.context_length - length
         if room < 0:
-            raise InputError(f"Expected at most context_length={self.context_length} tokens. Got {length}.")
+            raise InputError(
+                f"Expected at most context_length={self.context_length} tokens. Got {length}: shorten the captions."
+            )
         x = self.token_embedding(tokens) + self.positional_embedding[:length]
         x = torch.where(F.pad(mask, (0, room))[..., None], F.pad(x, (0, 0, 0, room)), self.padding_embedding)
         everywhere = torch.ones(1, 1, 1, self.context_length, dtype=torch.bool, device=x.device)

@@ -25,15 +25,15 @@ class ConditionEncoder(nn.Module):
     A text transformer of its own also adds its last state to the time embedding, as in GLIDE.
 
     Args:
-        embed_dim: d, of z_i and z_t.
-        time_width: E.
-        context_width: M.
-        image_tokens: how many tokens z_i becomes (paper: 4).
-        text_width: width of CLIP's text states; 0: the caption is not used.
-        text_encoder: makes text states of its own from the token ids; None: CLIP's.
-        text_embed_in_time: adds a projection of z_t to the time embedding too (Karlo).
-        map_channels: C of the map that z_i becomes.
-        map_side: S of that map; 0: none (paper).
+        embed_dim: d, the width of z_i and z_t.
+        time_width: E, the width of the time embedding.
+        context_width: M, the width of the context.
+        image_tokens: number of tokens that z_i becomes (paper: 4).
+        text_width: width of CLIP's text states; 0 leaves the caption out.
+        text_encoder: text transformer that makes its own states from the token ids; None takes CLIP's states.
+        text_embed_in_time: add a projection of z_t to the time embedding too (Karlo).
+        map_channels: C, the channels of the map that z_i becomes.
+        map_side: S, the side of that map; 0 leaves it out (paper).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ConditionEncoder(nn.Module):
         )
 
     def forward(self, image_embed: Tensor, text: TextFeatures, *, keep_image: Tensor) -> Condition:
-        """See :meth:`UNet.encode_condition`."""
+        """Encode the condition, see :meth:`UNet.encode_condition`."""
         z_i = torch.where(keep_image[:, None], image_embed, self.null_image_embed)
         time_bias = self.image_to_time(z_i)
         if self.text_embed_to_time is not None:
@@ -89,7 +89,7 @@ class ConditionEncoder(nn.Module):
 def _down_path(
     blocks: Blocks, widths: Sequence[int], res_blocks: int, attention_levels: Sequence[int]
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The levels on the way down, and the channels of every skip connection in order (conv_in's comes first)."""
+    """Make the levels on the way down, and list the channels of every skip connection in order, from conv_in's on."""
     path, skips = nn.ModuleList(), [widths[0]]
     for i, c in enumerate(widths):
         ends = i == len(widths) - 1
@@ -102,7 +102,7 @@ def _down_path(
 def _up_path(
     blocks: Blocks, widths: Sequence[int], res_blocks: int, attention_levels: Sequence[int], skips: list[int]
 ) -> nn.ModuleList:
-    """The levels on the way up; every layer takes one skip connection, the last made first."""
+    """Make the levels on the way up; every layer takes one skip connection, the last made first."""
     path, c_in = nn.ModuleList(), widths[-1]
     for i, c in reversed(list(enumerate(widths))):
         layers = [
@@ -121,30 +121,30 @@ class UNet(nn.Module):
 
     Args:
         in_channels: 3, or 6 with the low-resolution image beside x_t (upsamplers).
-        out_channels: 6: the variance is learned beside the mean; 3: it is not.
+        out_channels: 6 to learn the variance beside the mean, 3 for the mean alone.
         channels: unit of width; the time embedding is four times as wide.
         channel_mult: width of every level as a multiple of ``channels``.
-        res_blocks: residual blocks a level (one more on the way up).
+        res_blocks: residual blocks per level (one more on the way up).
         attention_levels: the levels that attend, 0 being the full resolution; the middle attends if the last one does.
         head_channels: channels of one attention head.
-        dropout: in every residual block.
-        groups: GroupNorm groups; where they do not divide the channels, their greatest common divisor is taken.
-        embed_dim: d of z_i; 0: unconditional.
-        text_width: width of CLIP's text states; 0: no caption in the context.
-        text_encoder: reads the caption's token ids and is trained along (the paper's, GLIDE's 2048 × 24); None takes
-            the states of frozen CLIP, as Karlo does.
-        context_width: M; 0 takes the time width (Karlo: 1536).
-        image_tokens: context tokens made of z_i.
-        text_embed_in_time: adds z_t to the time embedding too (Karlo).
+        dropout: dropout rate in every residual block.
+        groups: GroupNorm groups; where they do not divide the channels, the greatest common divisor is taken.
+        embed_dim: d, the width of z_i; 0 makes the network unconditional.
+        text_width: width of CLIP's text states; 0 leaves captions out of the context.
+        text_encoder: text transformer that reads token ids and is trained along (the paper's, GLIDE's 2048 × 24); None
+            takes the states of frozen CLIP (Karlo).
+        context_width: M, the width of the context; 0 takes the time width (Karlo: 1536).
+        image_tokens: number of context tokens made of z_i.
+        text_embed_in_time: add z_t to the time embedding too (Karlo).
         image_map: side of a map that z_i becomes, stretched over the lowest level's features and added to them; 0
-            leaves it out (paper). The paper's two ways in are blind to position: a small network that has but a few
-            thousand steps learns sooner with it.
-        time_mode: how the time enters a residual block; see :class:`ResBlock`.
-        resample_with_blocks: resolutions change inside residual blocks; off, by one convolution.
-        patch: every ``patch`` × ``patch`` pixels become the channels of one position, and back at the end.
+            leaves it out (paper). The paper's two ways in are blind to position. A small network with only a few
+            thousand steps learns sooner with the map.
+        time_mode: how the time enters a residual block; see :class:`~unclip_pl.nn.unet_blocks.ResBlock`.
+        resample_with_blocks: change the resolution inside residual blocks; false takes one convolution.
+        patch: side of the squares of pixels that become the channels of one position, and pixels again at the end.
 
     Raises:
-        ValueError: if a caption is to be used without ``embed_dim``.
+        InputError: a caption is to be used without ``embed_dim``.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class UNet(nn.Module):
         super().__init__()
         if embed_dim == 0 and (text_width or text_encoder or text_embed_in_time or image_map):
             raise InputError(
-                "Expected embed_dim > 0 with text_width, text_encoder, text_embed_in_time or image_map. Got 0."
+                "Expected embed_dim > 0 with text_width, text_encoder, text_embed_in_time or image_map. Got 0: set it."
             )
         time_width = 4 * channels
         context_width = context_width or time_width
@@ -182,31 +182,12 @@ class UNet(nn.Module):
         self.patch = patch
         self.stride = patch * 2 ** (len(widths) - 1)
         self.skips_per_level = res_blocks + 1
-        blocks = Blocks(
-            embed_width=time_width,
-            dropout=dropout,
-            groups=groups,
-            time_mode=time_mode,
-            head_channels=head_channels,
-            context_width=context_width if embed_dim else 0,
-            resample_with_blocks=resample_with_blocks,
-        )
+        context = context_width if embed_dim else 0
+        blocks = Blocks(time_width, dropout, groups, time_mode, head_channels, context, resample_with_blocks)
         self.time_embed = nn.Sequential(nn.Linear(channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
-        self.condition_encoder = (
-            ConditionEncoder(
-                embed_dim,
-                time_width,
-                context_width,
-                image_tokens,
-                text_width,
-                text_encoder,
-                text_embed_in_time,
-                map_channels=widths[-1],
-                map_side=image_map,
-            )
-            if embed_dim
-            else None
-        )
+        reads = (image_tokens, text_width, text_encoder, text_embed_in_time, widths[-1], image_map)
+        encoder = ConditionEncoder(embed_dim, time_width, context_width, *reads) if embed_dim else None
+        self.condition_encoder = encoder
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.down, skips = _down_path(blocks, widths, res_blocks, attention_levels)
         attend = len(widths) - 1 in attention_levels
@@ -216,38 +197,38 @@ class UNet(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
 
     def encode_condition(self, image_embed: Tensor, text: TextFeatures, keep_image: Tensor) -> Condition:
-        """What does not depend on t, once for a whole sampling run.
+        """Encode what does not depend on t, once for a whole sampling run.
 
         Args:
-            image_embed: z_i, scaled, (B, d).
-            text: the captions, B of them; the null caption where it is dropped (:func:`unclip_pl.nn.text.mix_text`).
+            image_embed: scaled z_i, (B, d).
+            text: B captions; the null caption where it is dropped (:func:`unclip_pl.nn.text.mix_text`).
             keep_image: (B,) bool; False puts the learned null embedding in the place of z_i.
 
         Raises:
-            ValueError: if the network is unconditional.
+            InputError: the network is unconditional.
         """
         if self.condition_encoder is None:
-            raise InputError("Expected a U-Net with embed_dim > 0. Got an unconditional one.")
+            raise InputError("Expected a U-Net with embed_dim > 0. Got an unconditional one: set model.net.embed_dim.")
         return self.condition_encoder(image_embed, text, keep_image=keep_image)
 
     def forward(self, x: Tensor, index: Tensor, condition: Condition | None = None) -> Tensor:
-        """F(x_t, t).
+        """Return F(x_t, t).
 
         Args:
             x: (B, in_channels, H, W) in [-1, 1] plus noise; H and W are multiples of ``stride``.
             index: 0-based time index t·T − 1, float (B,).
-            condition: of :meth:`encode_condition`; None if and only if the network is unconditional.
+            condition: result of :meth:`encode_condition`; None if and only if the network is unconditional.
 
         Returns:
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: if the sides do not fit the levels, or the condition the network.
+            InputError: the sides do not fit the levels, or the condition does not fit the network.
         """
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise InputError(f"Expected sides to be multiples of {self.stride}. Got {tuple(x.shape[-2:])}.")
+            raise InputError(f"Expected sides to be multiples of {self.stride}. Got {tuple(x.shape[-2:])}: resize.")
         if (condition is None) != (self.condition_encoder is None):
-            raise InputError("Expected a condition exactly when embed_dim > 0.")
+            raise InputError("Expected a condition exactly when embed_dim > 0: give one, or none.")
         time = self.time_embed(sinusoidal(index, self.channels).to(x.dtype))
         if condition is not None:
             time = time + condition.time_bias
@@ -270,17 +251,17 @@ class UNet(nn.Module):
 class UpsamplerUNet(UNet):
     """The upsamplers' U-Net: convolutions only, unconditional, the low-resolution image beside x_t (§2.1).
 
-    The defaults are the paper's 64 → 256 px upsampler. Applied at any side, whatever the crops it was trained on.
+    The defaults are the paper's 64 → 256 px upsampler. It takes images of any side, not only its training crops'.
 
     Args:
         channels: unit of width (paper: 320, then 192).
         channel_mult: width of every level as a multiple of ``channels``.
-        res_blocks: residual blocks a level (paper: 3, then 2).
-        dropout: in every residual block.
+        res_blocks: residual blocks per level (paper: 3, then 2).
+        dropout: dropout rate in every residual block.
         groups: GroupNorm groups.
         time_mode: how the time enters a residual block.
-        resample_with_blocks: resolutions change inside residual blocks; off, by one convolution.
-        patch: every ``patch`` × ``patch`` pixels become the channels of one position, and back at the end.
+        resample_with_blocks: change the resolution inside residual blocks; false takes one convolution.
+        patch: side of the squares of pixels that become the channels of one position, and pixels again at the end.
     """
 
     def __init__(

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.errors import InputError
-from unclip_pl.nn.layers import attend, zeroed
+from unclip_pl.nn.kernels import GroupNorm, Resample, attend, resample, scale_shift_norm
+from unclip_pl.nn.layers import zeroed
 
 TimeMode = Literal["scale_shift", "additive"]
-Resample = Literal["none", "down", "up"]
 
 
 class Condition(NamedTuple):
-    """What a caption and an image embedding say to the U-Net. It does not depend on t: encode once, sample often."""
+    """Caption and image embedding as the U-Net reads them. They do not depend on t: encode once, sample often."""
 
     time_bias: Tensor  # (B, E) added to the time embedding
     context: Tensor  # (B, N, M) extra keys and values for every attention
@@ -28,65 +28,9 @@ class Condition(NamedTuple):
     image_map: Tensor  # (B, C, S, S) added at the lowest level; of S = 0 where the network has none
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of what comes in.
-
-    Autocast would have it in float32 on a GPU and move several times the bytes, though its kernels take their sums in
-    float32 in any case.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, …) → the same."""
-        return self.scaled(x, self.num_groups, self.weight, self.bias)
-
-    def scaled(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-        """With other groups, weight and bias."""
-        if x.device.type != "cuda":
-            return F.group_norm(x, groups, weight, bias, self.eps)
-        with torch.autocast("cuda", enabled=False):
-            return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
-
-
 def group_norm(groups: int, channels: int) -> GroupNorm:
-    """GroupNorm with the largest divisor of ``groups`` that divides ``channels`` as well."""
+    """Return a GroupNorm with the greatest common divisor of ``groups`` and ``channels``."""
     return GroupNorm(gcd(groups, channels), channels)
-
-
-def resample(x: Tensor, mode: Resample) -> Tensor:
-    """Halves the sides by averaging ("down"), doubles them by repetition ("up") or returns ``x`` ("none").
-
-    Contiguous x on a CPU by sums and stacks, forward and backward in a third of the time that torch's own take (2.14).
-    """
-    if mode == "none":
-        return x
-    by_hand = x.device.type == "cpu" and x.is_contiguous()
-    if mode == "down":
-        return _halve(_halve(x, -2), -1) if by_hand else F.avg_pool2d(x, 2)
-    return _double(_double(x, -1), -2) if by_hand else F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def _halve(x: Tensor, dim: int) -> Tensor:
-    """Means of neighbours; ``dim`` counts from the end."""
-    first, second = x.unflatten(dim, (-1, 2)).unbind(dim)
-    return torch.lerp(first, second, 0.5)
-
-
-def _double(x: Tensor, dim: int) -> Tensor:
-    """Everything twice in a row; ``dim`` counts from the end."""
-    return torch.stack((x, x), dim).flatten(dim - 1, dim)
-
-
-def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) · (1 + scale) + shift, of x (B, C, H, W), scale and shift (B, C).
-
-    One pass over contiguous x, whose images stand side by side like so many channels: the norm's weight and bias take
-    scale and shift in.
-    """
-    gain = 1 + scale
-    if not x.is_contiguous():
-        return torch.addcmul(shift[..., None, None], norm(x), gain[..., None, None])
-    weight, bias = (norm.weight * gain).flatten(), torch.addcmul(shift, norm.bias, gain).flatten()  # (B·C,)
-    return norm.scaled(x.flatten(0, 1)[None], len(x) * norm.num_groups, weight, bias).view_as(x)
 
 
 class ResBlock(nn.Module):
@@ -95,9 +39,9 @@ class ResBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        embed_width: E.
-        dropout: before the last convolution.
-        groups: GroupNorm groups.
+        embed_width: E, the width of the time embedding.
+        dropout: dropout rate before the last convolution.
+        groups: number of GroupNorm groups.
         time_mode: "scale_shift" lets the time embedding scale and shift the second norm's output; "additive" adds it
             before that norm (Karlo's upsampler).
         mode: "down" or "up" changes the resolution between the first norm and the first convolution.
@@ -126,7 +70,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, C, H, W) and SiLU of the time embedding (B, E) to (B, C_out, H', W')."""
+        """Map x (B, C, H, W) and SiLU of the time embedding (B, E) to (B, C_out, H', W')."""
         h = self.conv1(resample(F.silu(self.norm1(x)), self.mode))
         bias = self.time(time)  # (B, C_out or 2·C_out)
         if self.time_mode == "scale_shift":
@@ -138,7 +82,7 @@ class ResBlock(nn.Module):
 
 
 class ConvResample(nn.Module):
-    """Changes the resolution by one convolution, where ``resample_with_blocks`` is off: strided, or nearest and 3×3."""
+    """One convolution that changes the resolution (``resample_with_blocks: false``): strided, or nearest and 3×3."""
 
     def __init__(self, channels: int, *, mode: Literal["down", "up"]) -> None:
         super().__init__()
@@ -146,7 +90,7 @@ class ConvResample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if mode == "down" else 1, padding=1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H', W'). ``time`` is not used: the signature is ResBlock's."""
+        """Map (B, C, H, W) to (B, C, H', W'). ``time`` is not used: the signature is ResBlock's."""
         return self.conv(x if self.mode == "down" else resample(x, "up"))
 
 
@@ -156,17 +100,17 @@ class SpatialAttention(nn.Module):
     Args:
         channels: C, a multiple of ``head_channels``.
         head_channels: width of a head.
-        context_width: M; 0 leaves the context out.
-        groups: GroupNorm groups.
+        context_width: M, the width of the context; 0 leaves the context out.
+        groups: number of GroupNorm groups.
 
     Raises:
-        ValueError: if the heads do not divide the channels.
+        InputError: the heads do not divide the channels.
     """
 
     def __init__(self, channels: int, *, head_channels: int, context_width: int = 0, groups: int = 32) -> None:
         super().__init__()
         if channels % head_channels:
-            raise InputError(f"Expected channels to be a multiple of head_channels={head_channels}. Got {channels}.")
+            raise InputError(f"Expected head_channels={head_channels} to divide channels. Got {channels}: change one.")
         self.heads = channels // head_channels
         self.norm = group_norm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -174,7 +118,7 @@ class SpatialAttention(nn.Module):
         self.proj_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
-        """(B, C, H, W) to the same. The context comes first among the keys, then the positions."""
+        """Map (B, C, H, W) to the same. The context comes first among the keys, then the positions."""
         tokens = self.norm(x).flatten(2).mT  # (B, HW, C), a view in channels_last
         q, k, v = self._heads(self.qkv(tokens), 3)  # (B, heads, HW, head_channels) each
         mask = None
@@ -188,7 +132,7 @@ class SpatialAttention(nn.Module):
         return x + h.mT.unflatten(2, x.shape[2:])
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, L, parts·C) to ``parts`` tensors (B, heads, L, head_channels), side by side within a head (Karlo)."""
+        """Split (B, L, parts·C) into ``parts`` tensors (B, heads, L, head_channels), side by side in a head (Karlo)."""
         return tuple(part.transpose(1, 2) for part in x.unflatten(-1, (self.heads, -1)).chunk(parts, dim=-1))
 
 
@@ -201,7 +145,7 @@ class Layer(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
-        """(B, C, H, W), SiLU of the time embedding (B, E) and the condition to (B, C_out, H, W)."""
+        """Map x (B, C, H, W), SiLU of the time embedding (B, E) and the condition to (B, C_out, H, W)."""
         x = self.block(x, time)
         return x if self.attention is None else self.attention(x, condition)
 
@@ -215,7 +159,7 @@ class DownLevel(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> list[Tensor]:
-        """Every output in order, for the skip connections; the last one goes on down."""
+        """Return every output in order, for the skip connections; the last one goes on down."""
         outputs = []
         for layer in self.layers:
             x = layer(x, time, condition)
@@ -234,7 +178,7 @@ class UpLevel(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None, skips: list[Tensor]) -> Tensor:
-        """Each layer reads one of ``skips`` too, in their order."""
+        """Run the layers, each of which reads one of ``skips`` too, in their order."""
         for layer, skip in zip(self.layers, skips, strict=True):
             x = layer(torch.cat([x, skip], dim=1), time, condition)
         return x if self.resample is None else self.resample(x, time)
@@ -242,7 +186,7 @@ class UpLevel(nn.Module):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Makes the parts of one network, which differ in their channels only."""
+    """Factory of one network's parts, which differ in their channels only."""
 
     embed_width: int
     dropout: float
@@ -253,7 +197,7 @@ class Blocks:
     resample_with_blocks: bool
 
     def block(self, in_channels: int, out_channels: int, mode: Resample = "none") -> ResBlock:
-        """A residual block."""
+        """Make a residual block."""
         return ResBlock(
             in_channels,
             out_channels,
@@ -265,7 +209,7 @@ class Blocks:
         )
 
     def layer(self, in_channels: int, out_channels: int, *, attend: bool) -> Layer:
-        """A residual block, with attention behind it if ``attend``."""
+        """Make a residual block, with attention behind it if ``attend``."""
         attention = (
             SpatialAttention(
                 out_channels,
@@ -279,7 +223,7 @@ class Blocks:
         return Layer(self.block(in_channels, out_channels), attention)
 
     def resample(self, channels: int, mode: Literal["down", "up"]) -> ResBlock | ConvResample:
-        """The way to the next resolution."""
+        """Make the way to the next resolution."""
         if self.resample_with_blocks:
             return self.block(channels, channels, mode)
         return ConvResample(channels, mode=mode)

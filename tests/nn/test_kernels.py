@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip_pl.nn.packed import packed
+from unclip_pl.nn.kernels import packed
 
 
 @pytest.fixture
