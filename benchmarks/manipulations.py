@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.data.transforms import load_square, to_pixels
-from unclip_pl.generation.manipulation import Latent, psnr, resize
+from unclip_pl.generation.manipulation import Latent, Manipulator, psnr, resize
 from unclip_pl.generation.pictures import Row, grid, save_png
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.provenance import provenance
@@ -63,7 +63,7 @@ def batches(n: int) -> list[slice]:
 
 
 def invert(unclip: Unclip, pixels: Tensor, steps: int) -> Latent:
-    parts = [unclip.invert(pixels[rows], steps=steps) for rows in batches(len(pixels))]
+    parts = [Manipulator(unclip).invert(pixels[rows], steps=steps) for rows in batches(len(pixels))]
     z_i, x_T = (torch.cat(columns) for columns in list(zip(*parts, strict=True))[:2])
     return Latent(z_i, x_T, steps, 1.0)
 
@@ -75,7 +75,7 @@ def shares(read: Tensor, truth: Tensor) -> dict[str, float]:
 
 def reconstruction(unclip: Unclip, shapes: Shapes) -> tuple[dict[str, Any], list[Row]]:
     """There and back in 100 steps."""
-    parts = [unclip.reconstruct(shapes.pixels[rows], steps=100) for rows in batches(len(shapes.pixels))]
+    parts = [Manipulator(unclip).reconstruct(shapes.pixels[rows], steps=100) for rows in batches(len(shapes.pixels))]
     quality, images = torch.cat([part.psnr for part in parts]), torch.cat([part.images for part in parts])
     ordered = quality.argsort()
     shown = [*ordered[:SHOWN].tolist(), *ordered[-SHOWN:].tolist()]
@@ -97,7 +97,7 @@ def variation(
     """Attributes that stay, and how far pixels move, by eta."""
     truth, rows, drawn = encode(shapes.attributes), [], []
     for eta in ETAS:
-        images = torch.cat([unclip.vary(latent.at(part), num=1, eta=eta) for part in batches(len(truth))])
+        images = torch.cat([Manipulator(unclip).vary(latent.at(part), num=1, eta=eta) for part in batches(len(truth))])
         distance = psnr(images, resize(shapes.pixels, images.shape[-1]))
         rows.append({"eta": eta, "kept": shares(oracle(images).indices, truth), "psnr": distance.mean().item()})
         drawn.append(images)
@@ -124,7 +124,7 @@ def edits(
             for i, old in enumerate(shapes.attributes):
                 new = old._replace(**{name: VALUES[name][goal[i, place]]})
                 texts = said(new, template), said(old, template)
-                drawn.append(unclip.edit(latent.at(slice(i, i + 1)), *texts, thetas=THETAS))
+                drawn.append(Manipulator(unclip).edit(latent.at(slice(i, i + 1)), *texts, thetas=THETAS))
                 if captions == "short" and i < SHOWN // 2:
                     strips.append((f"{texts[1]} → {texts[0]}", [shapes.pixels[i], *drawn[-1]]))
             read = oracle(torch.cat(drawn)).indices.view(len(truth), len(THETAS), -1)
@@ -141,13 +141,13 @@ def interpolations(unclip: Unclip, latent: Latent, pixels: Tensor) -> list[Row]:
     for i in range(0, SHOWN, 2):
         first, second = latent.at(slice(i, i + 1)), latent.at(slice(i + 1, i + 2))
         for noise, label in (("inverted", "x_T interpolated as well"), ("fixed", "one x_T for all")):
-            path = unclip.interpolate(first, second, num=7, noise=noise)
+            path = Manipulator(unclip).interpolate(first, second, num=7, noise=noise)
             rows.append((label, [pixels[i], *path, pixels[i + 1]]))
     return rows
 
 
 def probes(unclip: Unclip, latent: Latent, pixels: Tensor) -> list[Row]:
-    drawn = unclip.probe(latent.image_embed[:SHOWN], steps=50).unflatten(0, (SHOWN, -1))
+    drawn = Manipulator(unclip).probe(latent.image_embed[:SHOWN], steps=50).unflatten(0, (SHOWN, -1))
     return [("", [pixels[i], *drawn[i]]) for i in range(SHOWN)]
 
 
@@ -165,7 +165,7 @@ def on_shapes(run: str, out: Path, pictures: int, edited: int, steps: int) -> No
     print(content["reconstruction"], flush=True)
     show("reconstruct", rows)
     latent = invert(unclip, shapes.pixels, steps)
-    dims = unclip.dims()
+    dims = Manipulator(unclip).dims()
     show("interpolate", interpolations(unclip, latent, shapes.pixels))
     show("probe", probes(unclip, latent, shapes.pixels), ["given", *map(str, dims)])
     content["variation"], rows = variation(unclip, oracle, shapes, latent)
@@ -212,7 +212,7 @@ def on_emoji(run: str, out: Path, source: Path, steps: int) -> None:
         latent, before, drawn = invert(unclip, given, steps), nearness(given, true), []
         for i, label in enumerate(labels):
             texts = f"{label}, {phrases[GOAL]}", f"{label}, {phrases[style]}"
-            drawn.append(unclip.edit(latent.at(slice(i, i + 1)), *texts, thetas=THETAS))
+            drawn.append(Manipulator(unclip).edit(latent.at(slice(i, i + 1)), *texts, thetas=THETAS))
         columns = torch.stack(drawn).unbind(1)
         for theta, images in zip(THETAS, columns, strict=True):
             after = nearness(images, true)

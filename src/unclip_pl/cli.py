@@ -13,6 +13,7 @@ import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -55,6 +56,9 @@ DEBUG_HINT = "(--debug shows the traceback)"
 
 #: Parameters of commands that stand before the options, with their help.
 POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read", "pictures": "image files"}
+
+#: Parameter of commands whose type is a dataclass: its fields are options like all others.
+SHARED = "options"
 
 #: Warnings of Lightning, torch and Pillow that tell our users nothing.
 NOISE = (
@@ -213,10 +217,15 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
     positional = POSITIONAL.keys() & entry.__annotations__.keys()
     for name in positional:
         parser.add_argument(name, nargs="*", type=str, help=POSITIONAL[name])
-    parser.add_function_arguments(entry, skip=set(positional), sub_configs=True)
-    options = parser.instantiate(parser.parse_args(_spelt_out(words, entry)))
-    options.pop("config", None)
-    return entry(**vars(options))
+    shared = entry.__annotations__.get(SHARED)
+    if shared is not None:
+        parser.add_class_arguments(shared)
+    parser.add_function_arguments(entry, skip={*positional, SHARED} if shared else set(positional), sub_configs=True)
+    given = vars(parser.instantiate(parser.parse_args(_spelt_out(words, entry))))
+    given.pop("config", None)
+    if shared is not None:
+        given[SHARED] = shared(**{field.name: given.pop(field.name) for field in fields(shared)})
+    return entry(**given)
 
 
 def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:

@@ -42,6 +42,20 @@ def test_every_image_by_itself_says_how_to_draw_it_again(mini_run: Path, tmp_pat
     assert Image.open(folder / "grid.png").width == 2 * (CELL + GAP) + GAP
 
 
+def test_one_image_into_one_file_is_that_image(mini_run: Path, tmp_path: Path) -> None:
+    words = ("a red star", "--num", "1", "--seed", "6", "--prior", "linear")
+    alone = Image.open(drawn(mini_run, tmp_path / "alone.png", *words))
+    listed = Image.open(drawn(mini_run, tmp_path / "all", *words) / "000-a-red-star.png")
+    assert alone.size == (32, 32)
+    assert np.array_equal(np.asarray(alone), np.asarray(listed))
+    assert alone.text == listed.text
+    assert alone.text["seed"] == "6"
+    labelled = Image.open(drawn(mini_run, tmp_path / "labelled.png", *words, "--labels"))
+    assert labelled.width == CELL + 2 * GAP
+    assert labelled.height > CELL + 2 * GAP
+    assert Image.open(drawn(mini_run, tmp_path / "way.png", *words, "--previews", "1")).width == 2 * (CELL + GAP) + GAP
+
+
 def test_previews_stand_before_the_image(mini_run: Path, tmp_path: Path) -> None:
     words = ("a star", "a ring", "--num", "2", "--batch_size", "3")
     grids = [
@@ -79,7 +93,7 @@ def test_embeddings_come_from_a_file(
     refused = {
         "tiny-rn-other": ["--from_embedding", str(path)],
         "No embeddings at": ["--from_embedding", "nowhere.safetensors"],
-        "asks no prior": ["--from_embedding", str(path), "--candidates", "2"],
+        "Got both: leave one out": ["--from_embedding", str(path), "--candidates", "2"],
         "a .png file, or a folder": ["a star", "--out", "x.jpg"],
     }
     for fragment, words in refused.items():

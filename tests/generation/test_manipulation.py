@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.clip import ClipEncoder
 from unclip_pl.diffusion import DDIM, CosineSchedule, Denoise, Denoised, GaussianDiffusion
 from unclip_pl.diffusion.schedule import per_sample
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
-from unclip_pl.generation.manipulation import Manipulations, psnr, slerp, turn
+from unclip_pl.generation.manipulation import Manipulator, psnr, slerp, turn
+from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.nn.space import EmbeddingSpace
 
 D, SIDE, VAR = 6, 4, 0.01
@@ -71,12 +71,9 @@ def describe(captions: list[str]) -> SimpleNamespace:
 
 
 @pytest.fixture(params=["x0", "eps"])
-def unclip(request: pytest.FixtureRequest) -> Manipulations:
-    unclip = Manipulations()
-    unclip.decoder = FakeDecoder(request.param)
-    unclip.clip = cast(ClipEncoder, SimpleNamespace(encode_image=embed_image, describe=describe))
-    unclip.device = "cpu"
-    return unclip
+def manipulator(request: pytest.FixtureRequest) -> Manipulator:
+    clip = SimpleNamespace(encode_image=embed_image, describe=describe)
+    return Manipulator(cast(Unclip, SimpleNamespace(clip=clip, decoder=FakeDecoder(request.param), device="cpu")))
 
 
 @pytest.fixture
@@ -120,9 +117,9 @@ class TestSlerp:
         torch.testing.assert_close(turn(self.a, self.b, theta).norm(dim=1), norm)
 
 
-def test_round_trip(unclip: Manipulations, images: Tensor) -> None:
+def test_round_trip(manipulator: Manipulator, images: Tensor) -> None:
     """x_T is the picture's quantile, and it comes back."""
-    done = unclip.reconstruct(images, steps=400)
+    done = manipulator.reconstruct(images, steps=400)
     assert done.psnr.min() > 40
     torch.testing.assert_close(done.images, images, rtol=0, atol=0.02)
     quantile = (images - mean_of(embed_image(images))) / math.sqrt(VAR)
@@ -133,48 +130,48 @@ def test_psnr_is_of_the_whole_range() -> None:
     assert psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.2)).item() == pytest.approx(20)
 
 
-def test_no_eta_no_change_and_more_eta_more_change(unclip: Manipulations, images: Tensor) -> None:
-    latent = unclip.invert(images)
-    again = unclip.reconstruct(images).images
-    torch.testing.assert_close(unclip.vary(latent, num=2, eta=0), again.repeat_interleave(2, dim=0))
+def test_no_eta_no_change_and_more_eta_more_change(manipulator: Manipulator, images: Tensor) -> None:
+    latent = manipulator.invert(images)
+    again = manipulator.reconstruct(images).images
+    torch.testing.assert_close(manipulator.vary(latent, num=2, eta=0), again.repeat_interleave(2, dim=0))
     change = [
-        (unclip.vary(latent, num=8, eta=eta) - again.repeat_interleave(8, dim=0)).square().mean().item()
+        (manipulator.vary(latent, num=8, eta=eta) - again.repeat_interleave(8, dim=0)).square().mean().item()
         for eta in (0.05, 0.3, 1.0)
     ]
     assert change == sorted(change)
     assert change[0] < 0.2 * VAR
     assert change[2] == pytest.approx(2 * VAR, rel=0.5)  # of two independent pictures of one embedding
-    first = unclip.vary(latent, eta=1.0, seed=3)
-    assert torch.equal(first, unclip.vary(latent, eta=1.0, seed=3))
-    assert not torch.equal(first, unclip.vary(latent, eta=1.0, seed=4))
+    first = manipulator.vary(latent, eta=1.0, seed=3)
+    assert torch.equal(first, manipulator.vary(latent, eta=1.0, seed=3))
+    assert not torch.equal(first, manipulator.vary(latent, eta=1.0, seed=4))
 
 
-def test_interpolation_ends_at_the_pictures(unclip: Manipulations, images: Tensor) -> None:
-    latent = unclip.invert(images, steps=400)
+def test_interpolation_ends_at_the_pictures(manipulator: Manipulator, images: Tensor) -> None:
+    latent = manipulator.invert(images, steps=400)
     first, second = (latent._replace(image_embed=latent.image_embed[i], x_T=latent.x_T[i]) for i in ([0], [1]))
-    path = unclip.interpolate(first, second, num=5)
+    path = manipulator.interpolate(first, second, num=5)
     torch.testing.assert_close(path[[0, 4]], images, rtol=0, atol=0.02)
-    back = unclip.interpolate(second, first, num=5)
+    back = manipulator.interpolate(second, first, num=5)
     torch.testing.assert_close(path, back.flip(0))
 
 
-def test_interpolation_under_one_noise(unclip: Manipulations, images: Tensor) -> None:
-    latent = unclip.invert(images)
+def test_interpolation_under_one_noise(manipulator: Manipulator, images: Tensor) -> None:
+    latent = manipulator.invert(images)
     first, second = (latent._replace(image_embed=latent.image_embed[i], x_T=latent.x_T[i]) for i in ([0], [1]))
-    path = unclip.interpolate(first, second, num=3, noise="fixed")
+    path = manipulator.interpolate(first, second, num=3, noise="fixed")
     theta = torch.tensor([0.0, 0.5, 1.0])
     mean = mean_of(turn(latent.image_embed[[0, 0, 0]], latent.image_embed[[1, 1, 1]], theta))
     rest = path - mean
     torch.testing.assert_close(rest[0], rest[2], rtol=0, atol=0.02)  # the same quantile of each
-    assert torch.equal(path, unclip.interpolate(first, second, num=3, noise="fixed"))
+    assert torch.equal(path, manipulator.interpolate(first, second, num=3, noise="fixed"))
 
 
-def test_an_edit_turns_the_embedding_and_leaves_the_rest(unclip: Manipulations, images: Tensor) -> None:
-    latent = unclip.invert(images, steps=400)
-    edited = unclip.edit(latent, "blue", "red", thetas=(0.0, 0.25, 0.5)).view(2, 3, 3, SIDE, SIDE)
+def test_an_edit_turns_the_embedding_and_leaves_the_rest(manipulator: Manipulator, images: Tensor) -> None:
+    latent = manipulator.invert(images, steps=400)
+    edited = manipulator.edit(latent, "blue", "red", thetas=(0.0, 0.25, 0.5)).view(2, 3, 3, SIDE, SIDE)
     torch.testing.assert_close(edited[:, 0], images, rtol=0, atol=0.02)
     direction = F.normalize(torch.eye(D)[2] - torch.eye(D)[0], dim=-1)
-    lowest = torch.tensor(unclip.decoder.inversion(400).times(unclip.decoder.task.diffusion)[-1])
+    lowest = torch.tensor(manipulator.decoder.inversion(400).times(manipulator.decoder.task.diffusion)[-1])
     alpha, sigma = CosineSchedule().alpha_sigma(lowest)
     gain = alpha * VAR / (alpha.square() * VAR + sigma.square())
     for i, theta in ((1, 0.25), (2, 0.5)):
@@ -183,41 +180,44 @@ def test_an_edit_turns_the_embedding_and_leaves_the_rest(unclip: Manipulations, 
         torch.testing.assert_close(edited[:, i], moved, rtol=0, atol=0.02)
 
 
-def test_an_edit_needs_no_baseline(unclip: Manipulations, images: Tensor) -> None:
-    latent = unclip.invert(images)
-    whole = unclip.edit(latent, "green", thetas=[1.0])
+def test_an_edit_needs_no_baseline(manipulator: Manipulator, images: Tensor) -> None:
+    latent = manipulator.invert(images)
+    whole = manipulator.edit(latent, "green", thetas=[1.0])
     assert whole.mean((2, 3)).argmax(1).tolist() == [1, 1]
 
 
-def test_all_dimensions_are_the_embedding(unclip: Manipulations) -> None:
+def test_all_dimensions_are_the_embedding(manipulator: Manipulator) -> None:
     z_i = 2.5 * torch.randn(4, D, generator=torch.Generator().manual_seed(2))
-    kept = unclip.project(z_i, [1, D])
+    kept = manipulator.project(z_i, [1, D])
     torch.testing.assert_close(kept[:, 1], z_i)
     torch.testing.assert_close(kept.norm(dim=-1), z_i.norm(dim=-1)[:, None].expand(4, 2))
-    assert unclip.dims() == [1, 2, 4, 6]
-    whole = unclip.probe(z_i, dims=[D], seed=1)
+    assert manipulator.dims() == [1, 2, 4, 6]
+    whole = manipulator.probe(z_i, dims=[D], seed=1)
     mean = mean_of(z_i)
     torch.testing.assert_close((whole - mean)[0], (whole - mean)[3], rtol=0, atol=0.02)  # one x_T for all
 
 
-def test_fewer_dimensions_are_further_away(unclip: Manipulations) -> None:
+def test_fewer_dimensions_are_further_away(manipulator: Manipulator) -> None:
     z_i = torch.randn(64, D, generator=torch.Generator().manual_seed(2))
-    cosine = F.cosine_similarity(unclip.project(z_i, range(1, D + 1)), z_i[:, None], dim=-1).mean(0)
+    cosine = F.cosine_similarity(manipulator.project(z_i, range(1, D + 1)), z_i[:, None], dim=-1).mean(0)
     assert cosine.tolist() == sorted(cosine.tolist())
 
 
-def test_what_is_out_of_range_is_refused(unclip: Manipulations, images: Tensor) -> None:
-    latent = unclip.invert(images, steps=10)
+def test_what_is_out_of_range_is_refused(manipulator: Manipulator, images: Tensor) -> None:
+    latent = manipulator.invert(images, steps=10)
     with pytest.raises(ValueError, match=r"0 <= eta <= 1. Got 1.5"):
-        unclip.vary(latent, eta=1.5)
+        manipulator.vary(latent, eta=1.5)
     with pytest.raises(ValueError, match=r"every theta in \[0, 1\]. Got \[0.2, 1.5\]"):
-        unclip.edit(latent, "red", thetas=[0.2, 1.5])
+        manipulator.edit(latent, "red", thetas=[0.2, 1.5])
     with pytest.raises(ValueError, match="that CLIP tells apart"):
-        unclip.edit(latent, "red", "red")
+        manipulator.edit(latent, "red", "red")
     with pytest.raises(ValueError, match="at least 2 pictures"):
-        unclip.interpolate(latent, latent, num=1)
+        manipulator.interpolate(latent, latent, num=1)
+    for other in (manipulator.invert(images, steps=20), latent._replace(guidance=2.0)):
+        with pytest.raises(ValueError, match=r"same steps and guidance.*invert both pictures alike"):
+            manipulator.interpolate(latent, other)
     with pytest.raises(ValueError, match=r"from 1 to the embedding's 6. Got \[0\]"):
-        unclip.probe(latent.image_embed, dims=[0])
-    unclip.decoder.task.space.components = torch.empty(0)
+        manipulator.probe(latent.image_embed, dims=[0])
+    manipulator.decoder.task.space.components = torch.empty(0)
     with pytest.raises(ValueError, match="knows no principal axes"):
-        unclip.probe(latent.image_embed)
+        manipulator.probe(latent.image_embed)

@@ -65,10 +65,9 @@ def test_nothing_to_say_of_a_picture_that_fits(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one image file or more, such as photo.jpg. Got none"):
         open_pictures([], 8)
-    with pytest.raises(ValueError, match="Got the directory"):
-        open_pictures([tmp_path], 8)
-    with pytest.raises(FileNotFoundError, match=r"No file at .*nowhere.png: expected an image \(PNG, JPEG"):
-        open_pictures([tmp_path / "nowhere.png"], 8)
+    for path in (tmp_path, tmp_path / "nowhere.png"):
+        with pytest.raises(OSError, match=path.name):
+            open_pictures([path], 8)
     text = tmp_path / "notes.png"
     text.write_text("no picture")
     with pytest.raises(ValueError, match=r"Expected an image .*Got .*notes.png: undecodable image"):

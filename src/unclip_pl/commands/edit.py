@@ -1,43 +1,35 @@
 """``unclip edit``: text diffs."""
 
-from unclip_pl.commands.studio import Studio
+from jsonargparse.typing import ClosedUnitInterval
+
+from unclip_pl.commands.studio import PictureOptions, Studio
 
 
 def edit(
     pictures: list[str],
     caption: str,
-    run: str | None = None,
-    out: str = "edit.png",
+    options: PictureOptions,
     *,
     current: str | None = None,
-    thetas: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5),
-    steps: int = 100,
-    guidance: float = 1.0,
-    seed: int = 0,
-    device: str = "cpu",
+    thetas: tuple[ClosedUnitInterval, ...] = (0.0, 0.125, 0.25, 0.375, 0.5),
 ) -> None:
-    """Change pictures by words: z_i is turned towards what sets one caption apart from another, x_T stays.
+    """Change pictures by words: z_i is turned towards what sets one caption apart from another, and x_T stays.
+
+    The file has one row per picture.
 
     Args:
         pictures: image files.
-        caption: what they shall be.
-        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
-        out: PNG file to write: one row per picture.
-        current: a caption of what they are; without it they are turned towards the caption itself.
-        thetas: how far, 0 to 1 of the angle; the paper goes up to between 0.25 and 0.5. Such as --thetas "[0.25, 0.5]".
-        steps: of DDIM, each way.
-        guidance: of the decoder, both ways; 1 is off.
-        seed: of the upsamplers, where the run has any.
-        device: where to compute.
+        caption: what the pictures shall become.
+        options: options that commands share.
+        current: what the pictures are; without it they are turned towards the caption itself.
+        thetas: fractions of the angle, such as --thetas "[0.25, 0.5]"; the paper goes up to between 0.25 and 0.5.
     """
-    with Studio(run, device) as studio:
-        from unclip_pl.generation.manipulation import check_thetas
-
-        check_thetas(thetas)
-        unclip, given = studio.unclip, studio.open(pictures)
+    with Studio("edit", options, pictures) as studio:
         studio.warn_of_unknown([caption, current or ""])
-        latent = unclip.invert(given.pixels, steps=steps, guidance=guidance, progress=studio.bar("inverting"))
-        drawn = unclip.edit(latent, caption, current, thetas=thetas, seed=seed, progress=studio.bar("editing"))
+        latent, given = studio.invert(), studio.pictures
+        drawn = studio.manipulator.edit(
+            latent, caption, current, thetas=thetas, seed=options.seed, progress=studio.bar("editing")
+        )
         change = f"{current} → {caption}" if current else caption
         rows = [
             (f"{name}: {change}", [picture, *images])
@@ -46,5 +38,4 @@ def edit(
             )
         ]
         columns = ["given", *(f"θ = {theta:g}" for theta in thetas)]
-        facts = {"pictures": ", ".join(given.names), "caption": caption, "current": current or "", "thetas": thetas}
-        studio.save_grid(out, rows, columns, facts | {"seed": seed, "steps": steps, "guidance": guidance})
+        studio.save_grid(rows, columns, {"caption": caption, "current": current or "", "thetas": thetas})

@@ -1,38 +1,28 @@
 """``unclip reconstruct``: pictures to their latents and back."""
 
-from unclip_pl.commands.studio import Studio
+from unclip_pl.commands.studio import PictureOptions, Studio
 
 
-def reconstruct(
-    pictures: list[str],
-    run: str | None = None,
-    out: str = "reconstruct.png",
-    *,
-    steps: int = 100,
-    guidance: float = 1.0,
-    seed: int = 0,
-    device: str = "cpu",
-) -> None:
+def reconstruct(pictures: list[str], options: PictureOptions) -> None:
     """Draw pictures again from their bipartite latents (z_i, x_T), and say how exactly.
+
+    The file shows each picture beside its reconstruction.
 
     Args:
         pictures: image files.
-        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
-        out: PNG file to write: each picture beside its reconstruction.
-        steps: of DDIM, each way; more are more exact.
-        guidance: of the decoder, both ways; 1 is off, and the most exact.
-        seed: of the upsamplers, where the run has any.
-        device: where to compute.
+        options: options that commands share.
     """
-    with Studio(run, device) as studio:
-        given = studio.open(pictures)
-        progress = studio.bar("there and back", ways=2)
-        images, _, psnr = studio.unclip.reconstruct(
-            given.pixels, steps=steps, guidance=guidance, seed=seed, progress=progress
+    with Studio("reconstruct", options, pictures) as studio:
+        given = studio.pictures
+        images, _, psnr = studio.manipulator.reconstruct(
+            given.pixels,
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed,
+            progress=studio.bar("there and back", ways=2),
         )
         labels = [f"{name}: {value:.1f} dB" for name, value in zip(given.names, psnr.tolist(), strict=True)]
         for label in labels:
             studio.say(label)
         rows = list(zip(labels, zip(given.pixels, images, strict=True), strict=True))
-        facts: dict[str, object] = {"pictures": ", ".join(labels), "steps": steps, "guidance": guidance}
-        studio.save_grid(out, rows, ["given", "drawn again"], facts)
+        studio.save_grid(rows, ["given", "drawn again"], {"pictures": ", ".join(labels)})

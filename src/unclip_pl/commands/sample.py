@@ -4,9 +4,11 @@ import re
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from unclip_pl.commands.studio import Studio
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from unclip_pl.commands.studio import RunOptions, Studio
 from unclip_pl.errors import InputError, MissingFileError
 
 if TYPE_CHECKING:
@@ -17,81 +19,68 @@ if TYPE_CHECKING:
 
 def sample(
     captions: list[str],
-    run: str | None = None,
-    out: str = "sample.png",
+    options: RunOptions,
     *,
     prompts: str = "",
-    num: int = 4,
-    seed: int = 0,
-    guidance: float | None = None,
+    num: PositiveInt = 4,
+    guidance: NonNegativeFloat | None = None,
     prior: str = "diffusion",
-    prior_guidance: float | None = None,
-    candidates: int | None = None,
+    prior_guidance: NonNegativeFloat | None = None,
+    candidates: PositiveInt | None = None,
     from_embedding: str = "",
-    previews: int = 0,
-    batch_size: int = 64,
-    device: str = "cpu",
+    previews: NonNegativeInt = 0,
+    labels: bool = False,
+    batch_size: PositiveInt = 64,
 ) -> None:
-    """Draw images of captions from a trained run: one row per caption.
+    """Draw images of captions from a trained run.
+
+    One image into one file is that image; several are a labelled grid with one row per caption. Where --out is a
+    folder, it gets the grid and every image by itself. The next image of a caption has the next seed.
 
     Args:
         captions: texts; an empty one is unconditional.
-        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
-        out: PNG file of the grid; or a folder, for the grid and every image by itself.
+        options: options that commands share.
         prompts: text file of more captions, one a line, such as data/prompts/shapes.txt.
         num: images per caption.
-        seed: of the first image of every caption; the next one's is one more. The same seed gives the same image.
-        guidance: of the decoder; without it the run's own. 1 is off.
-        prior: one of the run's priors.
-        prior_guidance: of the prior; without it the run's own.
+        guidance: guidance scale of the decoder; without it the run's own. 1 is off.
+        prior: name of one of the run's priors.
+        prior_guidance: guidance scale of the prior; without it the run's own.
         candidates: embeddings drawn for each image, of which the one nearest to the caption is kept.
         from_embedding: safetensors file of image_embed (N, d), as `unclip predict` writes it. No prior is asked;
             captions may be left out, given once, or N times.
-        previews: so many estimates of every image along the way, before it in its row.
+        previews: number of estimates of every image along the way, to show before it in its row.
+        labels: write the labelled grid also for one image.
         batch_size: images drawn at once.
-        device: where to compute.
     """
-    texts = [*captions, *(_lines(prompts) if prompts else [])]
-    if not texts and not from_embedding:
-        raise InputError('Expected a caption, such as: unclip sample "a large red star on a navy background".')
+    texts = _texts(captions, prompts, from_embedding)
     if from_embedding and (candidates is not None or prior_guidance is not None):
-        raise InputError("Expected --from_embedding, which asks no prior, or settings of a prior. Got both.")
-    if Path(out).suffix not in ("", ".png"):
-        raise InputError(f"Expected out to be a .png file, or a folder. Got {out}.")
-    facts: dict[str, object] = {"guidance": guidance}
-    with Studio(run, device) as studio:
-        unclip = studio.unclip
-        studio.warn_of_unknown(texts)
+        raise InputError("Expected --from_embedding or settings of a prior. Got both: leave one out.")
+    if Path(options.out).suffix not in ("", ".png"):
+        raise InputError(f"Expected out to be a .png file, or a folder. Got {options.out}: change its ending.")
+    with Studio("sample", options) as studio:
         if from_embedding:
             z_i = _embeddings(studio, from_embedding)
             texts = texts if len(texts) > 1 else (texts or [""]) * len(z_i)
-            facts["from_embedding"] = Path(from_embedding).name
-            draw = partial(unclip.decode, z_i, texts)
+            facts: dict[str, Any] = {"from_embedding": Path(from_embedding).name}
+            draw = partial(studio.unclip.decode, z_i, texts)
         else:
-            facts |= {"prior": prior, "prior_guidance": prior_guidance, "candidates": candidates}
-            draw = partial(unclip.generate, texts, prior=prior, prior_guidance=prior_guidance, candidates=candidates)
-        way = _Way(studio, previews, batches=-(-len(texts) * num // max(1, batch_size)))
+            facts = {"prior": prior, "prior_guidance": prior_guidance, "candidates": candidates}
+            draw = partial(studio.unclip.generate, texts, **facts)
+        studio.warn_of_unknown(texts)
+        way = _Way(studio, previews, batches=-(-len(texts) * num // batch_size))
+        seed = options.seed
         images = draw(num=num, guidance=guidance, seed=seed, batch_size=batch_size, progress=way.progress).images
-        facts = {name: value for name, value in facts.items() if value is not None}  # else the run's own
-        seeds, shown = range(seed, seed + num), {"captions": "\n".join(texts), "seed": seed, **facts}
-        rows, columns = _layout(texts, seeds, images, way.previews())
-        if Path(out).suffix:
-            studio.save_grid(out, rows, columns, shown)
-        else:
-            studio.save_grid(f"{out}/grid.png", rows, columns, shown)
-            for number, ((text, own), image) in enumerate(zip(product(texts, seeds), images, strict=True)):
-                slug = re.sub(r"\W+", "-", text.lower()).strip("-")[:60] or "no-caption"
-                studio.save(f"{out}/{number:03d}-{slug}.png", image, {"caption": text, "seed": own, **facts})
-            studio.say(f"wrote {len(images)} images into {out}")
+        facts = {name: value for name, value in {"guidance": guidance, **facts}.items() if value is not None}
+        _save(studio, texts, range(seed, seed + num), images, way.previews(), facts, labels=labels)
 
 
 class _Way:
     """What is seen of images on their way: a bar, and estimates of x0.
 
     Args:
-        studio: of the bar.
-        previews: estimates to keep, evenly spaced; 0 for none.
-        batches: of images.
+        studio: owner of the bar.
+        previews: number of estimates to keep, evenly spaced.
+        batches: number of batches of images.
     """
 
     def __init__(self, studio: Studio, previews: int, *, batches: int) -> None:
@@ -100,20 +89,46 @@ class _Way:
         self.bar = studio.bar("drawing", ways=batches)
 
     def progress(self, done: int, total: int, x0: "Tensor") -> None:
-        """One step more, of one batch."""
+        """Note one more step of one batch."""
         self.bar(done, total, x0)
         if done < total and done in (round(share * total) for share in self.shares):
             self.kept.setdefault(f"step {done} of {total}", []).append(x0.cpu())
 
     def previews(self) -> dict[str, list["Tensor"]]:
-        """By step, of every image."""
+        """Return the estimates of every image, by step."""
         return {step: [image for batch in batches for image in batch] for step, batches in self.kept.items()}
+
+
+def _save(
+    studio: Studio,
+    texts: list[str],
+    seeds: range,
+    images: "Tensor",
+    previews: dict[str, list["Tensor"]],
+    facts: dict[str, Any],
+    *,
+    labels: bool,
+) -> None:
+    """Write one image, or a grid, or a folder of both."""
+    folder = "" if Path(studio.out).suffix else studio.out
+    if not folder and len(images) == 1 and not previews and not labels:
+        studio.save(studio.out, images[0], {"caption": texts[0], "seed": seeds[0], **facts})
+        studio.say(f"wrote {studio.out}")
+        return
+    rows, columns = _layout(texts, seeds, images, previews)
+    whole = {"captions": "\n".join(texts), "seed": seeds[0], **facts}
+    studio.save_grid(rows, columns, whole, f"{folder}/grid.png" if folder else None)
+    if folder:
+        for number, ((text, seed), image) in enumerate(zip(product(texts, seeds), images, strict=True)):
+            slug = re.sub(r"\W+", "-", text.lower()).strip("-")[:60] or "no-caption"
+            studio.save(f"{folder}/{number:03d}-{slug}.png", image, {"caption": text, "seed": seed, **facts})
+        studio.say(f"wrote {len(images)} images into {folder}")
 
 
 def _layout(
     texts: list[str], seeds: range, images: "Tensor", previews: dict[str, list["Tensor"]]
 ) -> tuple[list["Row"], list[str]]:
-    """Rows and the columns' labels: a row for each caption; with previews, for each image."""
+    """Return rows and the columns' labels: a row for each caption; with previews, a row for each image."""
     if not previews:
         rows = images.unflatten(0, (-1, len(seeds)))
         return [(text, list(row)) for text, row in zip(texts, rows, strict=True)], [f"seed {seed}" for seed in seeds]
@@ -121,18 +136,22 @@ def _layout(
     return list(zip(labels, zip(*previews.values(), images, strict=True), strict=True)), [*previews, "drawn"]
 
 
-def _lines(path: str) -> list[str]:
-    """Captions of a text file, one a line; empty lines do not count."""
-    if not Path(path).is_file():
-        raise MissingFileError(f"No prompts at {path}: expected a text file with a caption a line.")
-    texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+def _texts(captions: list[str], prompts: str, from_embedding: str) -> list[str]:
+    """Return the captions, and those of a text file, one a line; empty lines do not count."""
+    if not prompts:
+        if not captions and not from_embedding:
+            raise InputError('Expected a caption. Got none: write unclip sample "a large red star".')
+        return captions
+    if not Path(prompts).is_file():
+        raise MissingFileError(f"No prompts at {prompts}: name a text file with a caption a line.")
+    texts = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
-        raise InputError(f"Expected a caption a line in {path}. Got none.")
-    return texts
+        raise InputError(f"Expected a caption a line in {prompts}. Got none: write some.")
+    return [*captions, *texts]
 
 
 def _embeddings(studio: Studio, path: str) -> "Tensor":
-    """What ``unclip predict`` wrote, of this run's CLIP."""
+    """Return what ``unclip predict`` wrote with this run's CLIP."""
     from unclip_pl.files import read_tensors
     from unclip_pl.generation.run import check_clip
 

@@ -1,35 +1,80 @@
-"""What the commands that draw share: a run, the pictures that it is shown, bars, and the grid that is left.
+"""What the commands that draw share: their options, a run, the pictures that they are given, bars, and the result.
 
 Networks take seconds to import. They are imported under the first bar, so that it and the help come at once.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unclip_pl.errors import InputError, MissingFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unclip_pl.generation.manipulation import Latent, Manipulator
     from unclip_pl.generation.pictures import Pictures, Row
     from unclip_pl.generation.pipeline import Unclip
 
 
-class Studio(AbstractContextManager["Studio"]):
-    """A context: the run is there and the bars stand while it is open.
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of every command that draws.
 
     Args:
-        run: to draw with, see :func:`~unclip_pl.generation.pipeline.find_run`.
-        device: where to compute.
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
+        out: PNG file to write; without it, a file in this folder with the command's name.
+        seed: base seed of every random draw.
+        device: device to compute on.
+    """
+
+    run: str | None = None
+    out: str = ""
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class PictureOptions(RunOptions):
+    """Options of every command that takes pictures.
+
+    Args:
+        steps: steps of DDIM, each way; more are more exact.
+        guidance: guidance scale of the decoder, both ways; 1 is off, and the most exact.
+    """
+
+    steps: PositiveInt = 100
+    guidance: NonNegativeFloat = 1.0
+
+
+class Studio(AbstractContextManager["Studio"]):
+    """A context in which a run is loaded, pictures are open, and progress bars stand.
+
+    Args:
+        command: word on the command line.
+        options: options that the commands share.
+        paths: image files to open; None for a command that takes none.
+
+    Raises:
+        ValueError: a picture is missing or cannot be read; see
+            :func:`~unclip_pl.generation.pictures.open_pictures`.
     """
 
     unclip: "Unclip"
+    pictures: "Pictures"
 
-    def __init__(self, run: str | None, device: str) -> None:
-        self.run = run
-        self.device = device
+    def __init__(self, command: str, options: RunOptions, paths: Sequence[str] | None = None) -> None:
+        self.options = options
+        self.out = options.out or f"{command}.png"
+        self.paths = paths
+        if paths is not None:
+            _check_files(paths)  # now, and not after the networks are read
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -39,26 +84,50 @@ class Studio(AbstractContextManager["Studio"]):
         self.bars = Progress(*columns)
 
     def __enter__(self) -> "Studio":
-        """Reads the run."""
+        """Read the run, then the pictures."""
         self.bars.start()
         try:
-            reading = self.bars.add_task(f"reading {self.run or 'the run'}", total=None)
+            reading = self.bars.add_task(f"reading {self.options.run or 'the run'}", total=None)
             from unclip_pl.generation.pipeline import Unclip
 
-            self.unclip = Unclip.load(self.run, self.device)
+            self.unclip = Unclip.load(self.options.run, self.options.device)
             self.bars.update(reading, total=1, completed=1)
             self.say(f"drawn with {self.unclip.origin.text}")
+            if self.paths is not None:
+                self._open(self.paths)
         except BaseException:
             self.bars.stop()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the bars as they stand."""
+        """Leave the bars as they stand."""
         self.bars.stop()
 
+    def _open(self, paths: Sequence[str]) -> None:
+        from unclip_pl.generation.pictures import open_pictures
+
+        self.pictures = open_pictures(paths, max(self.unclip.clip.image_size, self.unclip.decoder.image_size))
+        for path, note in zip(paths, self.pictures.notes, strict=True):
+            if note:
+                self.say(f"{path}: {note}")
+
+    @cached_property
+    def manipulator(self) -> "Manipulator":
+        """What inverts pictures and draws them changed."""
+        from unclip_pl.generation.manipulation import Manipulator
+
+        return Manipulator(self.unclip)
+
+    def invert(self) -> "Latent":
+        """Return the latents of the pictures."""
+        assert isinstance(self.options, PictureOptions)
+        steps, guidance = self.options.steps, self.options.guidance
+        bar = self.bar("inverting")
+        return self.manipulator.invert(self.pictures.pixels, steps=steps, guidance=guidance, progress=bar)
+
     def bar(self, what: str, *, ways: int = 1) -> Callable[[int, int, "Tensor"], None]:
-        """A bar for so many ways through a sampler's steps."""
+        """Add a bar for so many ways through a solver's steps, and return what moves it."""
         task = self.bars.add_task(what, total=None)
 
         def progress(done: int, total: int, x0: "Tensor") -> None:
@@ -66,46 +135,56 @@ class Studio(AbstractContextManager["Studio"]):
 
         return progress
 
-    def open(self, paths: Sequence[str]) -> "Pictures":
-        """Pictures at the larger of CLIP's size and the decoder's; says what was done to them.
-
-        Raises:
-            ValueError: none, or one that cannot be read; see :func:`~unclip_pl.generation.pictures.open_pictures`.
-        """
-        from unclip_pl.generation.pictures import open_pictures
-
-        pictures = open_pictures(paths, max(self.unclip.clip.image_size, self.unclip.decoder.image_size))
-        for path, note in zip(paths, pictures.notes, strict=True):
-            if note:
-                self.say(f"{path}: {note}")
-        return pictures
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def warn_of_unknown(self, captions: Sequence[str]) -> None:
         """Name the words that the run's CLIP has never seen, if there are any."""
         if words := self.unclip.unknown_words(captions):
             self.say(f"warning: no caption that this run's CLIP was bundled with has: {', '.join(words)}")
 
-    def say(self, line: str) -> None:
-        """A line above the bars."""
-        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     @cached_property
     def origin(self) -> dict[str, str]:
-        """The run, and the commit of this code; of a bundle the weights' too."""
+        """The run and the commit of this code; for a bundle, the commit of the training too."""
         from unclip_pl.generation.provenance import commit
 
         run, trained, _ = self.unclip.origin
         return {"run": run, "commit": commit()} | ({"trained at commit": trained} if trained else {})
 
     def save(self, path: str, image: "Tensor", facts: dict[str, object]) -> None:
-        """An image (3, H, H) as a PNG that carries what made it: the facts, and :attr:`origin`."""
+        """Write an image (3, H, H) as a PNG that carries the facts that made it, and :attr:`origin`."""
         from unclip_pl.generation.pictures import save_png, to_image
 
         save_png(to_image(image), path, facts | self.origin)
 
-    def save_grid(self, path: str, rows: Sequence["Row"], columns: Sequence[str], facts: dict[str, object]) -> None:
-        """A grid, likewise."""
+    def save_grid(
+        self, rows: Sequence["Row"], columns: Sequence[str], facts: dict[str, object], path: str | None = None
+    ) -> None:
+        """Write a labelled grid as such a PNG.
+
+        Args:
+            rows: label and pictures of each row.
+            columns: labels of the columns.
+            facts: texts to carry. Pictures, seed, steps and guidance are added for a command that takes pictures.
+            path: file to write; None is the command's ``out``.
+        """
         from unclip_pl.generation.pictures import grid, save_png
 
-        save_png(grid(rows, columns), path, facts | self.origin)
-        self.say(f"wrote {path}")
+        if isinstance(self.options, PictureOptions):
+            seed, steps, guidance = self.options.seed, self.options.steps, self.options.guidance
+            given = {"pictures": ", ".join(self.pictures.names)}
+            facts = given | facts | {"seed": seed, "steps": steps, "guidance": guidance}
+        save_png(grid(rows, columns), path or self.out, facts | self.origin)
+        self.say(f"wrote {path or self.out}")
+
+
+def _check_files(paths: Sequence[str]) -> None:
+    """Refuse what is not a file before anything slow is imported."""
+    if not paths:
+        raise InputError("Expected one image file or more. Got none: name some, such as photo.jpg.")
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise InputError(f"Expected an image file. Got the directory {path}: name files, such as {path}/*.png.")
+        if not path.is_file():
+            raise MissingFileError(f"No file at {path}: name an image that is there.")

@@ -1,6 +1,6 @@
 """What the bipartite latent (z_i, x_T) of a picture is good for: §3 of the paper, and the probe of its §4.
 
-Everything here draws from embeddings alone, without captions, as what CLIP sees is to be the only condition.
+Every picture here is drawn from embeddings alone, without captions, so that what CLIP sees is the only condition.
 
 Legend: B pictures, H side that the decoder draws, S side after its upsamplers, d CLIP embedding dimension.
 """
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.clip import ClipEncoder
 from unclip_pl.errors import InputError
-from unclip_pl.generation.decoding import Decoder, Progress
+from unclip_pl.generation.decoding import Progress
+from unclip_pl.generation.pipeline import Unclip
+
+#: Fraction of the angle within which the noise that the network cannot explain fades out: up to there it is still the
+#: picture's own, beyond it is speckle on another picture.
+FADE = 0.25
 
 
 class Latent(NamedTuple):
@@ -22,16 +26,16 @@ class Latent(NamedTuple):
 
     image_embed: Tensor  # (B, d) z_i, raw
     x_T: Tensor  # (B, 3, H, H) by DDIM inversion
-    steps: int  # of the inversion: the way back is the same grid
-    guidance: float  # likewise
+    steps: int  # of the inversion; the way back uses the same grid
+    guidance: float  # of the inversion; the way back uses the same scale
 
     def repeat(self, n: int) -> "Latent":
-        """Each picture n times in a row."""
+        """Return each picture n times in a row."""
         z_i, x_T = (x.repeat_interleave(n, dim=0) for x in (self.image_embed, self.x_T))
         return self._replace(image_embed=z_i, x_T=x_T)
 
     def at(self, rows: slice) -> "Latent":
-        """Some of the pictures."""
+        """Return some of the pictures."""
         return self._replace(image_embed=self.image_embed[rows], x_T=self.x_T[rows])
 
 
@@ -44,20 +48,17 @@ class Reconstruction(NamedTuple):
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pictures (B, 3, H, H) in [-1, 1], (B,) dB."""
+    """Return the peak signal-to-noise ratio of pictures (B, 3, H, H) in [-1, 1]: (B,) dB."""
     return 10 * torch.log10(4 / (images - truth).square().mean(dim=(1, 2, 3)))
 
 
 def slerp(a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
-    """Spherical interpolation of each sample, flattened to one vector, by fractions of the angle between them.
-
-    Where the angle or its sine vanishes the straight line takes over. Vectors need not have unit norm: then the norm
-    is carried along.
+    """Interpolate on the sphere, each sample flattened to one vector. Where the angle vanishes the line takes over.
 
     Args:
-        a: (B, ...), where theta is 0.
-        b: (B, ...), where theta is 1.
-        theta: (B,).
+        a: (B, ...) result at theta 0, of any norm; the norm is interpolated too.
+        b: (B, ...) result at theta 1.
+        theta: (B,) fractions of the angle between a and b.
     """
     u, v = (F.normalize(x.flatten(1).double(), dim=1) for x in (a, b))
     omega = torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)) * 2  # acos loses half its digits at small angles
@@ -71,28 +72,35 @@ def slerp(a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
 
 
 def turn(z_i: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
-    """Embeddings (B, d) turned by theta (B,) of the angle towards directions (B, d); the norm goes along in a line."""
+    """Turn embeddings (B, d) by fractions theta (B,) of the angle to directions (B, d); the norm changes linearly."""
     norm, other = z_i.norm(dim=-1), direction.norm(dim=-1)
     unit = slerp(F.normalize(z_i, dim=-1), F.normalize(direction, dim=-1), theta)
     return unit * norm.lerp(other, theta.to(norm))[:, None]
 
 
-class Manipulations:
-    """Pictures in, pictures out. Mixed into :class:`~unclip_pl.generation.pipeline.Unclip`."""
+class Manipulator:
+    """Inverts pictures and draws them changed.
 
-    clip: ClipEncoder
-    decoder: Decoder
-    device: str
+    ``progress`` is called after every solver step, as in :meth:`~unclip_pl.generation.pipeline.Unclip.generate`.
+
+    Args:
+        unclip: trained run, of which CLIP and the decoder are used.
+    """
+
+    def __init__(self, unclip: Unclip) -> None:
+        self.clip = unclip.clip
+        self.decoder = unclip.decoder
+        self.device = unclip.device
 
     def invert(
         self, images: Tensor, *, steps: int = 100, guidance: float = 1.0, progress: Progress | None = None
     ) -> Latent:
-        """The bipartite latents of pictures: z_i from CLIP, x_T by DDIM inversion under z_i.
+        """Find the latents of pictures: z_i from CLIP, x_T by DDIM inversion under z_i.
 
         Args:
             images: (B, 3, side, side) in [-1, 1], of any side; CLIP and decoder see them at their own sizes.
-            steps: of DDIM's grid; fewer come back less exactly.
-            guidance: of the decoder; above 1 the way back is less exact.
+            steps: steps of DDIM's grid; with fewer steps pictures come back less exactly.
+            guidance: guidance scale of the decoder; above 1 pictures come back less exactly.
             progress: called after every step.
         """
         images = images.to(self.device)
@@ -111,17 +119,17 @@ class Manipulations:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """(B, 3, S, S) from latents.
+        """Draw latents, (B, 3, S, S).
 
         Args:
-            latent: of B pictures, perhaps changed.
-            eta: of DDIM, 0 to 1.
-            own: how much of x_T belongs to the picture, see :meth:`~unclip_pl.diffusion.Inversion.restore`.
-            seed: of the noise that eta > 0 draws, and of the upsamplers.
+            latent: latents of B pictures, which may have been changed.
+            eta: DDIM's eta, 0 to 1.
+            own: share of x_T that belongs to the picture, see :meth:`~unclip_pl.diffusion.Inversion.restore`.
+            seed: seed of the noise that eta > 0 draws, and of the upsamplers.
             progress: called after every step.
 
         Raises:
-            ValueError: eta out of range.
+            ValueError: eta is out of range.
         """
         generator = torch.Generator().manual_seed(seed)
         return self.decoder.enlarge(self._draw(latent, eta, own, generator, progress), generator=generator)
@@ -135,13 +143,13 @@ class Manipulations:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Reconstruction:
-        """Pictures to latents and back, and how exactly.
+        """Invert pictures and draw them again, and say how exactly.
 
         Args:
             images: (B, 3, side, side) in [-1, 1].
-            steps: see :meth:`invert`.
-            guidance: see :meth:`invert`.
-            seed: of the upsamplers.
+            steps: steps of DDIM's grid, each way.
+            guidance: guidance scale of the decoder, both ways.
+            seed: seed of the upsamplers.
             progress: called after every step, there and back.
         """
         latent = self.invert(images, steps=steps, guidance=guidance, progress=progress)
@@ -153,20 +161,20 @@ class Manipulations:
     def vary(
         self, latent: Latent, *, num: int = 4, eta: float = 0.5, seed: int = 0, progress: Progress | None = None
     ) -> Tensor:
-        """``num`` variations of each picture, (B · num, 3, S, S), one picture after the other (§3.1).
+        """Draw variations (§3.1), (B · num, 3, S, S), one picture after the other.
 
         Args:
-            latent: from :meth:`invert`.
-            num: per picture.
-            eta: 0 gives the picture back; as it grows, what z_i holds stays and the rest changes. At most 1.
-            seed: the same seed gives the same variations.
+            latent: result of :meth:`invert`.
+            num: variations of each picture.
+            eta: 0 gives the picture back; as it grows to 1, what z_i holds stays and the rest changes.
+            seed: seed of all noise; the same seed gives the same variations.
             progress: called after every step.
 
         Raises:
-            ValueError: eta out of range, or num < 1.
+            ValueError: eta is out of range, or num < 1.
         """
         if num < 1:
-            raise InputError(f"Expected num >= 1. Got {num}.")
+            raise InputError(f"Expected num >= 1. Got {num}: ask for one variation or more.")
         return self.restore(latent.repeat(num), eta=eta, seed=seed, progress=progress)
 
     def interpolate(
@@ -179,24 +187,29 @@ class Manipulations:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """``num`` pictures from each first to each second one, (B · num, 3, S, S), by slerp of z_i (§3.2).
+        """Draw what lies between pictures (§3.2), by slerp of z_i: (B · num, 3, S, S), one pair after the other.
 
         Args:
-            first: from :meth:`invert`.
-            second: likewise, as many.
-            num: both ends included.
+            first: latents of B pictures, results of :meth:`invert`.
+            second: latents of B pictures, inverted with the same steps and guidance.
+            num: pictures of each pair, both ends included.
             noise: ``inverted``: x_T is interpolated too, and the ends are the pictures. ``fixed``: one drawn x_T all
                 along, as in the paper's Fig. 4; the ends are other drawings of what CLIP sees in the pictures.
-            seed: of the fixed x_T.
+            seed: seed of the fixed x_T.
             progress: called after every step.
 
         Raises:
-            ValueError: fewer than two pictures, or other than as many seconds as firsts.
+            ValueError: num < 2, or latents that do not fit together.
         """
         if num < 2 or len(first.x_T) != len(second.x_T):
             raise InputError(
                 f"Expected at least 2 pictures between as many firsts as seconds. Got {num} between "
-                f"{len(first.x_T)} and {len(second.x_T)}."
+                f"{len(first.x_T)} and {len(second.x_T)}: give latents in pairs."
+            )
+        if first[2:] != second[2:]:  # the way back is the way there of both
+            raise InputError(
+                f"Expected latents of the same steps and guidance. Got {first.steps} steps at guidance "
+                f"{first.guidance:g} and {second.steps} at {second.guidance:g}: invert both pictures alike."
             )
         theta = torch.linspace(0, 1, num, device=self.device).repeat(len(first.x_T))
         a, b = first.repeat(num), second.repeat(num)
@@ -217,22 +230,23 @@ class Manipulations:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Text diff (§3.3): each picture at every theta, (B · len(thetas), 3, S, S).
+        """Draw text diffs (§3.3), (B · len(thetas), 3, S, S), one picture after the other.
 
         z_i is turned towards z_d = norm(z_t − z_t0), and x_T stays that of the picture.
 
         Args:
-            latent: from :meth:`invert`.
-            caption: what it shall be; z_t.
-            current: what it is; z_t0. None: no baseline, z_d = z_t, which the paper found to work too.
+            latent: result of :meth:`invert`.
+            caption: what the pictures shall become; z_t.
+            current: what the pictures are; z_t0. None takes z_d = z_t, which the paper found to work too.
             thetas: fractions of the angle between z_i and z_d, 0 to 1; the paper goes up to between 0.25 and 0.5.
-            seed: of the upsamplers.
+            seed: seed of the upsamplers.
             progress: called after every step.
 
         Raises:
-            ValueError: a theta out of range, or captions that CLIP cannot tell apart.
+            ValueError: a theta is out of range, or CLIP cannot tell the captions apart.
         """
-        check_thetas(thetas)
+        if not thetas or not all(0 <= theta <= 1 for theta in thetas):
+            raise InputError(f"Expected every theta in [0, 1]. Got {list(thetas)}: give fractions of the angle.")
         direction = self._direction(caption, current)
         wide = latent.repeat(len(thetas))
         theta = torch.tensor(thetas, device=self.device).repeat(len(latent.x_T))
@@ -250,25 +264,25 @@ class Manipulations:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Pictures from the first few principal dimensions of z_i, (B · len(dims), 3, S, S): what they hold (§4).
+        """Draw from the first few principal dimensions of z_i (§4), (B · len(dims), 3, S, S): what they hold.
 
         Args:
-            image_embed: (B, d).
-            dims: numbers of dimensions, 1 to d; None: the powers of two below d, and d.
-            steps: of DDIM.
-            guidance: of the decoder.
-            seed: of the one x_T from which all are drawn.
+            image_embed: (B, d) z_i.
+            dims: numbers of dimensions, 1 to d; None takes the powers of two below d, and d.
+            steps: steps of DDIM.
+            guidance: guidance scale of the decoder.
+            seed: seed of the one x_T from which all are drawn.
             progress: called after every step.
 
         Raises:
-            ValueError: a number out of range, or a decoder whose statistics know no principal axes.
+            ValueError: a number is out of range, or the decoder's statistics know no principal axes.
         """
         rows = self.project(image_embed, self.dims(dims)).flatten(0, 1)
         x_T = self._noise(seed).expand(len(rows), -1, -1, -1)
         return self.restore(Latent(rows, x_T, steps, guidance), own=0.0, seed=seed, progress=progress)
 
     def dims(self, dims: Sequence[int] | None = None) -> list[int]:
-        """The numbers of dimensions that :meth:`probe` shows.
+        """Return the numbers of dimensions that :meth:`probe` shows.
 
         Raises:
             ValueError: one is out of range.
@@ -277,11 +291,14 @@ class Manipulations:
         if dims is None:
             return [2**i for i in range((d - 1).bit_length())] + [d]
         if not dims or not all(1 <= n <= d for n in dims):
-            raise InputError(f"Expected dims from 1 to the embedding's {d}. Got {list(dims)}.")
+            raise InputError(f"Expected dims from 1 to the embedding's {d}. Got {list(dims)}: choose within the range.")
         return list(dims)
 
     def project(self, image_embed: Tensor, dims: Sequence[int]) -> Tensor:
-        """(B, d) on the first principal axes of the training set's unit-norm embeddings: (B, len(dims), d), same norm.
+        """Project (B, d) onto the first principal axes of the training set's unit-norm embeddings.
+
+        Returns:
+            (B, len(dims), d), with the norm of ``image_embed``.
 
         Raises:
             ValueError: the decoder's statistics know no principal axes.
@@ -318,23 +335,10 @@ class Manipulations:
         z_t = F.normalize(self.clip.describe(texts).embed, dim=-1)
         difference = z_t[:1] if current is None else z_t[:1] - z_t[1:]
         if difference.norm() < 1e-6:
-            raise InputError(f"Expected two captions that CLIP tells apart. Got {caption!r} and {current!r}.")
+            raise InputError(
+                f"Expected two captions that CLIP tells apart. Got {caption!r} and {current!r}: change one of them."
+            )
         return F.normalize(difference, dim=-1)
-
-
-def check_thetas(thetas: Sequence[float]) -> None:
-    """For :meth:`Manipulations.edit`.
-
-    Raises:
-        ValueError: there are none, or one lies outside [0, 1].
-    """
-    if not thetas or not all(0 <= theta <= 1 for theta in thetas):
-        raise InputError(f"Expected every theta in [0, 1]. Got {list(thetas)}.")
-
-
-#: Fraction of the angle within which what the network could not say of a picture fades out: there its noise is still
-#: the picture's own, beyond it is speckle on another picture.
-FADE = 0.25
 
 
 def _own(theta: Tensor) -> Tensor:
@@ -343,7 +347,7 @@ def _own(theta: Tensor) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(B, 3, side, side) in [-1, 1] to another side, antialiased bicubic."""
+    """Resize (B, 3, side, side) in [-1, 1] to another side, antialiased bicubic."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from unclip_pl.data.transforms import BadSample, center_square, decode_upright, to_pixels
-from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.errors import InputError
 from unclip_pl.files import replacing
 
 #: What a user's own pictures may come as.
@@ -38,8 +38,7 @@ def open_pictures(paths: Sequence[str | Path], size: int) -> Pictures:
         size: side in pixels.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        IsADirectoryError: a directory.
+        OSError: a file is missing, or is a directory.
         ValueError: none at all; no image, a damaged one, or one of more pixels or bits than are taken.
     """
     if not paths:
@@ -50,10 +49,6 @@ def open_pictures(paths: Sequence[str | Path], size: int) -> Pictures:
 
 
 def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
-    if path.is_dir():
-        raise InputError(f"Expected an image file. Got the directory {path}: name files, such as {path}/*.png.")
-    if not path.is_file():
-        raise MissingFileError(f"No file at {path}: expected an image ({', '.join(FORMATS)}).")
     data = path.read_bytes()
     try:
         image = center_square(decode_upright(data, FORMATS), size)

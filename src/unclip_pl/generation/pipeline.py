@@ -13,7 +13,6 @@ from unclip_pl.diffusion import check_guidance
 from unclip_pl.errors import InputError
 from unclip_pl.generation.bundle import read_notes
 from unclip_pl.generation.decoding import Decoder, Progress
-from unclip_pl.generation.manipulation import Manipulations
 from unclip_pl.generation.priors import Prior, PriorSpec, TrueEmbedding, TrueEmbeddingSpec
 from unclip_pl.generation.run import (
     Origin,
@@ -35,7 +34,7 @@ class Generation(NamedTuple):
     image_embed: Tensor  # (B, d) as the prior gave them: unit norm, or raw where it keeps the norm
 
 
-class Unclip(Manipulations):
+class Unclip:
     """A trained run. ``Unclip.load("runs/quickstart").generate(["a red star"])``."""
 
     def __init__(
