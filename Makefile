@@ -38,8 +38,8 @@ $(BENCH)/.installed: pyproject.toml
 bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torchmetrics, into results/benchmarks (some 20 minutes)
 	$(BENCH)/bin/python -W ignore benchmarks/run.py
 
-test: venv lint ## what CI runs
-	$(BIN)/python -m pytest -q
+test: venv lint ## what CI runs: ruff, mypy and the tests, on two cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: venv ## what takes longer
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ] # 5: no test is marked slow

@@ -1,8 +1,9 @@
 """One miniature run of the whole recipe, made once and shared by every test that needs trained parts."""
 
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread for each worker and for what it starts, before torch is imported: workers share the cores.
@@ -15,6 +16,7 @@ import yaml
 from unclip_pl.cli import NOISE, main
 from unclip_pl.commands import reproduce as module
 from unclip_pl.commands.reproduce import Stage, reproduce
+from unclip_pl.files import alone
 
 ROOT = Path(__file__).parent.parent
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts into the background
@@ -91,18 +93,21 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder of a finished run: useless pictures, every file in its place."""
-    here = os.getcwd()
-    os.chdir(ROOT)
-    run = tmp_path_factory.mktemp("runs") / "mini"
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "Process", InProcess)
-            reproduce(mini_stages(), str(run), compare="configs/compare/tiny.yaml")
-        yield run
-    finally:
-        os.chdir(here)
+def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run: useless pictures, every file in its place.
+
+    The first worker of pytest-xdist that needs it makes it. Each worker has a copy, which its tests may change.
+    """
+    base, here = tmp_path_factory.getbasetemp(), os.getcwd()
+    first = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mini"
+    with alone(first.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Process", InProcess)
+        try:
+            os.chdir(ROOT)
+            reproduce(mini_stages(), str(first), compare="configs/compare/tiny.yaml")  # skips what is done
+        finally:
+            os.chdir(here)
+    return Path(shutil.copytree(first, tmp_path_factory.mktemp("runs") / "mini"))
 
 
 #: The smallest of every part. What is tested with them does not depend on sizes.

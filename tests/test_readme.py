@@ -52,7 +52,13 @@ def test_there_are_commands_and_no_gaps() -> None:
     assert not [document for document in DOCUMENTS if "@@" in document.read_text()]
 
 
+def test_the_changelog_names_every_class_path_that_moved() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert not [old for old in MOVED if f"| `{old}` |" not in changelog]
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert version and citation["version"] == version[1]
+    assert version
+    assert citation["version"] == version[1]

@@ -26,7 +26,7 @@ def scores(mini_run: Path, out: Path, config: str, devices: int) -> dict[str, fl
     command += ["--trainer.limit_test_batches", "1.0", "--trainer.enable_progress_bar", "false"]
     command += ["--trainer.logger", json.dumps(logger)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     with (out / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)

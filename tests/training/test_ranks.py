@@ -199,7 +199,7 @@ def test_a_signal_stops_both_at_the_same_step(number: signal.Signals, small: Sma
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert f"stopped at step {read_checkpoint(last(tmp_path))['global_step']}: " in said
 
