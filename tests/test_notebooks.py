@@ -12,6 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # matplotlib's, about tensors
 @each_notebook
 def test_it_runs(path: Path, mini_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a notebook's cells one after the other, with few steps, in this process.

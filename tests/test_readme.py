@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from unclip_pl.cli import main
+from unclip_pl.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/README.md"]
