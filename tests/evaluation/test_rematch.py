@@ -139,7 +139,10 @@ def test_a_study_from_end_to_end_and_without_its_run(
     tried.write_text(re.sub(r' +"0\.(?!001").*\n', "", tried.read_text()))
     stages["choice"].run = stages["choice"].run.replace("configs/base/choice-shapes.yaml", str(tried))
     # A prior of one's own is one more cell.
-    own = recipe["reference"].run.replace("configs/arms/reference.yaml", "examples/noisy_linear.yaml")
+    mine = yaml.safe_load(Path("examples/noisy_linear.yaml").read_text())
+    del mine["model"]["init_args"]["priors"]["linear"]  # another cell has measured it
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    own = recipe["reference"].run.replace("configs/arms/reference.yaml", str(tmp_path / "mine.yaml"))
     stages["own"] = small(Stage(own, "{results}/cells/own-{seed}.json"), {"seed": [1]})
     monkeypatch.syspath_prepend("examples")
     report = make(stages, mini_run, tmp_path)

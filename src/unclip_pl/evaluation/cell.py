@@ -42,7 +42,7 @@ from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance, settings
-from unclip_pl.generation.run import open_parts
+from unclip_pl.generation.run import RUN, base_hash, open_parts
 from unclip_pl.metrics.attributes import stated_match
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.neighbours import neighbour_values
@@ -147,22 +147,16 @@ class Cell(LightningModule):
         self.weights = Path(weights) if weights else self.run
         self.out = Path(out) if out else self.run / COMPARISON
         self.draws = None if out else self.run
-        self.kind = kind
-        self.title = title
-        self.series = series
-        self.x = x
+        self.kind, self.title, self.series, self.x = kind, title, series, x
         self.judge = judge
         self.decoder = decoder
         self.decoder_run = Path(decoder_run) if decoder_run else self.run
         self.oracle = oracle
         self.captions = captions
         self.seeds = seeds
-        self.diversity_captions = diversity_captions
-        self.diversity_samples = diversity_samples
+        self.diversity_captions, self.diversity_samples = diversity_captions, diversity_samples
         self.foundations = foundations
-        self.grid_rows = grid_rows
-        self.grid_many = grid_many
-        self.grid_licenses = grid_licenses
+        self.grid_rows, self.grid_many, self.grid_licenses = grid_rows, grid_many, grid_licenses
         self.batch_size = batch_size
         self.resamples = resamples
         self.seed = seed
@@ -402,8 +396,8 @@ class Cell(LightningModule):
         write_json(self.out, _plain(cell))
 
     def _base(self) -> str:
-        """Return the hash of what all cells of a study share."""
-        return self._parts.clip.fingerprint
+        """Return the hash of what all cells of a study share; before a run is described, that is its CLIP."""
+        return base_hash(self.run) if (self.run / RUN).is_file() else self._parts.clip.fingerprint
 
     def _resampler(self) -> torch.Generator:
         """Return a generator that draws the same captions in every cell, for any training seed."""

@@ -70,14 +70,13 @@ def costs_of(prior: Prior, cost: Cost, pairs: PriorBatch) -> dict[str, Any]:
         pairs: captions and embeddings on the prior's device, for counting the operations of a training step.
     """
     record, task = prior.record, prior.task
-    samples = getattr(record, "samples", 0)
     flops = training_flops(task, pairs) if task is not None and record.steps else 0
     return {
         "parameters": prior.num_parameters,
         "training_steps": record.steps,
-        "training_samples": samples,
+        "training_samples": record.samples,
         "training_seconds": record.seconds,
-        "training_flops": flops * samples,
+        "training_flops": flops * record.samples,
         "evaluations": prior.evaluations,
         "flops_per_embedding": cost.flops,
         "seconds_per_embedding": cost.seconds / max(1, cost.embeddings),

@@ -374,7 +374,8 @@ def meta(study: Study, report: dict[str, Any]) -> dict[str, Any]:
     cells = study.cells
     # Of the tables' rows; curves are measured on fewer captions.
     drawn = max(cells, key=lambda cell: (cell["counts"]["captions"], cell["counts"]["many"], cell["counts"]["rows"]))
-    seeds = [len(row["seeds"]) for row in report["priors"].values() if row["training_steps"]]
+    trained = {name: row for name, row in report["priors"].items() if row["training_steps"]}
+    seeds = [len(row["seeds"]) for name, row in trained.items() if not name.endswith(MATCHED)]
     hashes = {name: next(iter(arm.values()))["config_hash"] for name, arm in rows_of(study.arms).items()}
     return {
         "training_seeds": min(seeds, default=1),
