@@ -26,9 +26,6 @@ from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
 from unclip_pl.generation.provenance import STAGES, commit
-from unclip_pl.generation.run import write_run
-from unclip_pl.report import draw, log, summary
-from unclip_pl.report.study import CELLS
 
 #: File in the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
@@ -76,10 +73,10 @@ def reproduce(
         for folder in (run, results) if results else (run,):
             locks.enter_context(only_one(Path(folder)))
         Master(recipe, compare, jobs).run(recipe.plan(only))
-        report(Path(results or run), Path(run) / "study" if results else None)
+        if not only:
+            report(Path(results or run), Path(run) / "study" if results else None)
     total = sum(recipe.record(name).get("seconds", 0.0) for name in recipe.stages)
-    left = "" if not only else f" of stage {only}"
-    _say(f"all{left} done, {total / 60:.1f} minutes: {results or run}")
+    _say(f"{only or 'all'} done, {total / 60:.1f} minutes for all stages so far: {results or run}")
 
 
 class Master:
@@ -141,6 +138,7 @@ class Master:
             _set_aside(recipe.root, recipe.out(name))
             record = {"key": key, "stamp": secrets.token_hex(8), "seconds": 0.0, "commits": []}
         words = [*recipe.words(name), *_resume(recipe.out(name), recipe.words(name))]
+        words += ["--jobs", str(self.jobs)] if words[0] == "reproduce" and self.jobs > 1 else []
         threads = max(1, self.threads // self.jobs)
         record |= {"command": recipe.stages[name].run, "out": recipe.stages[name].out, "inputs": inputs}
         record |= {"done": False, "threads": threads, "precision": recipe.places["{precision}"]}
@@ -149,10 +147,12 @@ class Master:
         for copy, content in recipe.filled(name).values():
             write_text(copy, yaml.safe_dump(content, sort_keys=False))
         if self.compare and words[0] == "test":
-            write_run(recipe.root, describe_run(self.compare, recipe.root))
+            from unclip_pl.generation.run import write_run  # imports for seconds, as does the report
+
+            write_run(recipe.root, describe_run(self.compare))
         Console().rule(_number(recipe, name), align="left")
         _say(f"unclip {shlex.join(words)}  # {reason}")
-        folder, side = recipe.root / STAGES, self.jobs > 1
+        folder, side = recipe.root / STAGES, self.jobs > 1 and words[0] != "reproduce"
         folder.mkdir(parents=True, exist_ok=True)
         process = Process(
             words, recipe.notes(name) / f"{name}.log", folder / f".{name}.lock", f"[{name}] " if side else "",
@@ -162,11 +162,13 @@ class Master:
 
     def _end(self, name: str, status: int) -> int:
         """Note how a stage ended; return its exit status."""
-        _, record, started = self.running.pop(name)
+        _, record, started = self.running[name]
         record["seconds"] += time.perf_counter() - started
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
         record["done"] = status == 0
         self._write(name, record)
+        del self.running[name]
+        (self.recipe.root / STAGES / f".{name}.lock").unlink(missing_ok=True)
         if status:
             log = self.recipe.notes(name) / f"{name}.log"
             print(f"Stage {name!r} ended with status {status}; its output: {log}.", file=sys.stderr)
@@ -210,15 +212,17 @@ def report(folder: Path, logs: Path | None) -> None:
         folder: folder of a run or of a study's results.
         logs: folder for TensorBoard's events of the report; None writes none.
     """
-    if not (folder / CELLS).is_dir():
+    if not (folder / "cells").is_dir():
         return
+    from unclip_pl.report import draw, log, summary
+
     content = draw(folder)
     summary(folder, content)
     if logs:
         log(content, logs)
 
 
-def describe_run(compare: str, root: Path) -> dict[str, Any]:
+def describe_run(compare: str) -> dict[str, Any]:
     """Return ``run.json`` from the comparison's config: pictures and measurements come from the same priors."""
     model = resolved(Path(compare))["model"]["init_args"]
     return {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
