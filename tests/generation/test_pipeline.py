@@ -43,7 +43,7 @@ def test_one_call_leaves_nothing_to_the_next(unclip: Unclip) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused(unclip: Unclip) -> None:
-    with pytest.raises(ValueError, match="at least one caption"):
+    with pytest.raises(ValueError, match="a caption and num >= 1"):
         unclip.generate([])
     with pytest.raises(ValueError, match=r"no prior 'best'\. Expected one of diffusion, ar"):
         unclip.generate(["a red star"], prior="best")

@@ -1,4 +1,4 @@
-"""``unclip import karlo``: somebody else's checkpoints as a run."""
+"""``unclip import karlo``: a run of somebody else's checkpoints."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def karlo(
     Args:
         paths: Karlo's prior, decoder and improved-sr checkpoints and its ViT-L-14_stats.th, or the folder of diffusers'
             UnCLIPPipeline.
-        out: folder to write; it must not hold a run yet.
-        clip: the CLIP that conditions Karlo: OpenAI's ViT-L/14, downloaded by open_clip unless a file is named.
+        out: folder to write, without a run so far.
+        clip: CLIP that conditions Karlo: OpenAI's ViT-L/14, downloaded by open_clip unless a file is named.
     """
     if not paths:
         raise InputError(
-            "Expected Karlo's files, or diffusers' folder, such as: unclip import karlo DIR --out runs/karlo."
+            "Expected Karlo's files, or diffusers' folder. Got none: write unclip import karlo DIR --out runs/karlo."
         )
     files = read_karlo(paths)
     for line in write_karlo(files, Path(out), clip):

@@ -1,4 +1,4 @@
-"""Image files in, labelled grids out."""
+"""Open image files, and draw labelled grids."""
 
 import io
 import math
@@ -18,7 +18,7 @@ from unclip_pl.data.transforms import BadSample, center_square, decode_upright, 
 from unclip_pl.errors import InputError
 from unclip_pl.files import replacing
 
-#: What a user's own pictures may come as.
+#: Formats that a user's own pictures may have.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -27,22 +27,22 @@ class Pictures(NamedTuple):
 
     names: list[str]
     pixels: Tensor  # (B, 3, size, size) in [-1, 1]
-    notes: list[str]  # what was done to each; empty if nothing
+    notes: list[str]  # changes made to each; empty if there were none
 
 
 def open_pictures(paths: Sequence[str | Path], size: int) -> Pictures:
-    """The central squares of image files as CLIP sees them: RGB, upright, transparency over white.
+    """Open the central squares of image files as CLIP sees them: RGB, upright, transparency over white.
 
     Args:
-        paths: PNG, JPEG, WebP, GIF, BMP or TIFF files, of any mode and size; of an animation the first frame.
+        paths: PNG, JPEG, WebP, GIF, BMP or TIFF files of any mode and size. An animation gives its first frame.
         size: side in pixels.
 
     Raises:
         OSError: a file is missing, or is a directory.
-        ValueError: none at all; no image, a damaged one, or one of more pixels or bits than are taken.
+        InputError: there are no files, or one is no image, damaged, or has too many pixels or bits.
     """
     if not paths:
-        raise InputError("Expected one image file or more, such as photo.jpg. Got none.")
+        raise InputError("Expected one image file or more. Got none: name some, such as photo.jpg.")
     images, notes = zip(*(_open(Path(path), size) for path in paths), strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Pictures([Path(path).name for path in paths], to_pixels(pixels), list(notes))
@@ -53,13 +53,13 @@ def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
     try:
         image = center_square(decode_upright(data, FORMATS), size)
     except BadSample as error:
-        raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}.") from error
+        raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}. Convert it.") from error
     with Image.open(io.BytesIO(data), formats=FORMATS) as header:
         return np.array(image), _changes(header, size)
 
 
 def _changes(header: Image.Image, size: int) -> str:
-    """What opening does to an image, in words."""
+    """Say in words what opening changes."""
     said = []
     if header.mode != "RGB":
         said.append(f"{header.mode} to RGB" + (", transparency over white" if header.has_transparency_data else ""))
@@ -74,20 +74,20 @@ def _changes(header: Image.Image, size: int) -> str:
     return f"{header.width} × {header.height}: {', '.join(said)}" if said else ""
 
 
-#: A row of a grid: its label, and pictures (3, H, H) in [-1, 1] of any side.
+#: Row of a grid: its label, and pictures (3, H, H) in [-1, 1] of any side.
 Row = tuple[str, Sequence[Tensor]]
 
-#: Sides of a cell in pixels, at least: smaller pictures are shown enlarged by a whole number, or labels would not fit.
+#: Least side of a cell in pixels: smaller pictures are enlarged by a whole number, so that labels fit.
 CELL = 96
 GAP, FONT_SIZE = 5, 13
 
 
 def grid(rows: Sequence[Row], columns: Sequence[str] = ()) -> Image.Image:
-    """Pictures in rows, each row under its label, with the columns' labels on top.
+    """Draw pictures in rows, each row under its label, with the columns' labels on top.
 
     Args:
-        rows: may differ in length.
-        columns: labels, or none.
+        rows: labels and pictures; rows may differ in length.
+        columns: labels of the columns; none leaves the top out.
     """
     largest = max(picture.shape[-1] for _, pictures in rows for picture in pictures)
     side = largest * max(1, math.ceil(CELL / largest))
@@ -112,19 +112,13 @@ def grid(rows: Sequence[Row], columns: Sequence[str] = ()) -> Image.Image:
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as 8-bit RGB."""
+    """Convert (3, H, W) in [-1, 1] to 8-bit RGB."""
     pixels = picture.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def save_png(image: Image.Image, path: str | Path, facts: Mapping[str, object]) -> None:
-    """Write a PNG that carries facts as text, whole or not at all.
-
-    Args:
-        image: to write.
-        path: of the file.
-        facts: by name.
-    """
+    """Write a PNG that carries facts as texts by name, whole or not at all."""
     info = PngInfo()
     for name, value in facts.items():
         info.add_itxt(name, str(value))
@@ -134,12 +128,12 @@ def save_png(image: Image.Image, path: str | Path, facts: Mapping[str, object]) 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """Pillow's own font has no Greek."""
+    """Return matplotlib's font, since Pillow's own has no Greek."""
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
 
 
 def _wrap(text: str, width: float) -> str:
-    """Words in lines of at most so many pixels, where words are no longer than that."""
+    """Break a text into lines of at most so many pixels; a longer word stands alone."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -31,11 +31,20 @@ class Generation(NamedTuple):
     """Images of captions, and the embeddings that they were drawn from."""
 
     images: Tensor  # (B, 3, H, H) in [-1, 1]
-    image_embed: Tensor  # (B, d) as the prior gave them: unit norm, or raw where it keeps the norm
+    image_embed: Tensor  # (B, d) from the prior: of unit norm, or raw where it keeps the norm
 
 
 class Unclip:
-    """A trained run. ``Unclip.load("runs/quickstart").generate(["a red star"])``."""
+    """A trained run: ``Unclip.load("runs/quickstart").generate(["a red star"])``.
+
+    Args:
+        root: folder of the run.
+        clip: the CLIP that conditions everything.
+        decoder: loaded decoder with its upsamplers.
+        priors: specs of the run's priors by name; a prior is loaded when it is first used.
+        device: where to compute.
+        origin: where the weights come from.
+    """
 
     def __init__(
         self,
@@ -56,15 +65,15 @@ class Unclip:
 
     @classmethod
     def load(cls, run: str | Path | None = None, device: str = "cpu") -> Self:
-        """Read ``run.json`` and the decoder and CLIP it names; a prior is read when it is first used.
+        """Read ``run.json``, and CLIP and the decoder that it names.
 
         Args:
-            run: folder, or bundle; None is the quickstart's, or else the bundle of this package.
+            run: folder or bundle; None means ``runs/quickstart``, or the weights in this package where that is missing.
             device: where to compute.
 
         Raises:
-            FileNotFoundError: there is no finished run.
-            ValueError: no bundle, no such device, or decoder and CLIP do not belong together.
+            MissingFileError: there is no finished run.
+            InputError: the bundle is damaged, there is no such device, or decoder and CLIP do not belong together.
         """
         check_device(device)
         root = find_run(run)
@@ -83,13 +92,14 @@ class Unclip:
         return list(dict.fromkeys(word for word in words if not known.issuperset(tokenizer.encode(word))))
 
     def prior(self, name: str) -> Prior:
-        """One of the run's priors, with its weights.
+        """Return one of the run's priors, loaded.
 
         Raises:
-            ValueError: no prior of that name, or one of another CLIP.
+            InputError: there is no prior of that name, or it belongs to another CLIP.
         """
         if name not in self.priors:
-            raise InputError(f"{self.root} has no prior {name!r}. Expected one of {', '.join(self.priors)}.")
+            names = ", ".join(self.priors)
+            raise InputError(f"{self.origin.run} has no prior {name!r}. Expected one of {names}: choose one of them.")
         if name not in self._loaded:
             prior = self.priors[name].load(self.root, self.device)
             check_clip(self.clip.fingerprint, prior.fingerprint, f"the prior {name!r}")
@@ -110,34 +120,30 @@ class Unclip:
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> Generation:
-        """``num`` images of each caption, one caption after the other.
+        """Draw ``num`` images of each caption, one caption after the other.
 
         Args:
             captions: texts; an empty one is unconditional.
             num: images per caption.
-            prior: name in the run.
-            prior_guidance: of the prior; None keeps the run's.
+            prior: name of one of the run's priors.
+            prior_guidance: guidance scale of the prior; None keeps the run's.
             candidates: embeddings drawn for each image, the one nearest to its caption kept; None keeps the run's.
-            guidance: of the decoder; None keeps the run's.
-            seed: of every caption's first image, the next one's is one more: an image depends on its own seed alone.
+            guidance: guidance scale of the decoder; None keeps the run's.
+            seed: seed of every caption's first image; the next image has the next seed, and depends on it alone.
             batch_size: images drawn at once.
-            progress: called after every step of the decoder, once per batch.
+            progress: called after every step of the decoder, for each batch.
 
         Raises:
-            ValueError: nothing to draw, or a setting out of range.
+            InputError: there is nothing to draw, or a setting is out of range.
         """
         if not captions or num < 1:
-            raise InputError(f"Expected at least one caption and num >= 1. Got {len(captions)} and {num}.")
+            raise InputError(f"Expected a caption and num >= 1. Got {len(captions)} and {num}: ask for an image.")
         check_guidance(self.decoder.spec.guidance if guidance is None else guidance)
         chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates)
         text, seeds = self.clip.describe(list(captions)).repeat(num), _seeds(seed, num) * len(captions)
-        z_i = torch.cat(
-            [
-                chosen.embed(text.rows(rows), generator=_streams(seeds[rows], "prior"))
-                for rows in _batches(len(seeds), batch_size)
-            ]
-        )
-        return self._decode(z_i, text, seeds, guidance, batch_size, progress)
+        batches = _batches(len(seeds), batch_size)
+        z_i = [chosen.embed(text.rows(rows), generator=_streams(seeds[rows], "prior")) for rows in batches]
+        return self._decode(torch.cat(z_i), text, seeds, guidance, batch_size, progress)
 
     def decode(
         self,
@@ -150,25 +156,25 @@ class Unclip:
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> Generation:
-        """``num`` images of each embedding, one embedding after the other.
+        """Draw ``num`` images of each embedding, one embedding after the other. Options are those of :meth:`generate`.
 
         Args:
-            image_embed: (B, d), unit norm, or raw for a decoder of raw ones.
-            captions: to go with them, one for all or as many.
+            image_embed: (B, d) z_i of unit norm, or raw for a decoder of raw embeddings.
+            captions: one caption for all embeddings, or B.
             num: images per embedding.
-            guidance: see :meth:`generate`.
-            seed: see :meth:`generate`.
-            batch_size: see :meth:`generate`.
-            progress: see :meth:`generate`.
+            guidance: guidance scale of the decoder; None keeps the run's.
+            seed: seed of every embedding's first image.
+            batch_size: images drawn at once.
+            progress: called after every step of the decoder, for each batch.
 
         Raises:
-            ValueError: embeddings of another width, or that have lost their norm; other than as many captions.
+            InputError: the embeddings have another width or have lost their norm, or captions are neither one nor B.
         """
         b, d = len(image_embed), self.clip.embed_dim
         if image_embed.shape != (b, d) or len(captions) not in (1, b) or num < 1:
             raise InputError(
                 f"Expected embeddings of shape (B, {d}), this CLIP's, one caption or B, and num >= 1. Got "
-                f"{tuple(image_embed.shape)}, {len(captions)} and {num}."
+                f"{tuple(image_embed.shape)}, {len(captions)} and {num}: make them fit."
             )
         unit = torch.allclose(image_embed.norm(dim=-1), torch.ones(b).to(image_embed), atol=1e-3)
         check_norm(TrueEmbedding(TrueEmbeddingSpec(), keeps_norm=not unit), self.decoder)
@@ -203,12 +209,12 @@ def _seeds(seed: int, num: int) -> list[int]:
 
 
 def _streams(seeds: Sequence[int], part: str) -> list[torch.Generator]:
-    """One for each image. Each part has its own: two priors' images start from the same noise."""
+    """Return one generator per image. The decoder has its own, so that two priors' images start from the same noise."""
     digests = (blake2b(f"{part} {seed}".encode(), digest_size=4).digest() for seed in seeds)
     return [torch.Generator().manual_seed(int.from_bytes(digest)) for digest in digests]
 
 
 def _batches(rows: int, size: int) -> list[slice]:
     if size < 1:
-        raise InputError(f"Expected batch_size >= 1. Got {size}.")
+        raise InputError(f"Expected batch_size >= 1. Got {size}: draw at least one image at once.")
     return [slice(start, start + size) for start in range(0, rows, size)]

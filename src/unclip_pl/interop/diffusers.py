@@ -1,4 +1,4 @@
-"""The names of diffusers' PriorTransformer, UNet2DConditionModel with UnCLIPTextProjModel, and UNet2DModel."""
+"""Names in diffusers' PriorTransformer, UNet2DConditionModel with UnCLIPTextProjModel, and UNet2DModel."""
 
 from torch import Tensor
 
@@ -50,10 +50,10 @@ _ATTENTION = {
 
 
 class DiffusersPrior(Layout):
-    """``PriorTransformer``. Its ``clip_mean`` and ``clip_std`` are the embedding space's business, not the network's.
+    """``PriorTransformer``. Its ``clip_mean`` and ``clip_std`` belong to our embedding space, not to the network.
 
     Args:
-        heads: of the attention.
+        heads: number of attention heads.
     """
 
     extra = ("clip_mean", "clip_std")
@@ -62,7 +62,7 @@ class DiffusersPrior(Layout):
         self.heads = heads
 
     def names(self, name: str) -> tuple[str, ...]:
-        """As :meth:`Layout.names`."""
+        """Return the names there of our parameter."""
         if name == "positional_embedding":
             return (name,)
         if name == "prd_emb":
@@ -74,7 +74,7 @@ class DiffusersPrior(Layout):
         return tuple(f"transformer_blocks.{block}.{there}.{leaf}" for there in _PRIOR_BLOCK[part])
 
     def join(self, parts: list[Tensor], name: str) -> Tensor:
-        """As :meth:`Layout.join`."""
+        """Fuse the projections, head by head."""
         return side_by_side(parts, self.heads)
 
 
@@ -82,14 +82,14 @@ class DiffusersUNet(Layout):
     """``UNet2DConditionModel`` and its ``UnCLIPTextProjModel`` in one dictionary, or ``UNet2DModel`` without attention.
 
     Args:
-        head_channels: of the attention.
+        head_channels: channels of one attention head.
     """
 
     def __init__(self, head_channels: int) -> None:
         self.head_channels = head_channels
 
     def names(self, name: str) -> tuple[str, ...]:
-        """As :meth:`Layout.names`."""
+        """Return the names there of our parameter."""
         if name == "condition_encoder.null_image_embed":
             return ("learned_classifier_free_guidance_embeddings",)
         path, leaf = name.rsplit(".", 1)
@@ -110,5 +110,5 @@ class DiffusersUNet(Layout):
         return tuple(f"{level}.attentions.{layer}.{there}.{leaf}" for there in _ATTENTION[module])
 
     def join(self, parts: list[Tensor], name: str) -> Tensor:
-        """As :meth:`Layout.join`."""
+        """Fuse the projections, head by head."""
         return side_by_side(parts, len(parts[0]) // self.head_channels)

@@ -1,4 +1,4 @@
-"""Karlo's files as the parts they hold: its own checkpoints, or a folder that diffusers' pipeline was saved in."""
+"""Read Karlo's parts from its own checkpoints, or from a folder that diffusers' pipeline was saved in."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +14,9 @@ from unclip_pl.interop.karlo import KarloPrior, KarloUNet
 from unclip_pl.interop.layout import Layout, Weights
 from unclip_pl.interop.sizes import HEAD
 
-#: The parts of a Karlo model. ``upsampler_last`` takes the upsampler's last step.
-PARTS = ("prior", "decoder", "upsampler", "upsampler_last")
-
 
 class Part(NamedTuple):
-    """One network's weights, as somebody else wrote them."""
+    """One network's weights, with the names of the file that they were read from."""
 
     path: Path
     weights: Weights
@@ -27,29 +24,29 @@ class Part(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the raw image embeddings that Karlo's prior was trained on, (d,) each."""
+    """Mean and standard deviation of the raw image embeddings that Karlo's prior was trained on, (d,) each."""
 
     mean: Tensor
     std: Tensor
 
 
 class KarloFiles(NamedTuple):
-    """What was found: parts by name, and the statistics."""
+    """What was found: ``prior``, ``decoder``, ``upsampler``, ``upsampler_last`` (its last step), and the statistics."""
 
     parts: dict[str, Part]
     statistics: Statistics | None
 
 
 def read_karlo(paths: Iterable[str | Path]) -> KarloFiles:
-    """Sort files and folders by what they hold. Nothing is unpickled but tensors and plain containers.
+    """Sort files and folders by their content. Nothing is unpickled but tensors and plain containers.
 
     Args:
-        paths: Karlo's own ``prior``, ``decoder`` and ``improved-sr`` checkpoints and its statistics (``.th``); or
-            folders of a diffusers pipeline (or the pipeline's own folder).
+        paths: Karlo's own ``prior``, ``decoder`` and ``improved-sr`` checkpoints and its statistics (``.th``), or the
+            folder of a diffusers pipeline.
 
     Raises:
-        FileNotFoundError: there is nothing at a path.
-        ValueError: a file holds none of these, or two hold the same.
+        MissingFileError: there is nothing at a path.
+        InputError: a file holds none of these, or two files hold the same part.
     """
     parts: dict[str, Part] = {}
     statistics: Statistics | None = None
@@ -57,14 +54,14 @@ def read_karlo(paths: Iterable[str | Path]) -> KarloFiles:
         found = _folder(path) if path.is_dir() else _file(path)
         for name, part in found.parts.items():
             if name in parts:
-                raise InputError(f"Expected one {name}. Got two: {parts[name].path} and {part.path}.")
+                raise InputError(f"Expected one {name}. Got {parts[name].path} and {part.path}: leave one out.")
             parts[name] = part
         statistics = found.statistics or statistics
     return KarloFiles(parts, statistics)
 
 
 def _file(path: Path) -> KarloFiles:
-    """A checkpoint in Karlo's own layout, known by its first names."""
+    """Read a checkpoint in Karlo's own layout, which its first names tell."""
     content = _read(path)
     if not isinstance(content, dict):
         if isinstance(content, list | tuple) and len(content) == 2 and all(isinstance(x, Tensor) for x in content):
@@ -83,7 +80,7 @@ def _file(path: Path) -> KarloFiles:
 
 
 def _folder(path: Path) -> KarloFiles:
-    """A diffusers pipeline's folder, with one folder for each network in it."""
+    """Read a diffusers pipeline's folder, with one folder for each network in it."""
     if not any((path / name).is_dir() for name in ("prior", "decoder", "super_res_first")):
         raise _unknown(path)
     parts: dict[str, Part] = {}
@@ -104,27 +101,29 @@ def _folder(path: Path) -> KarloFiles:
 
 
 def _diffusers(folder: Path) -> Weights:
-    """The weights that ``save_pretrained`` wrote."""
+    """Read the weights that ``save_pretrained`` wrote."""
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).is_file():
             return _read(folder / name)
-    raise MissingFileError(f"No diffusion_pytorch_model.safetensors or .bin in {folder}.")
+    raise MissingFileError(f"No diffusion_pytorch_model.safetensors or .bin in {folder}: download the model again.")
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise MissingFileError(f"No file or folder at {path}.")
+        raise MissingFileError(f"No file or folder at {path}: download Karlo first.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise InputError(f"{path} holds no plain weights ({type(error).__name__}: {reason:.200}).") from error
+        raise InputError(
+            f"{path} holds no plain weights ({type(error).__name__}: {reason:.200}): download it again."
+        ) from error
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> Weights:
-    """One network of a checkpoint; keys of another prefix stay as they are, to be named as unexpected."""
+    """Return one network of a checkpoint. Keys of unknown prefixes stay, so that they are named as unexpected."""
     others = ("model.", "model_first_steps.", "model_last_step.")
     return {
         key.removeprefix(f"{prefix}."): value
@@ -135,7 +134,7 @@ def _below(state: dict[str, Tensor], prefix: str) -> Weights:
 
 def _unknown(path: Path) -> InputError:
     return InputError(
-        f"{path} holds no part of Karlo: expected its prior, decoder or improved-sr checkpoint, its statistics (two "
+        f"{path} holds no part of Karlo. Name its prior, decoder or improved-sr checkpoint, its statistics (two "
         "tensors), or a folder of diffusers' UnCLIPPipeline with prior/, decoder/ and text_proj/, super_res_first/ and "
         "super_res_last/."
     )

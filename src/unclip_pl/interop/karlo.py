@@ -26,14 +26,14 @@ _ATTENTION = {"norm": "norm", "qkv": "qkv", "context_kv": "encoder_kv", "proj_ou
 
 
 class KarloPrior(Layout):
-    """Karlo's ``PriorTransformer``: ours bears its names."""
+    """Karlo's ``PriorTransformer``, whose names ours has taken over."""
 
     def names(self, name: str) -> tuple[str, ...]:
-        """As :meth:`Layout.names`."""
+        """Return the names there of our parameter."""
         return (name,)
 
     def join(self, parts: list[Tensor], name: str) -> Tensor:
-        """As :meth:`Layout.join`."""
+        """Return the one tensor."""
         return parts[0]
 
 
@@ -41,8 +41,8 @@ class KarloUNet(Layout):
     """Karlo's ``PLMImUNet`` and ``SuperResUNetModel``: guided-diffusion's lists of input and output blocks.
 
     Args:
-        res_blocks: residual blocks a level on the way down.
-        attention_up: the levels that attend, counted from the lowest one as the way up does.
+        res_blocks: number of residual blocks per level on the way down.
+        attention_up: levels with attention, counted from the lowest one, in the order of the way up.
         middle_attention: whether the middle attends.
     """
 
@@ -53,7 +53,7 @@ class KarloUNet(Layout):
 
     @classmethod
     def of(cls, weights: Weights) -> "KarloUNet":
-        """The one that fits a checkpoint: the first block to end in an upsampler shows how many a level has."""
+        """Find the layout of a checkpoint: the first block that ends in an upsampler shows how many a level has."""
         blocks = {key.split(".")[1] for key in weights if key.startswith("output_blocks.")}
 
         def has(block: int, part: int, module: str) -> bool:
@@ -66,7 +66,7 @@ class KarloUNet(Layout):
         return cls(res_blocks, attention_up, middle_attention="middle_block.1.norm.weight" in weights)
 
     def names(self, name: str) -> tuple[str, ...]:
-        """As :meth:`Layout.names`."""
+        """Return the names there of our parameter."""
         if name == "condition_encoder.null_image_embed":
             return ("cf_param",)
         path, leaf = name.rsplit(".", 1)
@@ -106,6 +106,6 @@ class KarloUNet(Layout):
         return f"1.{_ATTENTION[module]}" if kind == "attention" else f"0.{_BLOCK[module]}"
 
     def join(self, parts: list[Tensor], name: str) -> Tensor:
-        """As :meth:`Layout.join`: the projections of attention lose the axis of their 1×1 convolution."""
+        """Drop the axis of the 1×1 convolutions that project for attention."""
         (part,) = parts
         return part.squeeze(-1) if ".attention." in name and part.ndim == 3 else part

@@ -1,4 +1,4 @@
-"""A network's weights under other names: every tensor accounted for, on both sides."""
+"""Copy weights between names: every tensor is accounted for, on both sides."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -12,56 +12,57 @@ Weights = Mapping[str, Tensor]
 
 
 class Layout(ABC):
-    """Where somebody else's checkpoint keeps the tensors of one of our networks, and in what form."""
+    """Names and forms of one network's tensors in somebody else's checkpoint."""
 
-    #: Tensors that the other side's network owns and ours does not.
+    #: Tensors of the other network that ours does not have.
     extra: tuple[str, ...] = ()
 
     @abstractmethod
     def names(self, name: str) -> tuple[str, ...]:
-        """The tensors there that make up our parameter ``name``."""
+        """Return the other names of the tensors that make up our parameter ``name``."""
 
     @abstractmethod
     def join(self, parts: list[Tensor], name: str) -> Tensor:
-        """Our parameter ``name`` made of them, in that order."""
+        """Make our parameter ``name`` of those tensors, in the order of their names."""
 
     def has(self, weights: Weights, name: str) -> bool:
-        """Whether a checkpoint holds what makes up our parameter ``name``."""
+        """Say whether a checkpoint holds all tensors of our parameter ``name``."""
         return all(there in weights for there in self.names(name))
 
     def count(self, weights: Weights, pattern: str) -> int:
-        """How many modules 0, 1, … a checkpoint has; ``pattern`` is one of our parameters, ``{}`` for the number."""
+        """Count modules 0, 1, … in a checkpoint. ``pattern`` is a parameter of ours, with ``{}`` for the number."""
         n = 0
         while self.has(weights, pattern.format(n)):
             n += 1
         return n
 
     def shape(self, weights: Weights, name: str) -> tuple[int, ...]:
-        """Shape of our parameter ``name`` in a checkpoint.
+        """Return the shape of our parameter ``name`` in a checkpoint.
 
         Raises:
-            ValueError: it is not there.
+            InputError: the checkpoint lacks it.
         """
         missing = [there for there in self.names(name) if there not in weights]
         if missing:
             raise InputError(
-                f"Expected {', '.join(missing)}, which says the network's sizes. Got a checkpoint without."
+                f"Expected {', '.join(missing)}, which says the network's sizes. Got a checkpoint without: download it "
+                "again."
             )
         return tuple(self.join([weights[there] for there in self.names(name)], name).shape)
 
 
 @torch.no_grad()
 def load_weights(net: nn.Module, weights: Weights, layout: Layout, what: str = "the checkpoint") -> None:
-    """Copy a checkpoint into ``net``; nothing may be missing, left over or of another shape.
+    """Copy a checkpoint into ``net``. Nothing may be missing, left over or of another shape.
 
     Args:
-        net: ours, of the checkpoint's sizes.
-        weights: tensors by the other side's names.
-        layout: which names those are.
-        what: the checkpoint, for the error.
+        net: our network, with the checkpoint's sizes.
+        weights: tensors by their other names.
+        layout: map from our names to the others.
+        what: name of the checkpoint, for the error.
 
     Raises:
-        ValueError: listing every key that is missing, unexpected or misshapen; ``net`` is left as it was.
+        InputError: a key is missing, unexpected or misshapen; the error lists all. ``net`` is left as it was.
     """
     parameters = dict(net.named_parameters())
     sources = {name: layout.names(name) for name in parameters}
@@ -82,13 +83,14 @@ def load_weights(net: nn.Module, weights: Weights, layout: Layout, what: str = "
         _fault("misshapen", misshapen),
     ]
     if any(faults):
-        raise InputError(f"{what} does not fit {type(net).__name__}: {'; '.join(filter(None, faults))}.")
+        said = "; ".join(filter(None, faults))
+        raise InputError(f"{what} does not fit {type(net).__name__}: {said}. Import a checkpoint of Karlo as it is.")
     for name, parameter in parameters.items():
         parameter.copy_(made[name])
 
 
 def side_by_side(parts: list[Tensor], heads: int) -> Tensor:
-    """Projections of equal height fused so that those of one head lie together: q, k, v, q, k, v, …"""
+    """Fuse projections of equal height so that those of one head lie together: q, k, v, q, k, v, …"""
     if len(parts) == 1:
         return parts[0]
     return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""Karlo's parts as a run: ``run.json``, and checkpoints that ``load_task`` rebuilds and ``fit`` goes on from."""
+"""Write Karlo's parts as a run: ``run.json``, and checkpoints that ``load_task`` and ``fit --ckpt_path`` read."""
 
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,23 @@ def write_karlo(files: KarloFiles, root: Path, clip: ClipSpec) -> list[str]:
     """Write every part that was found, and ``run.json`` if a run can be made of them.
 
     Args:
-        files: what was read.
-        root: the run's folder; nothing in it may be overwritten.
-        clip: the CLIP that conditions Karlo: its null text and fingerprint go into the checkpoints.
+        files: parts of Karlo.
+        root: folder of the run, without a run so far.
+        clip: the CLIP that conditions Karlo; its null text and fingerprint go into the checkpoints.
 
     Returns:
-        One line a part.
+        One line per part.
 
     Raises:
-        ValueError: a part does not fit its network or the CLIP, or the statistics are missing.
+        InputError: a part does not fit its network or the CLIP, or the statistics are missing.
         FileExistsError: there is a run already.
     """
     if (root / "run.json").exists():
         raise FileExistsError(f"{root} holds a run already: import into another folder (--out).")
     if files.statistics is None:
-        raise InputError("Expected Karlo's statistics (ViT-L-14_stats.th, or diffusers' prior/). Got none among these.")
+        raise InputError(
+            "Expected Karlo's statistics. Got none: name ViT-L-14_stats.th, or diffusers' prior/, as well."
+        )
     if len(files.statistics.mean) != clip.embed_dim:
         raise InputError(
             f"Expected a CLIP of {len(files.statistics.mean)} dimensions, as Karlo's statistics. Got "
@@ -98,7 +100,7 @@ def _filled(net: nn.Module, part: Part) -> Any:
 
 
 def _hyper_parameters(task: Task, sizes: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """As LightningCLI would have saved them."""
+    """Return the hyperparameters that LightningCLI would have saved."""
     net = type(task.net)
     return {
         "_class_path": f"unclip_pl.tasks.{type(task).__name__}",
@@ -109,7 +111,7 @@ def _hyper_parameters(task: Task, sizes: dict[str, Any], settings: dict[str, Any
 
 
 def write_checkpoint(path: Path, task: Task, hyper_parameters: dict[str, Any]) -> None:
-    """A Lightning checkpoint of a task at step 0, whole or not at all: ``fit --ckpt_path`` starts an optimizer anew."""
+    """Write a Lightning checkpoint of a task at step 0, from which ``fit --ckpt_path`` starts with a new optimizer."""
     optimizer = task.optimizer().state_dict()
     checkpoint = {
         "epoch": 0,
@@ -127,7 +129,7 @@ def write_checkpoint(path: Path, task: Task, hyper_parameters: dict[str, Any]) -
 
 
 def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
-    """``run.json``: sampled as Karlo samples by default, 25 + 50 + 7 steps at guidance 4 and 8."""
+    """Return ``run.json`` with Karlo's own sampling: 25 + 50 + 7 steps at guidance 4 and 8."""
 
     def ancestral(steps: int, variance: str) -> dict[str, Any]:
         return {"class_path": "unclip_pl.diffusion.Ancestral", "init_args": {"steps": steps, "variance": variance}}

@@ -1,19 +1,15 @@
-"""Constructor arguments of the network that a checkpoint's tensors belong to."""
+"""Find a network's constructor arguments from the shapes of its tensors."""
 
 from typing import Any
 
 from unclip_pl.interop.layout import Layout, Weights
 
-#: Channels of one attention head in all of Karlo's networks: no tensor's shape tells it.
+#: Channels of one attention head in all of Karlo's networks, which no tensor's shape tells.
 HEAD = 64
 
 
 def prior_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
-    """Of :class:`~unclip_pl.nn.prior.PriorTransformer`.
-
-    Raises:
-        ValueError: naming what is missing to tell.
-    """
+    """Return the arguments of a :class:`~unclip_pl.nn.prior.PriorTransformer`."""
     width, text_width = layout.shape(weights, "text_enc_proj.weight")
     return {
         "embed_dim": layout.shape(weights, "clip_img_proj.weight")[1],
@@ -26,11 +22,7 @@ def prior_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
 
 
 def decoder_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
-    """Of :class:`~unclip_pl.nn.unet.UNet` as decoder. Karlo's dropout is 0.1.
-
-    Raises:
-        ValueError: naming what is missing to tell.
-    """
+    """Return the arguments of a decoder's :class:`~unclip_pl.nn.unet.UNet`. Karlo's dropout is 0.1."""
     sizes = _unet_sizes(weights, layout)
     levels = range(len(sizes["channel_mult"]))
     attention = [i for i in levels if layout.has(weights, f"down.{i}.layers.0.attention.norm.weight")]
@@ -51,11 +43,7 @@ def decoder_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
 
 
 def upsampler_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
-    """Of :class:`~unclip_pl.nn.unet.UpsamplerUNet`.
-
-    Raises:
-        ValueError: naming what is missing to tell.
-    """
+    """Return the arguments of an :class:`~unclip_pl.nn.unet.UpsamplerUNet`."""
     return _unet_sizes(weights, layout)
 
 
