@@ -131,7 +131,7 @@ def test_a_prior_of_ones_own_enters_by_its_class_path(mini_run: Path, monkeypatc
     line = ["--config", "configs/compare/tiny.yaml", "--config", "examples/noisy_linear.yaml"]
     line += ["--data.init_args.source", f"{mini_run}/data", "--data.init_args.store", f"{mini_run}/store"]
     cli = build([*line, "--data.init_args.clip.pretrained", f"{mini_run}/clip/checkpoints/last.ckpt"])
-    linear, noisy = (prior.load(mini_run) for prior in cli.model.prior_specs.values())
+    linear, noisy = (prior.load(mini_run) for prior in cli.model.priors.values())
     text = TextFeatures(torch.zeros(500, 0), torch.zeros(500, 0, 128), torch.zeros(500, 0), torch.randn(500, 64))
     mean, draws = linear.embed(text), [noisy.embed(text, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
     assert torch.equal(*draws)

@@ -6,6 +6,7 @@ import re
 #: CHANGELOG.md has the same table.
 MOVED = {
     "unclip_pl.callbacks": "unclip_pl.training.callbacks",
+    "unclip_pl.evaluation.comparison.Comparison": "unclip_pl.evaluation.cell.Cell",
     "unclip_pl.manipulation": "unclip_pl.generation.manipulation",
     "unclip_pl.diffusion.sampling": "unclip_pl.diffusion.solvers",
     "unclip_pl.nn.ar_prior.PerPositionHead": "(no config used it: take SharedHead or CosineHead)",

@@ -23,9 +23,9 @@ PROFILE = "profile.json"
 class StageProfile(Callback):
     """Write ``profile.json`` at the end of a fit: steps a second, MFU and the busy share of the GPU.
 
-    MFU (model FLOPs utilisation) is the arithmetic per second of the whole fit, validation and checkpoints included, over
-    the bfloat16 peak in the card's datasheet. The busy share is measured over a few steps: the time in which a kernel of
-    this process runs, over wall clock.
+    MFU (model FLOPs utilisation) is the arithmetic per second of the whole fit, validation and checkpoints included,
+    over the bfloat16 peak in the card's datasheet. The busy share is measured over a few steps: the time in which a
+    kernel of this process runs, over wall clock.
 
     Args:
         warmup: steps of this fit that are left out of every time.
