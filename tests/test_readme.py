@@ -1,5 +1,6 @@
 """Check that the README and docs/ are true: commands parse, links lead to files, the README stays short."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_there_are_commands_and_no_gaps() -> None:
     assert len(commands(ROOT / "README.md")) >= 3
     assert len(LINES) > 40
     assert not [document for document in DOCUMENTS if "@@" in document.read_text()]
+
+
+def test_the_table_of_results_is_the_reports() -> None:
+    report = json.loads((ROOT / "results/rematch-shapes/report.json").read_text())
+    table = re.findall(r"^\| .* \| (\d.*) \| (\d.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    expected = []
+    for name in ("diffusion", "ar", "linear", "text", "ceiling"):
+        metrics = report["priors"][name]["metrics"]
+        match = [f"{100 * metrics['stated_match'][key]:.1f}" for key in ("mean", "low", "high")]
+        distance = [f"{metrics['fd_judge'][key]:.3f}" for key in ("mean", "low", "high")]
+        expected.append(tuple("{} [{}, {}]".format(*values) for values in (match, distance)))
+    assert table == expected
 
 
 def test_the_changelog_names_every_class_path_that_moved() -> None:
