@@ -92,7 +92,9 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert index.skipped == {"broken tar": ["x.tar"]}
 
 
-@pytest.mark.parametrize("data", [b"", b"hello" * 1000, bytes(100), gzip.compress(bytes(9000))])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello" * 1000, bytes(100), gzip.compress(bytes(9000))], ids=["empty", "text", "zeros", "gzip"]
+)
 def test_what_is_no_tar_holds_nothing(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(data)
