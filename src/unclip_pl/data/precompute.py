@@ -70,7 +70,7 @@ def precompute(
     device: str = "auto",
     verify: bool = False,
 ) -> None:
-    """Embed every image and caption of a source once, in this process. Run again, it goes on where it stopped.
+    """Embed a source in this process: :func:`embed_share` and :func:`finish`, whose arguments and errors these are.
 
     Args:
         source: shards, see ``list_shards``.
@@ -80,10 +80,6 @@ def precompute(
         max_bad_fraction: largest share of samples without a readable image and caption.
         device: auto, cpu, cuda, cuda:1, …
         verify: read finished files against their checksums, and make again those that differ.
-
-    Raises:
-        MissingFileError: no shards at ``source``.
-        InputError: too many bad samples, none that is good, or the store belongs to another CLIP.
     """
     encoder = clip.load().to(resolve_device(device))
     embed_share(source, store, encoder, batch_size=batch_size, verify=verify)
