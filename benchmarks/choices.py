@@ -27,7 +27,8 @@ from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.generation.provenance import provenance
-from unclip_pl.metrics import FrechetDistance, RetrievalRecall
+from unclip_pl.metrics import FrechetDistance
+from unclip_pl.metrics.clip_score import retrieval_recall
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.tasks import ClipTask, load_task
 
@@ -111,20 +112,19 @@ def rank(run: Path, clips: dict[str, Path]) -> list[dict[str, Any]]:
     rows = []
     for name, path in clips.items():
         task = load_task(path, ClipTask)
-        image, text, losses, recall = [], [], [], RetrievalRecall(1)
+        image, text, losses = [], [], []
         for batch in map(store.batch, batches_of(store.rows(Split.VAL))):
             z_i, z_t, _ = task.net(task.preprocess(batch.image), batch.tokens)
             image.append(z_i)
             text.append(z_t)
             losses.append(task.loss(batch))
-            recall.update(z_i, z_t)
         rows.append(
             {
                 "clip": name,
                 "sam_rho": task.sam_rho,
                 "steps": task.record.steps,
                 "val_loss": torch.stack(losses).mean().item(),
-                "retrieval_at_1": float(recall.compute()),
+                "retrieval_at_1": float(retrieval_recall(torch.cat(image), torch.cat(text), 1)),
                 "images": spectrum(torch.cat(image)),
                 "captions": spectrum(torch.cat(text)),
             }

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from unclip_pl.metrics.neighbours import NeighbourScores, precision_recall
+from unclip_pl.metrics.neighbours import precision_recall
 
 
 def test_agrees_with_torch_fidelity_which_takes_generated_first() -> None:
@@ -46,17 +46,6 @@ def test_density_and_coverage_of_one_distribution_are_what_theory_says() -> None
     scores = precision_recall(real, fake, k=3)
     assert scores.density.item() == pytest.approx(1, abs=0.05)
     assert scores.coverage.item() == pytest.approx(1 - 2**-3, abs=0.03)
-
-
-def test_metric_pools_batches_and_processes() -> None:
-    real, fake = torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(0))
-    ranks = [NeighbourScores(k=2), NeighbourScores(k=2)]
-    for rank, cut in zip(ranks, (slice(0, 25), slice(25, None)), strict=True):
-        for batch in real[cut].split(10):
-            rank.update(batch, real=True)
-        rank.update(fake[cut], real=False)
-    ranks[0].merge_state(ranks[1])
-    assert ranks[0].compute() == precision_recall(real, fake, k=2)
 
 
 def test_too_few_samples_is_an_error() -> None:

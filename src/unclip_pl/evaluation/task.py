@@ -19,7 +19,10 @@ from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.generation.run import open_parts
-from unclip_pl.metrics import CLIPScore, EmbeddingCalibration, FrechetDistance, NeighbourScores, RetrievalRecall
+from unclip_pl.metrics import FrechetDistance, Rows
+from unclip_pl.metrics.clip_score import clip_scores, retrieval_recall
+from unclip_pl.metrics.embedding import Calibration, calibration
+from unclip_pl.metrics.neighbours import precision_recall
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 
@@ -48,8 +51,7 @@ class PriorEvaluation(LightningModule):
         self.seeds = seeds
         self.seed = seed
         self.distance = FrechetDistance(clip.embed_dim)
-        self.neighbours = NeighbourScores()
-        self.calibration = EmbeddingCalibration()
+        self.rows = Rows("true", "samples")
 
     def on_test_start(self) -> None:
         """Load the prior, and refuse another CLIP's."""
@@ -68,14 +70,15 @@ class PriorEvaluation(LightningModule):
         draws = [prior.embed_batch(batch, generator=generator).float() for _ in range(self.seeds)]
         samples = F.normalize(torch.stack(draws, dim=1), dim=-1)  # (B, S, d)
         true = F.normalize(batch.image_embed.float(), dim=-1)
-        for metric in (self.distance, self.neighbours):
-            metric.update(true, real=True)
-            metric.update(samples[:, 0], real=False)
-        self.calibration.update(samples, true)
+        self.distance.update(true, real=True)
+        self.distance.update(samples[:, 0], real=False)
+        self.rows.update(true=true, samples=samples)
 
     def on_test_epoch_end(self) -> None:
         """Log all scores."""
-        cosines, inside = self.calibration.compute(), self.neighbours.compute()
+        true, samples = self.rows.compute().values()
+        cosines = Calibration(*(values.double().mean() for values in calibration(samples, true)))
+        inside = precision_recall(true, samples[:, 0])
         self.log_dict(
             {
                 "embed_fd": self.distance.compute().float(),
@@ -128,9 +131,7 @@ class ImageEvaluation(LightningModule):
         self.inception_weights = inception_weights
         self.seed = seed
         self.distance = FrechetDistance(judge.embed_dim)
-        self.neighbours = NeighbourScores()
-        self.clip_score = CLIPScore()
-        self.recall_at_10 = RetrievalRecall(10)
+        self.rows = Rows("real", "fake", "text")
         self.fid = FrechetDistance(2048) if inception_weights else None
 
     def on_test_start(self) -> None:
@@ -157,24 +158,23 @@ class ImageEvaluation(LightningModule):
         images = decoder.decode(z_i, batch.text, generator=generator)
         judge, inception = self._judges
         real, fake = (F.normalize(judge.encode_image(x).float(), dim=-1) for x in (batch.image, images))
-        for metric in (self.distance, self.neighbours):
-            metric.update(real, real=True)
-            metric.update(fake, real=False)
-        self.clip_score.update(fake, judge.describe(batch.captions).embed)
-        self.recall_at_10.update(fake, real)
+        self.distance.update(real, real=True)
+        self.distance.update(fake, real=False)
+        self.rows.update(real=real, fake=fake, text=judge.describe(batch.captions).embed)
         if self.fid is not None and inception is not None:
             self.fid.update(inception(to_bytes(batch.image))[0], real=True)
             self.fid.update(inception(to_bytes(images))[0], real=False)
 
     def on_test_epoch_end(self) -> None:
         """Log all scores."""
-        inside = self.neighbours.compute()
+        real, fake, text = self.rows.compute().values()
+        inside = precision_recall(real, fake)
         scores = {
             "fd_judge": self.distance.compute().float(),
             "precision": inside.precision,
             "recall": inside.recall,
-            "clip_score": self.clip_score.compute().float(),
-            "retrieval_r10": self.recall_at_10.compute().float(),
+            "clip_score": clip_scores(fake, text).double().mean().float(),
+            "retrieval_r10": retrieval_recall(fake, real, 10).float(),
         }
         if self.fid is not None:
             scores["fid"] = self.fid.compute().float()

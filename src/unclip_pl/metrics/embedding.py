@@ -7,10 +7,8 @@ samples too. So a calibrated prior has cos(sample, true) = cos(sample, sample′
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from unclip_pl.metrics.diversity import intra_caption_cosine
 
@@ -58,27 +56,3 @@ def calibration(samples: Tensor, true: Tensor) -> Calibration:
         mean_norm=between.clamp_min(0).sqrt(),  # ‖mean of S‖² = between + (1 − between) / S
         mean_to_true=F.cosine_similarity(mean, true.float(), dim=-1),
     )
-
-
-class EmbeddingCalibration(Metric):
-    """:func:`calibration`, averaged over all captions seen by all processes."""
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("totals", torch.zeros(len(Calibration._fields), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-        self.totals: Tensor
-        self.count: Tensor
-
-    def update(self, samples: Tensor, true: Tensor) -> None:
-        """Add samples (B, S, d) and true embeddings (B, d)."""
-        self.totals += torch.stack(calibration(samples, true)).double().sum(1)
-        self.count += len(true)
-
-    def compute(self) -> Calibration:
-        """Return a Calibration of scalars."""
-        return Calibration(*(self.totals / self.count))

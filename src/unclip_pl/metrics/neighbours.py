@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from unclip_pl.errors import InputError
 
@@ -73,31 +71,3 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     for rows in a.split(ROWS):
         # Through a matrix product, equal rows would be a rounding error apart and duplicates fall out of their ball.
         yield torch.cdist(rows.to(dtype), b.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
-
-
-class NeighbourScores(Metric):
-    """:func:`precision_recall` of all features seen, by all processes.
-
-    Args:
-        k: number of the neighbour that bounds a ball.
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-
-    def __init__(self, k: int = 3) -> None:
-        super().__init__()
-        self.k = k
-        self.add_state("real", [], dist_reduce_fx="cat")
-        self.add_state("fake", [], dist_reduce_fx="cat")
-        self.real: list[Tensor]
-        self.fake: list[Tensor]
-
-    def update(self, features: Tensor, *, real: bool) -> None:
-        """Keep features (B, F), of real or of generated images."""
-        (self.real if real else self.fake).append(features)
-
-    def compute(self) -> PrecisionRecall:
-        """Return the four scores."""
-        return precision_recall(dim_zero_cat(self.real), dim_zero_cat(self.fake), self.k)
