@@ -1,8 +1,8 @@
-"""The words the layers speak: batches as NamedTuples of tensors, with no optional fields.
+"""The types that all layers share: batches as NamedTuples of tensors, with no optional fields.
 
 Legend: B batch, L text tokens (cut to the longest caption of the batch), W width of CLIP's text tower, d CLIP embedding
-dimension, H side of a square image. Pixels are float in [-1, 1]; embeddings are raw, as CLIP gave them (scaling is the
-business of :mod:`unclip_pl.nn.space`).
+dimension, H side of a square image. Pixels are float in [-1, 1]. Embeddings are raw, as CLIP gave them;
+:mod:`unclip_pl.nn.space` scales them.
 """
 
 from collections.abc import Sequence
@@ -63,14 +63,14 @@ class TextFeatures(NamedTuple):
 
 
 class PriorBatch(NamedTuple):
-    """Captions and the embeddings of their images: all that a prior sees."""
+    """Captions and the embeddings of their images, for a prior."""
 
     image_embed: Tensor  # (B, d) z_i
     text: TextFeatures
 
 
 class DecoderBatch(NamedTuple):
-    """Images beside their own embedding and caption."""
+    """Images with their embeddings and captions."""
 
     image: Tensor  # (B, 3, H, H) in [-1, 1]
     image_embed: Tensor  # (B, d) z_i
@@ -78,7 +78,7 @@ class DecoderBatch(NamedTuple):
 
 
 class UpsamplerBatch(NamedTuple):
-    """Images alone: the upsampler makes its own low-resolution input from them."""
+    """Images alone, from which the upsampler makes its own low-resolution input."""
 
     image: Tensor  # (B, 3, H, H) in [-1, 1]
 
@@ -91,7 +91,7 @@ class ClipBatch(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """A decoder's batch with its captions as text: another CLIP (the judge) has another tokenizer."""
+    """A decoder's batch with its captions as text, since the judge's CLIP has another tokenizer."""
 
     image: Tensor  # (B, 3, H, H) in [-1, 1]
     image_embed: Tensor  # (B, d) z_i

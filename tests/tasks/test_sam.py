@@ -120,7 +120,7 @@ def test_weights_are_back_whatever_happens() -> None:
 def test_where_it_would_be_wrong_it_is_refused(tmp_path: Path) -> None:
     check_strategy(SingleDeviceStrategy(), 1)
     check_strategy(DDPStrategy(), 1)
-    with pytest.raises(ValueError, match=r"one device or trainer.strategy ddp. Got FullySharded"):
+    with pytest.raises(ValueError, match=r"one device or trainer.strategy ddp .* Got FullySharded"):
         check_strategy(FullySharded(), 1)
     with pytest.raises(ValueError, match=r"Got DeepSpeedStrategy"):
         check_strategy(DeepSpeedStrategy.__new__(DeepSpeedStrategy), 1)

@@ -10,25 +10,26 @@ from unclip_pl.diffusion.schedule import per_sample, widen
 
 BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal (2021), eq. 16
 HALF_BIN = 1 / 255  # 256 pixel values on [-1, 1]
-MIN_PROBABILITY = 1e-12  # as in OpenAI's code: a pixel missed by more teaches nothing
+MIN_PROBABILITY = 1e-12  # OpenAI's code too: a pixel missed by more teaches nothing
 
 
 def simple_loss(F: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, L_simple of Ho et al. (2020), eq. 14. F and target (B, ...); returns (B,)."""
+    """Return the mean squared error of F (B, ...) as (B,): L_simple of Ho et al. (2020), eq. 14."""
     return (F - target).square().flatten(1).mean(1)
 
 
 def hybrid_loss(
     diffusion: GaussianDiffusion, F: Tensor, frac_raw: Tensor, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor
 ) -> Tensor:
-    """L_simple + lambda T L_t for a network that also learns its variance, Nichol & Dhariwal (2021), eq. 16.
+    """Return L_simple + lambda T L_t for a network that also learns its variance, Nichol & Dhariwal (2021), eq. 16.
 
     L_vlb is a sum over T times, so one uniform draw of t estimates it as T times its term: at T = 1000 the weight of
     the term is 1000 lambda = 1 (OpenAI's RESCALED_MSE). The bound trains the variance only.
 
     Args:
+        diffusion: diffusion of the training.
         F: network output, (B, ...), in the diffusion's prediction.
-        frac_raw: variance output, same shape, 1 is beta and -1 is beta_tilde.
+        frac_raw: variance output, same shape; 1 is beta and -1 is beta_tilde.
         x0, x_t, eps: data, noised data and its noise.
         t: training times k / T, (B,).
     """
@@ -39,7 +40,7 @@ def hybrid_loss(
 def variational_bound(
     diffusion: GaussianDiffusion, F: Tensor, frac_raw: Tensor, x0: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The term of the variational bound at each t, in bits per dimension, (B,); float32 or wider.
+    """Return the term of the variational bound at each t, in bits per dimension, (B,); float32 or wider.
 
     KL(q(x_s | x_t, x0) || p(x_s | x_t)), s = t - 1/T; at the first time the likelihood of 8-bit pixels x0 in [-1, 1]
     (Ho et al. 2020, eq. 5 and 13). The variance of p is exp(frac log beta + (1 - frac) log beta_tilde).
@@ -64,7 +65,7 @@ def variational_bound(
 
 
 def _pixel_nll(x0: Tensor, error: Tensor, log_var: Tensor) -> Tensor:
-    """-log of the mass that N(x0 - error, var) has on x0's bin; the bins of -1 and 1 are open to infinity."""
+    """Return -log of the mass of N(x0 - error, var) on x0's bin; the bins of -1 and 1 are open to infinity."""
     inv_std = (-0.5 * log_var).exp()
     # The mass is even in the error: in the lower tail the difference of the two does not cancel.
     upper = torch.special.ndtr(inv_std * (HALF_BIN - error.abs()))

@@ -1,7 +1,7 @@
 """Solvers: from noise to data, given only `denoise(x_t, t) -> Denoised` and the diffusion of the network's training.
 
 To add one, derive from `Sampler` and write `sample`. The loop belongs to the solver, so it may keep older estimates
-(multistep) or look twice per step (Heun).
+(multistep) or look twice per step (Heun). A solver of one estimate per step derives from `FirstOrder`.
 """
 
 import math
@@ -109,40 +109,40 @@ class Sampler(ABC):
         """
 
 
-class Step(NamedTuple):
-    """x_s = c_x0 x0 + c_xt x_t + std n: one step of a first-order solver. Python floats, so no device is asked."""
-
-    c_x0: float
-    c_xt: float
-    std: float
+StepFunction: TypeAlias = Callable[[int, Tensor, Denoised, Streams | None], Tensor]
 
 
-def _walk(
-    step: Callable[[int, Tensor, Denoised], Tensor],
-    times: list[float],
-    denoise: Denoise,
-    x_T: Tensor,
-    last: Denoise | None,
-    progress: Progress | None,
-) -> Tensor:
-    """Run a first-order solver: one estimate per time, and the last one is the sample, without noise.
+class FirstOrder(Sampler):
+    """A solver of one estimate per time, whose steps see the latest one alone. The last estimate is the sample."""
 
-    Args:
-        step: makes x at times[i + 1] of i, x_t at times[i] and the estimate there.
-        times: the grid with 0 at its end.
-        denoise, x_T, last, progress: arguments of `Sampler.sample`.
-    """
-    x_t, steps = x_T, len(times) - 1
-    for i, t in enumerate(times[:-1]):
-        ends = i + 1 == steps
-        denoised = (last if ends and last is not None else denoise)(x_t, time_of(t, x_t))
-        x_t = denoised.x0 if ends else step(i, x_t, denoised)
-        if progress is not None:
-            progress(i + 1, steps, denoised.x0)
-    return x_t
+    @abstractmethod
+    def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
+        """Return step(i, x_t, denoised, generator), which makes x at times[i + 1] of x_t at times[i]."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Denoise,
+        x_T: Tensor,
+        diffusion: GaussianDiffusion,
+        *,
+        last: Denoise | None = None,
+        generator: Streams | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw data as `Sampler.sample` describes."""
+        times = self.times(diffusion)
+        x_t, step = x_T, self.plan(times, diffusion)
+        for i, t in enumerate(times[:-1]):
+            ends = i + 1 == self.steps
+            denoised = (last if ends and last is not None else denoise)(x_t, time_of(t, x_t))
+            x_t = denoised.x0 if ends else step(i, x_t, denoised, generator)
+            if progress is not None:
+                progress(i + 1, self.steps, denoised.x0)
+        return x_t
 
 
-class Ancestral(Sampler):
+class Ancestral(FirstOrder):
     """Ho et al. (2020), algorithm 2, on any grid: draws x_s from q(x_s | x_t, x0) with the estimate for x0.
 
     Args:
@@ -175,22 +175,19 @@ class Ancestral(Sampler):
         if self.variance == "analytic":
             _posterior_mse(diffusion)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        denoise: Denoise,
-        x_T: Tensor,
-        diffusion: GaussianDiffusion,
-        *,
-        last: Denoise | None = None,
-        generator: Streams | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Draw data as `Sampler.sample` describes."""
-        times = self.times(diffusion)
-        path, log_ratio = self._plan(times, diffusion)
+    def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
+        """Return the step, with its coefficients computed in float64."""
+        t = torch.tensor(times, dtype=torch.float64, device="cpu")[:-1]
+        q = diffusion.schedule.posterior(t[:-1], t[1:])
+        variance = q.beta if self.variance in ("large", "learned") else q.beta_tilde
+        if self.variance == "analytic":
+            c_t = _posterior_mse(diffusion).detach().double().cpu().numpy().clip(min=0)
+            index = t[:-1].numpy() * diffusion.steps - 1
+            variance = variance + q.c_x0.square() * torch.from_numpy(np.interp(index, np.arange(len(c_t)), c_t))
+        path = torch.stack([q.c_x0, q.c_xt, variance.sqrt()], dim=1).tolist()
+        log_ratio = (q.beta / q.beta_tilde).log().tolist()
 
-        def step(i: int, x_t: Tensor, denoised: Denoised) -> Tensor:
+        def step(i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
             c_x0, c_xt, std = path[i]
             noise = std * noise_like(x_t, generator=generator)
             if self.variance == "learned":
@@ -202,19 +199,7 @@ class Ancestral(Sampler):
                 noise = noise * (0.5 * log_ratio[i] * (denoised.frac - 1)).exp()
             return c_x0 * denoised.x0 + c_xt * x_t + noise
 
-        return _walk(step, times, denoise, x_T, last, progress)
-
-    def _plan(self, times: list[float], diffusion: GaussianDiffusion) -> tuple[list[Step], list[float]]:
-        """Return every step but the last, which is noise-free, and log(beta / beta_tilde) there."""
-        t = torch.tensor(times, dtype=torch.float64, device="cpu")[:-1]
-        q = diffusion.schedule.posterior(t[:-1], t[1:])
-        variance = q.beta if self.variance in ("large", "learned") else q.beta_tilde
-        if self.variance == "analytic":
-            c_t = _posterior_mse(diffusion).detach().double().cpu().numpy().clip(min=0)
-            index = t[:-1].numpy() * diffusion.steps - 1
-            variance = variance + q.c_x0.square() * torch.from_numpy(np.interp(index, np.arange(len(c_t)), c_t))
-        path = torch.stack([q.c_x0, q.c_xt, variance.sqrt()], dim=1)
-        return [Step(*row) for row in path.tolist()], (q.beta / q.beta_tilde).log().tolist()
+        return step
 
 
 def _posterior_mse(diffusion: GaussianDiffusion) -> Tensor:
@@ -232,7 +217,7 @@ def _posterior_mse(diffusion: GaussianDiffusion) -> Tensor:
     return c_t
 
 
-class DDIM(Sampler):
+class DDIM(FirstOrder):
     """Song et al. (2021), eq. 12 and 16, with the noise re-derived from the (clipped, guided) estimate of x0.
 
     Args:
@@ -248,27 +233,24 @@ class DDIM(Sampler):
         super().__init__(steps, grid)
         self.eta = check_eta(eta)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        denoise: Denoise,
-        x_T: Tensor,
-        diffusion: GaussianDiffusion,
-        *,
-        last: Denoise | None = None,
-        generator: Streams | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Draw data as `Sampler.sample` describes."""
-        times = self.times(diffusion)
+    def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
+        """Return the step, with its coefficients computed in float64."""
         path = ddim_path(diffusion.schedule, times[:-1], self.eta)
 
-        def step(i: int, x_t: Tensor, denoised: Denoised) -> Tensor:
+        def step(i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
             c_x0, c_xt, std = path[i]
             x_s = c_x0 * denoised.x0 + c_xt * x_t
             return x_s + std * noise_like(x_t, generator=generator) if self.eta > 0 else x_s
 
-        return _walk(step, times, denoise, x_T, last, progress)
+        return step
+
+
+class Step(NamedTuple):
+    """x_s = c_x0 x0 + c_xt x_t + std n: one step of DDIM. Python floats, so no device is asked."""
+
+    c_x0: float
+    c_xt: float
+    std: float
 
 
 def ddim_path(schedule: Schedule, times: list[float], eta: float = 0.0) -> list[Step]:

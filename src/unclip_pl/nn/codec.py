@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import read_tensors, write_tensors
-from unclip_pl.nn.space import Moments
+from unclip_pl.files import write_tensors
+from unclip_pl.nn.space import FileBuffers, Moments
 
 #: Function that is called once per pass over the training set and yields raw (image_embed (B, d), text_embed (B, d)).
 Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -47,7 +47,7 @@ class Buckets(NamedTuple):
         return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
-class EmbeddingCodec(nn.Module):
+class EmbeddingCodec(FileBuffers):
     """Code of z_i as n numbers, and back. It works on unit-norm embeddings: norms in are ignored, norms out are 1.
 
     z_i is centred and projected on its first n principal axes. Each coordinate falls into one of ``buckets`` and is
@@ -69,21 +69,7 @@ class EmbeddingCodec(nn.Module):
     fingerprint_bytes: Tensor  # uint8
 
     def __init__(self, path: str = "") -> None:
-        super().__init__()
-        tensors: dict[str, Tensor] = {}
-        if path:
-            names = EmbeddingCodec.__annotations__
-            tensors = read_tensors(path, names, what="codec", command="unclip codec").tensors
-        for name in EmbeddingCodec.__annotations__:
-            self.register_buffer(name, tensors.get(name, torch.empty(0)))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The checkpoint decides the shapes, so that loading one does not need the codec's file.
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if saved is not None and buffer is not None and buffer.shape != saved.shape:
-                self._buffers[name] = saved.new_empty(saved.shape, device=buffer.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super().__init__(EmbeddingCodec.__annotations__, path, what="codec", command="unclip codec")
 
     @classmethod
     def fit(
@@ -144,11 +130,6 @@ class EmbeddingCodec(nn.Module):
     def dot_buckets(self) -> int:
         """Number of values of the dot-product token."""
         return self.dot_edges.shape[1] + 1
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the CLIP that it was fitted on."""
-        return bytes(self.fingerprint_bytes.tolist()).decode()
 
     @property
     def value_table(self) -> Tensor:

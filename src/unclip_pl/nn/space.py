@@ -4,6 +4,7 @@ Embeddings are stored raw and scaled here. Statistics, null text and the CLIP's 
 in the checkpoint, and embeddings of another CLIP are noticed.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -88,7 +89,38 @@ def _write(path: Path, tensors: dict[str, Tensor], null_text: TextFeatures, fing
     write_tensors(path, tensors)
 
 
-class EmbeddingSpace(nn.Module):
+class FileBuffers(nn.Module):
+    """Buffers that a file fills, or a checkpoint, which then decides their shapes and does not need the file.
+
+    Args:
+        names: names of the buffers, which are the tensors' in the file.
+        path: safetensors file; empty when a checkpoint is about to fill the buffers.
+        what: noun for what the file holds, in errors.
+        command: command that makes the file.
+    """
+
+    fingerprint_bytes: Tensor  # uint8
+
+    def __init__(self, names: Iterable[str], path: str, *, what: str, command: str) -> None:
+        super().__init__()
+        tensors = read_tensors(path, list(names), what=what, command=command).tensors if path else {}
+        for name in names:
+            self.register_buffer(name, tensors.get(name, torch.empty(0)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and buffer is not None and buffer.shape != saved.shape:
+                self._buffers[name] = saved.new_empty(saved.shape, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the CLIP that the tensors belong to."""
+        return bytes(self.fingerprint_bytes.tolist()).decode()
+
+
+class EmbeddingSpace(FileBuffers):
     """Scaling of CLIP's embeddings for a network, with the null text and the fingerprint that belong to them.
 
     Args:
@@ -115,32 +147,15 @@ class EmbeddingSpace(nn.Module):
     FLOOR = 1e-2
 
     def __init__(self, statistics: str = "", scaling: Scaling = "unit") -> None:
-        super().__init__()
+        super().__init__(
+            EmbeddingSpace.__annotations__, statistics, what="embedding statistics", command="unclip precompute"
+        )
         self.scaling = scaling
-        names = EmbeddingSpace.__annotations__
-        tensors: dict[str, Tensor] = {}
-        if statistics:
-            tensors = read_tensors(statistics, names, what="embedding statistics", command="unclip precompute").tensors
-        for name in names:
-            self.register_buffer(name, tensors.get(name, torch.empty(0)))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The checkpoint decides the widths, so that loading one does not need the statistics file.
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if saved is not None and buffer is not None and buffer.shape != saved.shape:
-                self._buffers[name] = saved.new_empty(saved.shape, device=buffer.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def embed_dim(self) -> int:
         """d, the width of the embeddings."""
         return self.raw_mean.shape[0]
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the CLIP that these embeddings belong to."""
-        return bytes(self.fingerprint_bytes.tolist()).decode()
 
     @property
     def null_text(self) -> TextFeatures:

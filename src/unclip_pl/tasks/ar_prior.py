@@ -16,15 +16,15 @@ class ARPriorTask(EmbeddingTask):
     """Trains an :class:`~unclip_pl.nn.ar_prior.ARPriorTransformer` by cross-entropy on dot-product token and codes.
 
     Args:
-        net: the causal transformer.
+        net: causal transformer.
         codec: file made by ``unclip codec``; empty when a checkpoint fills it.
         statistics: file of the embedding store (linked from the data).
-        scaling: of z_t; the codes are of unit-norm z_i whatever it says.
+        scaling: scale of z_t; the codes are always of unit-norm z_i.
         text_drop: share of captions replaced by the empty one.
-        optimization: of the network's weights.
+        optimization: settings of AdamW.
 
     Raises:
-        ValueError: the codec has another code length or bucket count than the network, or belongs to another CLIP.
+        InputError: the codec has another code length or bucket count than the network, or belongs to another CLIP.
     """
 
     batch_type = PriorBatch
@@ -56,12 +56,12 @@ class ARPriorTask(EmbeddingTask):
             )
         if self.codec.fingerprint != self.space.fingerprint:
             raise InputError(
-                f"The codec {path} was fitted on embeddings of CLIP {self.codec.fingerprint!r}, the data are of "
-                f"{self.space.fingerprint!r}: fit it again with `unclip codec`."
+                f"Expected a codec of CLIP {self.space.fingerprint!r}, the data's. {path} was fitted on embeddings of "
+                f"{self.codec.fingerprint!r}: fit it again with `unclip codec`."
             )
 
     def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Mean cross-entropy in nats per token, over the dot-product token and all codes."""
+        """Return the mean cross-entropy in nats per token, over the dot-product token and all codes."""
         codes = self.codec.encode(batch.image_embed)  # (B, n)
         cosine = F.cosine_similarity(batch.image_embed, batch.text.embed, dim=-1)
         dot = self.codec.encode_dot(cosine)  # (B,)

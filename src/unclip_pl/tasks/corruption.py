@@ -98,38 +98,6 @@ class Sometimes(Corruption):
         return low.index_copy(0, rows, self.corruption.degrade(image[rows], factor, seeds[chosen]))
 
 
-class BSRDegradation(Corruption):
-    """The 256 → 1024 px upsampler's: blurs, resizes, noise and JPEG in random order (BSRGAN, Zhang et al. 2021).
-
-    Each image goes its own way. With probability 1/4 it is halved first, where the factor is 4. Then follow in random
-    order two blurs, one downsampling of random strength with a resize to the final size anywhere behind it, Gaussian
-    noise, and JPEG (probability 0.9). A last JPEG always comes. The numbers are those of BSRGAN's code for the paper's
-    model. That code also has a model of camera noise, which latent diffusion leaves out too.
-    """
-
-    def seeds(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the first image's seed; the others' follow it."""
-        return torch.randint(2**62, (), generator=generator, device="cpu") + torch.arange(n, device="cpu")
-
-    def degrade(self, image: Tensor, factor: int, seeds: Tensor) -> Tensor:
-        """Send each image its own way down, see :meth:`Corruption.degrade`."""
-        rows = zip(seeds.tolist(), image[:, None], strict=True)
-        return torch.cat([self._way(Random(seed), row, factor).run() for seed, row in rows])
-
-    def _way(self, random: Random, image: Tensor, factor: int) -> "_Degradation":
-        return _Degradation(random, image, factor)
-
-
-class LightBSRDegradation(BSRDegradation):
-    """The milder variant of the same code: one blur of a quarter of the width, hardly any noise, JPEG of high quality.
-
-    Latent diffusion ships both. The paper does not say which one it uses.
-    """
-
-    def _way(self, random: Random, image: Tensor, factor: int) -> "_Degradation":
-        return _LightDegradation(random, image, factor)
-
-
 class _Degradation:
     """One image's way down: decisions are Python numbers, pixels stay on their device.
 
@@ -233,6 +201,36 @@ class _LightDegradation(_Degradation):
     BLURS = 1
     WIDTH = 0.25
     RESIZE = 0.8
+
+
+class BSRDegradation(Corruption):
+    """The 256 → 1024 px upsampler's: blurs, resizes, noise and JPEG in random order (BSRGAN, Zhang et al. 2021).
+
+    Each image goes its own way. With probability 1/4 it is halved first, where the factor is 4. Then follow in random
+    order two blurs, one downsampling of random strength with a resize to the final size anywhere behind it, Gaussian
+    noise, and JPEG (probability 0.9). A last JPEG always comes. The numbers are those of BSRGAN's code for the paper's
+    model. That code also has a model of camera noise, which latent diffusion leaves out too.
+    """
+
+    _way = _Degradation
+
+    def seeds(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the first image's seed; the others' follow it."""
+        return torch.randint(2**62, (), generator=generator, device="cpu") + torch.arange(n, device="cpu")
+
+    def degrade(self, image: Tensor, factor: int, seeds: Tensor) -> Tensor:
+        """Send each image its own way down, see :meth:`Corruption.degrade`."""
+        rows = zip(seeds.tolist(), image[:, None], strict=True)
+        return torch.cat([self._way(Random(seed), row, factor).run() for seed, row in rows])
+
+
+class LightBSRDegradation(BSRDegradation):
+    """The milder variant of the same code: one blur of a quarter of the width, hardly any noise, JPEG of high quality.
+
+    Latent diffusion ships both. The paper does not say which one it uses.
+    """
+
+    _way = _LightDegradation
 
 
 def _gaussian(size: int, long: float, short: float, angle: float, like: Tensor, shift: float = 0.0) -> Tensor:

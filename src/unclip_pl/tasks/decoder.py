@@ -16,19 +16,19 @@ from unclip_pl.types import DecoderBatch, TextFeatures
 class DecoderTask(EmbeddingTask):
     """Trains a :class:`~unclip_pl.nn.unet.UNet` on (image, z_i, caption); z_i and caption are dropped independently.
 
-    A network with twice the image's channels learns its variance too (hybrid loss); one with as many does not.
+    A network with twice the image's channels learns its variance too (hybrid loss).
 
     Args:
-        net: the UNet, with ``embed_dim`` of the CLIP.
+        net: U-Net with the CLIP's ``embed_dim``.
         statistics: file of the embedding store (linked from the data).
-        scaling: of z_i, ``unit``, ``whiten`` (tiny decoders learn faster from it) or ``raw`` (Karlo).
-        diffusion: None is the paper's: cosine, 1,000 steps, eps.
+        scaling: scale of z_i: ``unit``, ``whiten`` (tiny decoders learn faster from it) or ``raw`` (Karlo).
+        diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, eps.
         image_drop: share of z_i replaced by the learned null (paper: 10 %).
         text_drop: share of captions replaced by the empty one (paper: 50 %).
-        optimization: of the network's weights.
+        optimization: settings of AdamW.
 
     Raises:
-        ValueError: ``standardize``, which no decoder is known to have been trained on.
+        InputError: ``standardize``, which no known decoder was trained on.
     """
 
     batch_type = DecoderBatch
@@ -45,7 +45,7 @@ class DecoderTask(EmbeddingTask):
         optimization: Optimization | None = None,
     ) -> None:
         if scaling == "standardize":
-            raise InputError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize', a prior's.")
+            raise InputError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize': change it.")
         super().__init__(statistics, scaling, text_drop, optimization)
         self.save_hyperparameters()
         self.net = net
@@ -58,7 +58,7 @@ class DecoderTask(EmbeddingTask):
         return self.net.out_channels == 6
 
     def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
-        """L_simple, or L_hybrid where the network learns its variance."""
+        """Return L_simple, or L_hybrid where the network learns its variance."""
         x0 = batch.image
         keep_image = self.share(lambda n: bernoulli(n, 1 - self.image_drop, x0.device, generator), len(x0))
         text = self.drop_text(batch.text, generator)
@@ -75,13 +75,13 @@ class DecoderTask(EmbeddingTask):
     def denoiser(
         self, image_embed: Tensor, text: TextFeatures, guidance: float, *, drop_embedding: bool = False
     ) -> Denoise:
-        """``denoise(x_t, t)`` for a sampler, x0 clipped to [-1, 1]; conditioning is encoded once.
+        """Return ``denoise(x_t, t)`` for a sampler, with x0 clipped to [-1, 1]; the condition is encoded once.
 
         Args:
             image_embed: (B, d) raw z_i.
             text: raw features of B captions; the empty caption where there is none.
-            guidance: scale; 1 is off. The unconditional half drops both z_i and caption (as in Karlo).
-            drop_embedding: z_i gives way to its null, and the caption speaks alone (§5.1).
+            guidance: guidance scale; 1 is off. The unconditional half drops both z_i and caption (as in Karlo).
+            drop_embedding: replace z_i by its null, so that the caption alone decides (§5.1).
         """
         n = len(image_embed)
         z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
@@ -104,6 +104,6 @@ class DecoderTask(EmbeddingTask):
 
     @torch.no_grad()
     def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Images decoded from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
+        """Decode images from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
         x_T = noise_like(batch.image, generator=generator)
         return DDIM(25).sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T, self.diffusion)

@@ -1,4 +1,4 @@
-"""What JPEG does to a picture, on the picture's own device: the loss is in the quantisation, which needs no file."""
+"""The losses of JPEG on the picture's own device: they lie in the quantisation, which needs no file."""
 
 import math
 from functools import cache
@@ -39,11 +39,11 @@ DCT: Table = tuple(
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """Images (B, 3, h, w) in [0, 1] as they come back from a JPEG file of 4:2:0 chroma (libjpeg's default).
+    """Return images (B, 3, h, w) in [0, 1] as a JPEG file of 4:2:0 chroma (libjpeg's default) would give them back.
 
     Args:
-        image: float32 of any size; rounded to 8 bits first, as a file would.
-        quality: 1 … 100, libjpeg's scale.
+        image: float32 images of any size; they are rounded to 8 bits first, as for a file.
+        quality: libjpeg's quality, 1 to 100.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, -width % 16, 0, -height % 16), mode="replicate")
@@ -58,12 +58,12 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
 @cache
 def _tensor(table: Table, device: torch.device) -> Tensor:
-    """Sent once: each copy from the host would make the host wait."""
+    """Return a table on a device, sent once: each copy from the host would make the host wait."""
     return torch.tensor(table, device=device)
 
 
 def _quantised(plane: Tensor, table: Table, quality: int) -> Tensor:
-    """(B, C, h, w) about 0 with the cosine transform of each 8 × 8 block rounded to multiples of the table's steps."""
+    """Round the cosine transform of each 8 × 8 block of planes (B, C, h, w) about 0 to the table's steps."""
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     step = ((_tensor(table, plane.device) * scale + 50) / 100).floor().clamp(1, 255)
     dct = _tensor(DCT, plane.device)

@@ -1,4 +1,4 @@
-"""A checkpoint rebuilds its Task, and says only what it holds: it neither imports nor picks what is called."""
+"""Checkpoints rebuild their Task. They are data: they neither import code nor choose what is called."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.moved import moved_in
 from unclip_pl.tasks.base import Task, TrainingRecord
@@ -22,26 +22,24 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
 
     Args:
         path: checkpoint written by ``unclip fit``, or such a file of a bundle.
-        expected: the Task it must hold.
+        expected: class of the Task that it must hold.
         map_location: device of the weights.
 
     Raises:
         MissingFileError: the file does not exist.
         InputError: the checkpoint holds another Task, was not written by ``unclip fit``, or is broken.
     """
-    if not Path(path).is_file():
-        raise MissingFileError(f"No checkpoint at {path}: expected one of a {expected.__name__}.")
     checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
     hyper_parameters = checkpoint.get("hyper_parameters")
     if not isinstance(hyper_parameters, dict) or "_class_path" not in hyper_parameters:
-        raise InputError(f"{path} was not written by `unclip fit`: it names no Task.")
+        raise InputError(f"Expected a checkpoint written by `unclip fit`. {path} names no Task: give another file.")
     try:
         cls = trusted_class(hyper_parameters["_class_path"])
         check_classes(config := _without_files(hyper_parameters))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if not issubclass(cls, expected):
-        raise InputError(f"{path} holds a {cls.__name__}. Expected a {expected.__name__}.")
+        raise InputError(f"{path} holds a {cls.__name__}. Expected a {expected.__name__}: give another file.")
     try:
         rebuilt: T = _rebuild(cls, config)
         rebuilt.load_state_dict(checkpoint["state_dict"])
@@ -49,7 +47,10 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         rebuilt.record = TrainingRecord(checkpoint["global_step"], rebuilt.train_samples, rebuilt.train_seconds)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit its {cls.__name__} ({type(error).__name__}: {reason:.300}).") from error
+        raise InputError(
+            f"{path} does not fit its {cls.__name__} ({type(error).__name__}: {reason:.300}). Give a whole "
+            "checkpoint of this version."
+        ) from error
     return rebuilt.eval()
 
 
@@ -60,13 +61,13 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def trusted_class(path: Any) -> type:
-    """The class that a checkpoint names, if it is one of ours, or derives from one of ours and is already imported.
+    """Return the class that a checkpoint names, if it is ours, or derives from ours and is already imported.
 
-    A config names what its user wants to run. A checkpoint is data, perhaps somebody else's: it may neither import a
-    module nor pick what is called.
+    A config names what its user wants to run. A checkpoint is data, perhaps a stranger's: it may neither import a
+    module nor choose what is called.
 
     Raises:
-        ValueError: anything else.
+        InputError: the name is of anything else.
     """
     module, _, name = str(path).rpartition(".")
     if module.split(".")[0] == "unclip_pl":
@@ -87,9 +88,12 @@ def trusted_class(path: Any) -> type:
 
 
 def check_classes(node: Any) -> None:
-    """Every text in there that could be taken for an import path has to be one of a trusted class.
+    """Refuse settings with a text that could be taken for the import path of anything but a trusted class.
 
-    jsonargparse reads texts as YAML: one that would become a structure could hide a path, and is refused.
+    jsonargparse reads texts as YAML: one that would become a structure could hide a path, and is refused too.
+
+    Raises:
+        InputError: there is such a text.
     """
     if isinstance(node, dict):
         node = [*node, *node.values()]
@@ -103,7 +107,9 @@ def check_classes(node: Any) -> None:
     except yaml.YAMLError:
         read = node
     if isinstance(read, dict | list):
-        raise InputError(f"the checkpoint holds {node!r:.200} among its settings. Expected plain values.")
+        raise InputError(
+            f"the checkpoint holds {node!r:.200} among its settings. Expected plain values: give another file."
+        )
     if isinstance(read, str) and _IMPORT_PATH.fullmatch(read):
         trusted_class(read)
 

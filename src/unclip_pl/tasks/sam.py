@@ -13,14 +13,14 @@ from unclip_pl.errors import InputError
 
 @contextmanager
 def perturbed(module: nn.Module, rho: float) -> Iterator[None]:
-    """Inside, w + rho g / ‖g‖ in place of w (eq. 2), for the gradient g of all weights that is there on entering.
+    """Inside, the weights are w + rho g / ‖g‖ (eq. 2), where g is the gradient of all weights on entry.
 
-    Batch norm counts nothing inside, for its running statistics are those of w. Leaving it, by an exception too, puts w
-    back bit for bit; the gradients stay as they are by then. No device is waited for.
+    Batch norm counts nothing inside, since its running statistics are those of w. On exit w is back bit for bit, after
+    an exception too. The gradients stay. No device is waited for.
 
     Args:
-        module: whose weights move.
-        rho: radius (the paper's CLIP: 0.1).
+        module: module with the weights and their gradients.
+        rho: radius of the move (the paper's CLIP: 0.1).
     """
     moved = [(p, p.grad) for p in module.parameters() if p.grad is not None]
     weights, gradients = [p.detach() for p, _ in moved], [g for _, g in moved]
@@ -40,18 +40,18 @@ def perturbed(module: nn.Module, rho: float) -> Iterator[None]:
 
 
 def check_strategy(strategy: Strategy, accumulate_grad_batches: int) -> None:
-    """Whether every rank has whole weights, and a whole gradient of its own batch to move them by.
+    """Refuse a training in which a rank lacks whole weights, or the whole gradient of its own batch.
 
     Raises:
-        ValueError: weights are sharded, or the gradient would be one of several batches.
+        InputError: weights are sharded, or gradients are accumulated over several batches.
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise InputError(
-            "Sharpness-aware minimisation moves whole weights: expected one device or trainer.strategy ddp. Got "
-            f"{type(strategy).__name__}: change trainer.strategy, or leave model.sam_rho at 0."
+            "Expected one device or trainer.strategy ddp for sharpness-aware minimisation, which moves whole weights. "
+            f"Got {type(strategy).__name__}: change trainer.strategy, or leave model.sam_rho at 0."
         )
     if accumulate_grad_batches > 1:
         raise InputError(
-            "Sharpness-aware minimisation moves by the gradient of one batch: expected accumulate_grad_batches 1. Got "
-            f"{accumulate_grad_batches}: change it, or leave model.sam_rho at 0."
+            "Expected accumulate_grad_batches 1 for sharpness-aware minimisation, which moves by one batch's gradient. "
+            f"Got {accumulate_grad_batches}: change it, or leave model.sam_rho at 0."
         )

@@ -1,4 +1,4 @@
-"""The upsamplers: a low-resolution image in, four times its side out; unconditional otherwise (§2.1 of the paper)."""
+"""The upsamplers: from a low-resolution image to one of four times its side, without other condition (§2.1)."""
 
 from typing import Literal
 
@@ -24,18 +24,19 @@ class UpsamplerTask(Task):
     On random crops: convolutions learn the same from them, and draw whole images afterwards.
 
     Args:
-        net: convolutions only, the low-resolution image beside x_t.
+        net: U-Net of convolutions only, which sees the low-resolution image beside x_t.
         factor: side of the image over side of the low-resolution image (paper: 4).
         crop: side of a training crop over that of the image (paper: a quarter). Validation sees whole images.
-        corruption: of the low-resolution image, in training only; None is the first upsampler's Gaussian blur, the
-            second one's is :class:`~unclip_pl.tasks.corruption.BSRDegradation`.
-        diffusion: None is the first upsampler's: cosine, 1,000 steps, eps; the second one's schedule is linear.
-        interpolation: of the low-resolution image to the side of x_t: ``bilinear`` as in guided-diffusion, or
-            ``bicubic``, antialiased (Karlo).
-        optimization: of the network's weights.
+        corruption: what is done to the low-resolution image in the loss and not in sampling; None is the first
+            upsampler's Gaussian blur, the second one's is :class:`~unclip_pl.tasks.corruption.BSRDegradation`.
+        diffusion: forward process and parameterisation; None is the first upsampler's: cosine, 1,000 steps, eps. The
+            second one's schedule is linear.
+        interpolation: enlargement of the low-resolution image to the side of x_t: ``bilinear`` as in guided-diffusion,
+            or ``bicubic``, antialiased (Karlo).
+        optimization: settings of AdamW.
 
     Raises:
-        ValueError: ``crop`` is not in (0, 1].
+        InputError: ``crop`` is not in (0, 1].
     """
 
     batch_type = UpsamplerBatch
@@ -52,7 +53,7 @@ class UpsamplerTask(Task):
         optimization: Optimization | None = None,
     ) -> None:
         if not 0 < crop <= 1:
-            raise InputError(f"Expected 0 < crop <= 1, a share of the image's side. Got {crop}.")
+            raise InputError(f"Expected 0 < crop <= 1, a share of the image's side. Got {crop}: change it.")
         super().__init__(optimization)
         self.save_hyperparameters()
         self.net = net
@@ -63,14 +64,14 @@ class UpsamplerTask(Task):
         self.interpolation: Interpolation = interpolation
 
     def training_step(self, batch: UpsamplerBatch, batch_idx: int) -> Tensor:
-        """One loss, on a crop of every image."""
+        """Return the loss on a crop of every image."""
         return super().training_step(UpsamplerBatch(self.random_crop(batch.image)), batch_idx)
 
     def random_crop(self, image: Tensor) -> Tensor:
-        """(B, 3, H, H) → (B, 3, crop · H, crop · H), each from a place of its own.
+        """Cut (B, 3, crop · H, crop · H) out of (B, 3, H, H), each at its own place.
 
         Raises:
-            ValueError: the network or the factor does not divide the side of the crops.
+            InputError: the network's stride or the factor does not divide the side of the crops.
         """
         side, room = int(self.crop * image.shape[-1]), image.shape[-1] - int(self.crop * image.shape[-1])
         if side % self.factor or side % self.net.stride:
@@ -83,12 +84,12 @@ class UpsamplerTask(Task):
         return torch.stack([x[:, i : i + side, j : j + side] for x, (i, j) in zip(image, places, strict=True)])
 
     def enlarge(self, low: Tensor, size: int) -> Tensor:
-        """(B, 3, h, h) → (B, 3, size, size), what the network sees beside x_t."""
+        """Enlarge (B, 3, h, h) to (B, 3, size, size), which the network sees beside x_t."""
         antialias = self.interpolation == "bicubic"
         return F.interpolate(low, size=(size, size), mode=self.interpolation, antialias=antialias)
 
     def loss(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
-        """L_simple given the corrupted low-resolution image."""
+        """Return L_simple given the corrupted low-resolution image."""
         x0 = batch.image
         seeds = self.share(lambda n: self.corruption.seeds(n, generator), len(x0))
         low = self.corruption.degrade(x0, self.factor, seeds)
@@ -99,7 +100,7 @@ class UpsamplerTask(Task):
         return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
 
     def estimate(self, x_t: Tensor, t: Tensor, large: Tensor) -> Tensor:
-        """F(x_t, t) beside the enlarged image; where F is x0, the network gives what the enlarged image lacks of it.
+        """Return F(x_t, t); where F is x0, the network adds what the enlarged image lacks of it.
 
         Most of x0 is in the enlarged image, and group norms would have to learn to let its colours through.
         """
@@ -107,7 +108,7 @@ class UpsamplerTask(Task):
         return out + large if self.diffusion.prediction == "x0" else out
 
     def denoiser(self, low: Tensor, size: int) -> Denoise:
-        """``denoise(x_t, t)`` towards images of side ``size`` that shrink to ``low`` (B, 3, h, h), uncorrupted."""
+        """Return ``denoise(x_t, t)`` towards images of side ``size`` that shrink to clean ``low`` (B, 3, h, h)."""
         large = self.enlarge(low, size)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -117,7 +118,7 @@ class UpsamplerTask(Task):
 
     @torch.no_grad()
     def draw(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Images drawn again from their own small versions, for the sample grid: 27 DDIM steps."""
+        """Draw images again from their own small versions, for the sample grid: 27 DDIM steps."""
         x_T = noise_like(batch.image, generator=generator)
         denoise = self.denoiser(shrink(batch.image, self.factor), batch.image.shape[-1])
         return DDIM(27).sample(denoise, x_T, self.diffusion)
