@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from unclip_pl.cli import run as unclip
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "reproduce" / "emoji-64px.yaml"
-#: Makes two steps of a fit, and of the comparison a few pictures.
+#: Options that make two steps of a fit, and a few pictures of the comparison.
 SHORT = {
-    "fit": "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.init_args.batch_size 8 --trainer.limit_val_batches 1",
+    "fit": (
+        "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.limit_val_batches 1 "
+        "--data.init_args.batch_size 8"
+    ),
     "test": (
-        "--model.init_args.captions 4 --model.init_args.batch_size 8 --model.init_args.resamples 4 --model.init_args.grid_rows 2 "
-        "--model.init_args.decoder.init_args.sampler.init_args.steps 2"
+        "--model.init_args.captions 4 --model.init_args.batch_size 8 --model.init_args.resamples 4 "
+        "--model.init_args.grid_rows 2 --model.init_args.decoder.init_args.sampler.init_args.steps 2"
     ),
 }
 
@@ -49,7 +53,8 @@ def test_the_recipe_runs_to_its_bundle(tmp_path: Path, monkeypatch: pytest.Monke
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {"diffusion", "ar", "linear", "text", "ceiling"} <= report["priors"].keys()
-    picture = tmp_path / "cat.png"
+    picture = tmp_path / "circle.png"
     bundle = str(tmp_path / "run" / "emoji.zip")
     assert unclip(["sample", "a red circle", "--num", "1", "--run", bundle, "--out", str(picture)]) == 0
-    assert picture.is_file()
+    with Image.open(picture) as image:
+        assert image.size == (128, 128)  # through the upsampler

@@ -39,6 +39,7 @@ def reproduce(
     source: str = "{run}/data",
     *,
     compare: str | None = None,
+    upsamplers: list[dict[str, Any]] | None = None,
     base: str = "",
     base_recipe: str = "",
     results: str = "",
@@ -54,6 +55,7 @@ def reproduce(
         source: shards to work on, for recipes that do not make their own. When they change, what reads them is done
             again.
         compare: config of the comparison; ``run.json`` takes CLIP, judge, decoder and priors from it.
+        upsamplers: specs of upsamplers that ``run.json`` gives the decoder, and the comparison leaves out.
         base: folder of a run that this one builds on, or a file of it that ``unclip bundle --for_study`` wrote.
         base_recipe: recipe of that run, followed where there is none yet.
         results: folder of what is kept, small enough to be committed: measurements, and the report on them. What is
@@ -72,7 +74,7 @@ def reproduce(
     with ExitStack() as locks:
         for folder in (run, results) if results else (run,):
             locks.enter_context(only_one(Path(folder)))
-        Master(recipe, compare, jobs).run(recipe.plan(only))
+        Master(recipe, compare, upsamplers, jobs).run(recipe.plan(only))
         if not only:
             report(Path(results or run), Path(run) / "study" if results else None)
     total = sum(recipe.record(name).get("seconds", 0.0) for name in recipe.stages)
@@ -85,12 +87,20 @@ class Master:
     Args:
         recipe: the stages.
         compare: config of the comparison, which describes the run.
+        upsamplers: specs of the upsamplers that the run has beside it.
         jobs: stages that run side by side.
     """
 
-    def __init__(self, recipe: Recipe, compare: str | None = None, jobs: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        compare: str | None = None,
+        upsamplers: list[dict[str, Any]] | None = None,
+        jobs: int = 1,
+    ) -> None:
         self.recipe = recipe
         self.compare = compare
+        self.upsamplers = upsamplers or []
         self.jobs = jobs
         self.threads = int(os.environ.get("OMP_NUM_THREADS", "0").partition(",")[0] or 0) or torch.get_num_threads()
         self.running: dict[str, tuple[Process, dict[str, Any], float]] = {}
@@ -149,7 +159,7 @@ class Master:
         if self.compare and words[0] == "test":
             from unclip_pl.generation.run import write_run  # imports for seconds, as does the report
 
-            write_run(recipe.root, describe_run(self.compare))
+            write_run(recipe.root, describe_run(self.compare, self.upsamplers))
         Console().rule(_number(recipe, name), align="left")
         _say(f"unclip {shlex.join(words)}  # {reason}")
         folder, side = recipe.root / STAGES, self.jobs > 1 and words[0] != "reproduce"
@@ -222,10 +232,13 @@ def report(folder: Path, logs: Path | None) -> None:
         log(content, logs)
 
 
-def describe_run(compare: str) -> dict[str, Any]:
+def describe_run(compare: str, upsamplers: list[dict[str, Any]]) -> dict[str, Any]:
     """Return ``run.json`` from the comparison's config: pictures and measurements come from the same priors."""
     model = resolved(Path(compare))["model"]["init_args"]
-    return {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
+    run = {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
+    if upsamplers:
+        run["decoder"]["init_args"]["upsamplers"] = upsamplers
+    return run
 
 
 def precision() -> str:
