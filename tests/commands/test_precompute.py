@@ -116,7 +116,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def command(words: list[str], store: Path) -> subprocess.Popen[str]:
-    """As users start it: with several devices, Lightning runs this very command line again."""
+    """Start a command like a user: with several devices, Lightning runs this very command line again."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "unclip_pl", *words, str(store)]
     return subprocess.Popen(line, env=one_thread, stderr=subprocess.PIPE, text=True, process_group=0)
@@ -135,7 +135,7 @@ def test_two_processes_write_what_one_writes(words: list[str], undisturbed: dict
 def test_the_first_of_two_processes_is_stopped(
     words: list[str], undisturbed: dict[str, bytes], tmp_path: Path, number: int
 ) -> None:
-    """The other one does not go on for ever, and the same command ends what both began."""
+    """The other one ends too, and the same command finishes what both began."""
     twice, store = [*words[:-1], "--devices", "2", words[-1]], tmp_path / "store"
     process = command(twice, store)
     wait_until(lambda: any(store.glob("*.safetensors")))

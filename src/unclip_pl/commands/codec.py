@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import PositiveInt
 
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
@@ -14,20 +15,20 @@ def codec(
     store: str,
     out: str,
     *,
-    code_length: int | None = None,
-    buckets: int = 1024,
-    dot_buckets: int = 256,
+    code_length: PositiveInt | None = None,
+    buckets: PositiveInt = 1024,
+    dot_buckets: PositiveInt = 256,
     spacing: Spacing = "quantile",
 ) -> None:
-    """PCA and buckets of the training split's embeddings, and what they lose on embeddings they have not seen.
+    """Fit PCA and buckets to the training split's embeddings, and print their loss on validation embeddings.
 
     Args:
-        source: the shards that the store was made of.
+        source: shards that the store was made of.
         store: folder of the embeddings.
         out: safetensors file to write.
-        code_length: principal axes to keep; none given: the fewest that lose less than 1 % of held-out variance.
-        buckets: per axis (paper: 1,024).
-        dot_buckets: of the dot-product token.
+        code_length: principal axes to keep; without it, the fewest that lose less than 1 % of held-out variance.
+        buckets: buckets of each axis (paper: 1,024).
+        dot_buckets: buckets of the dot-product token.
         spacing: buckets of equal counts (quantile) or equal widths (uniform).
     """
     embeddings = EmbeddingStore(store, source, image_size=1)
@@ -39,8 +40,7 @@ def codec(
         dot_buckets=dot_buckets,
         spacing=spacing,
     )
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    fitted.save(out)
+    fitted.save(Path(out))
     unseen = [image for image, _ in embeddings.embed_chunks(Split.VAL)]
     if unseen:
         z_i = torch.cat(unseen)

@@ -4,17 +4,18 @@ import time
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import NonNegativeFloat
 
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.nn.ridge import fit_ridge, save_linear_prior
 
 
-def linear(source: str, store: str, out: str, *, ridge: float = 1e-2) -> None:
-    """Ridge regression from z_t to z_i on the training split, in closed form.
+def linear(source: str, store: str, out: str, *, ridge: NonNegativeFloat = 1e-2) -> None:
+    """Fit ridge regression from z_t to z_i on the training split, in closed form.
 
     Args:
-        source: the shards that the store was made of.
+        source: shards that the store was made of.
         store: folder of the embeddings.
         out: safetensors file to write.
         ridge: penalty, in units of the text embeddings' mean variance per coordinate.
@@ -23,7 +24,6 @@ def linear(source: str, store: str, out: str, *, ridge: float = 1e-2) -> None:
     embeddings = EmbeddingStore(store, source, image_size=1)
     image, text = zip(*embeddings.embed_chunks(Split.TRAIN), strict=True)
     weight, bias = fit_ridge(torch.cat(text), torch.cat(image), ridge)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - started
     save_linear_prior(Path(out), weight, bias, fingerprint=embeddings.fingerprint, seconds=seconds)
     print(f"linear prior of {weight.numel() + bias.numel():,} numbers in {seconds:.1f} s: {out}")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.data.precompute import embed_share, finish
 from unclip_pl.errors import InputError
@@ -18,11 +20,11 @@ def precompute(
     store: str,
     clip: ClipSpec,
     *,
-    batch_size: int = 256,
-    max_bad_fraction: float = 0.01,
+    batch_size: PositiveInt = 256,
+    max_bad_fraction: ClosedUnitInterval = 0.01,
     accelerator: str = "auto",
-    devices: int = 1,
-    num_nodes: int = 1,
+    devices: PositiveInt = 1,
+    num_nodes: PositiveInt = 1,
     verify: bool = False,
 ) -> None:
     """Embed every image and caption of a source once. Run again, it goes on where it stopped.
@@ -34,17 +36,17 @@ def precompute(
         source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar; local, or a URL (s3://,
             https://, …) of any file system that fsspec knows.
         store: folder of the embeddings, which all processes see.
-        clip: the CLIP that embeds.
+        clip: CLIP that embeds.
         batch_size: images, and captions, that CLIP sees at once.
         max_bad_fraction: largest share of samples without a readable image and caption.
-        accelerator: auto, cpu, gpu, … as Lightning has it.
+        accelerator: auto, cpu, gpu or another of Lightning's names.
         devices: processes on a node, a device each.
-        num_nodes: nodes.
-        verify: read what is done against its checksums, and make again what differs.
+        num_nodes: number of nodes.
+        verify: read finished files against their checksums, and make again those that differ.
 
     Raises:
-        FileNotFoundError: no shards at ``source``.
-        ValueError: too many bad samples, none that is good, or the store belongs to another CLIP.
+        MissingFileError: no shards at ``source``.
+        InputError: too many bad samples, none that is good, or the store belongs to another CLIP.
     """
     fabric = _fabric(accelerator, devices, num_nodes)
     with _stopping_others(fabric):
@@ -73,16 +75,16 @@ def _fabric(accelerator: str, devices: int, num_nodes: int) -> Any:
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     if world_size == 1 and started > 1:
         raise InputError(
-            f"Expected --devices times --num_nodes to be the {started} processes that were started. Got 1."
+            f"Expected --devices times --num_nodes to be the {started} processes that were started. Got 1: set them."
         )
-    # Nothing but the end is waited for, and that for as long as the largest share takes.
+    # Only the end is waited for, and that for as long as the largest share takes.
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=365)) if world_size > 1 else "auto"
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
 
 
 @contextmanager
 def _stopping_others(fabric: Any) -> Iterator[None]:
-    """Whatever ends this process ends those that it started."""
+    """End the processes that this one started, whichever error ends it."""
     try:
         yield
     except BaseException:
@@ -92,7 +94,7 @@ def _stopping_others(fabric: Any) -> Iterator[None]:
 
 
 def _wait_for_all(world_size: int) -> None:
-    """A barrier that a signal can end."""
+    """Wait in a barrier that a signal can end."""
     if world_size == 1:
         return
     import torch.distributed

@@ -1,1 +1,1 @@
-"""Shards in, batches out: packing, the embedding store, samplers and the LightningDataModules."""
+"""From shards to batches: the embedding store, samplers and the LightningDataModules."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,7 +26,7 @@ FEW = 4
 
 
 class Batches(Dataset[Any]):
-    """Whole batches by their rows: what a DataLoader with ``batch_size=None`` and a batch-drawing sampler asks for."""
+    """Whole batches by their rows, for a DataLoader with ``batch_size=None`` and a sampler of batches."""
 
     def __init__(self, assemble: Callable[[RowBatch], Any]) -> None:
         self.assemble = assemble
@@ -35,14 +36,17 @@ class Batches(Dataset[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Tells Lightning that training goes on where it was cut; the position itself is the data module's to know."""
+    """Loader with the methods by which Lightning knows that training goes on where it was cut.
+
+    The data module keeps the position itself.
+    """
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Ignore a state."""
 
 
 def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int) -> ResumableLoader:
@@ -53,7 +57,7 @@ def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        # Seeds of the workers, which use none: from the global generator they would shift the noise of training.
+        # Workers get seeds from here and use none; from the global generator they would shift the noise of training.
         generator=torch.Generator(),
     )
 
@@ -61,12 +65,12 @@ def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num
 class ResumableDataModule(LightningDataModule):
     """Training batches that go on at the very next one when a checkpoint is resumed.
 
-    The position in a checkpoint is what has been trained, not what workers have drawn ahead.
+    The position in a checkpoint counts trained batches, not those that workers have drawn ahead.
 
     Args:
         batch_size: images per rank and step in training.
         num_workers: processes that assemble batches; 0 is this one.
-        seed: of the order and of what is drawn for a row in an epoch.
+        seed: base seed of the order and of the number drawn for a row in an epoch.
     """
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
@@ -78,7 +82,7 @@ class ResumableDataModule(LightningDataModule):
         self._sampler: BlockShuffleSampler | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and its first batch that is not trained."""
+        """Return the epoch and its first batch that is not trained."""
         if not self.trainer or not self._sampler:
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -87,7 +91,7 @@ class ResumableDataModule(LightningDataModule):
         return {"epoch": self._sampler.epoch, "start": progress.current.processed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Where ``train_dataloader`` will go on."""
+        """Keep the position at which ``train_dataloader`` goes on."""
         self._position = state
 
     def _training(self, blocks: Blocks, assemble: Callable[[RowBatch], Any]) -> ResumableLoader:
@@ -104,30 +108,30 @@ def _in_order(data: LightningDataModule, rows: np.ndarray, batch_size: int) -> E
 
 
 def _place(data: LightningDataModule) -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Return this process's rank, and the number of processes."""
     return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
 
 
 def _launched() -> int:
-    """Processes that a launcher (torchrun, SLURM) started, before there is a trainer to ask."""
+    """Count the processes that a launcher (torchrun, SLURM) started, before there is a trainer to ask."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 class UnclipDataModule(ResumableDataModule):
     """Frozen CLIP features, and the images where the task wants them.
 
-    What a batch holds is the task's to say: its class attribute ``batch_type`` is one of PriorBatch, DecoderBatch,
-    UpsamplerBatch and EvaluationBatch.
+    The task chooses the batch: its class attribute ``batch_type`` is PriorBatch, DecoderBatch, UpsamplerBatch or
+    EvaluationBatch.
 
     Args:
         source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar.
-        store: folder of the embeddings; what is missing there is made before the fit.
-        clip: the CLIP that embeds.
+        store: folder of the embeddings; missing ones are made before the fit.
+        clip: CLIP that embeds.
         batch_size: images per rank and step in training.
-        eval_batch_size: the same in validation, test and prediction; as ``batch_size`` if not given.
+        eval_batch_size: images per rank and step in validation, test and prediction; None is ``batch_size``.
         num_workers: processes that assemble batches; 0 is this one, and enough for priors.
-        seed: of the order, and of which caption an image gets in an epoch.
-        image_size: side of the images in a batch; CLIP's if not given.
+        seed: base seed of the order, and of the caption that an image gets in an epoch.
+        image_size: side of the images in a batch; None is CLIP's.
     """
 
     def __init__(
@@ -135,11 +139,11 @@ class UnclipDataModule(ResumableDataModule):
         source: str,
         store: str,
         clip: ClipSpec,
-        batch_size: int = 256,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        image_size: int | None = None,
+        batch_size: PositiveInt = 256,
+        eval_batch_size: PositiveInt | None = None,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
+        image_size: PositiveInt | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.prepare_data_per_node = False  # one store, on a file system that all nodes see
@@ -172,7 +176,7 @@ class UnclipDataModule(ResumableDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the CLIP; builds it once."""
+        """Fingerprint of the CLIP, which is built once for it."""
         return self.clip.load().fingerprint
 
     @cached_property
@@ -181,14 +185,14 @@ class UnclipDataModule(ResumableDataModule):
         return EmbeddingStore(self.store, self.source, image_size=self.image_size)
 
     def ensure_store(self, world_size: int = 1, *, allowed: int = 0) -> None:
-        """Embed what is missing.
+        """Embed the shards that have no embeddings.
 
         Args:
-            world_size: processes of this run.
+            world_size: number of processes of this run.
             allowed: shards that may be missing where there are several processes.
 
         Raises:
-            ValueError: more are missing, or the store belongs to another CLIP.
+            InputError: more are missing, or the store belongs to another CLIP.
         """
         missing = pending(self.source, self.store, self.fingerprint)
         if world_size > 1 and len(missing) > allowed:
@@ -201,36 +205,36 @@ class UnclipDataModule(ResumableDataModule):
             precompute(self.source, self.store, self.clip)
 
     def prepare_data(self) -> None:
-        """Make the store whole; Lightning calls this on one process while the others wait."""
+        """Complete the store; Lightning calls this on one process while the others wait."""
         self.ensure_store(self.trainer.world_size if self.trainer else 1, allowed=FEW)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training rows, one caption of each per epoch."""
+        """Load shuffled training rows, one caption of each per epoch."""
         return self._training(self.embeddings.blocks(Split.TRAIN), self._assemble())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Validation rows in order with their first captions; no loader where the source has none."""
+        """Load validation rows in order with their first captions; no loader where the source has none."""
         return self._evaluation(Split.VAL) if self.embeddings.count(Split.VAL) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Held-out rows in order with their first captions."""
+        """Load held-out rows in order with their first captions."""
         return self._evaluation(Split.HELDOUT)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """As for test."""
+        """Load held-out rows in order with their first captions."""
         return self._evaluation(Split.HELDOUT)
 
     def _evaluation(self, split: Split) -> DataLoader[Any]:
         rows = self.embeddings.rows(split)
         if not len(rows):
             raise InputError(
-                f"Expected {split.name.lower()} images in {self.source}. Got none: shards called "
-                f"{split.name.lower()}-*.tar hold them."
+                f"Expected {split.name.lower()} images in {self.source}. Got none: pack some into shards called "
+                f"{split.name.lower()}-*.tar."
             )
         return _loader(self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
 
     def _assemble(self) -> Callable[[RowBatch], Any]:
-        """The store's method for the task's batch type."""
+        """Return the store's method for the task's batch type."""
         task = self.trainer.lightning_module if self.trainer else None
         makers: dict[type, Callable[[RowBatch], Any]] = {
             PriorBatch: self.embeddings.prior_batch,
@@ -241,7 +245,7 @@ class UnclipDataModule(ResumableDataModule):
         wanted = getattr(task, "batch_type", None)
         if wanted not in makers:
             names = ", ".join(kind.__name__ for kind in makers)
-            raise InputError(f"Expected {type(task).__name__}.batch_type to be one of {names}. Got {wanted!r}.")
+            raise InputError(f"Expected {type(task).__name__}.batch_type to be one of {names}. Got {wanted!r}: set it.")
         return makers[wanted]
 
 
@@ -250,15 +254,21 @@ class PairDataModule(ResumableDataModule):
 
     Args:
         source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar.
-        clip: the architecture whose tokenizer and image size the batches are for.
+        clip: architecture whose tokenizer and image size the batches are for.
         batch_size: pairs per rank and step.
-        num_workers: processes that assemble batches.
-        seed: of the order, the captions and the shifts.
-        shift: training images are moved by up to this many pixels on both axes.
+        num_workers: processes that assemble batches; 0 is this one.
+        seed: base seed of the order, the captions and the shifts.
+        shift: largest random move of training images on both axes, in pixels.
     """
 
     def __init__(
-        self, source: str, clip: ClipSpec, batch_size: int = 256, num_workers: int = 0, seed: int = 0, shift: int = 0
+        self,
+        source: str,
+        clip: ClipSpec,
+        batch_size: PositiveInt = 256,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
+        shift: NonNegativeInt = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.source = source
@@ -272,16 +282,16 @@ class PairDataModule(ResumableDataModule):
 
     @cached_property
     def pairs(self) -> PairStore:
-        """The loaded pairs."""
+        """Pairs, loaded once."""
         return PairStore(self.source, self.clip.load().tokenize, image_size=self.clip.image_size)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training pairs, one caption of each image per epoch."""
+        """Load shuffled training pairs, one caption of each image per epoch."""
         rows = self.pairs.rows(Split.TRAIN)
         return self._training(Blocks.of(rows), partial(self.pairs.batch, shift=self.shift))
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Validation pairs in order; no loader where the source has none."""
+        """Load validation pairs in order; no loader where the source has none."""
         rows = self.pairs.rows(Split.VAL)
         if not len(rows):
             return []

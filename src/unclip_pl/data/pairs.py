@@ -1,4 +1,4 @@
-"""Image-caption pairs straight from the shards, with no CLIP in between: what a CLIP is trained on."""
+"""Image-caption pairs straight from the shards, on which a CLIP is trained."""
 
 import logging
 from collections import Counter
@@ -26,12 +26,12 @@ class PairStore:
 
     Args:
         source: local shards, see ``list_shards``.
-        tokenize: captions → (n, context) int64.
+        tokenize: maker of (n, context) int64 token ids of captions.
         image_size: side of the images.
         memory: bytes that decoded images may take.
 
     Raises:
-        ValueError: no usable sample.
+        InputError: no usable sample.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class PairStore:
         if skipped:
             log.warning("%s: skipped %d sample(s): %s", source, skipped.total(), dict(skipped))
         if not self.entries:
-            raise InputError(f"Expected images with captions in {source}. Got no usable sample: {dict(skipped)}.")
+            raise InputError(
+                f"Expected images with captions in {source}. Got no usable sample ({dict(skipped)}): add some."
+            )
         self.splits = np.array([entry.split for _, entry in self.entries], np.uint8)
         captions = list(dict.fromkeys(caption for _, entry in self.entries for caption in entry.captions))
         place = {caption: row for row, caption in enumerate(captions)}
@@ -58,15 +60,15 @@ class PairStore:
         self.caption_offsets = offsets_of(len(entry.captions) for _, entry in self.entries)
 
     def rows(self, split: Split) -> np.ndarray:
-        """(n,) rows of a split, ascending."""
+        """Return the (n,) rows of a split, ascending."""
         return np.flatnonzero(self.splits == split)
 
     def batch(self, batch: RowBatch, *, shift: int = 0) -> ClipBatch:
-        """Pairs, each image moved by its draw.
+        """Gather pairs, each image moved by its draw.
 
         Args:
             batch: rows and draws.
-            shift: largest move in pixels, both ways on both axes; the edge's pixels fill what opens.
+            shift: largest move in pixels, both ways on both axes; the edge's pixels fill the gap.
         """
         images, good = self._load(batch.rows)
         rows, draws = batch.rows[good], batch.draws[good]
@@ -76,7 +78,7 @@ class PairStore:
         return ClipBatch(to_pixels(_shifted(images, draws, shift) if shift else images), tokens)
 
     def _decode(self, shards: list[tuple[Path, list[Entry]]], skipped: Counter[str]) -> Tensor:
-        """All images, (N, 3, H, H) uint8; the good entries are kept in step."""
+        """Decode all images to (N, 3, H, H) uint8, and list their entries."""
         images = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)]
         for shard, entries in shards:
             for batch in decode_entries(shard, entries, self.image_size, 256):
@@ -87,7 +89,7 @@ class PairStore:
         return torch.cat(images)
 
     def _load(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """As many images as rows, of those that have a readable one, and which they are."""
+        """Load a readable image for each row, and return their places; a good image fills in for a bad one."""
         if self.images is not None:
             return self.images[torch.from_numpy(rows)], np.arange(len(rows))
         images, good = [], []
@@ -101,14 +103,16 @@ class PairStore:
                 continue
             good.append(place)
         if not images:
-            raise InputError(f"Expected readable images in {self.entries[rows[0]][0]}. Got a whole batch of bad ones.")
+            raise InputError(
+                f"Expected readable images in {self.entries[rows[0]][0]}. Got a whole batch of bad ones: pack it again."
+            )
         # Others in their places: ranks exchange their batches, which have to be of one size.
         again = np.resize(np.arange(len(good)), len(rows))
         return torch.stack(images)[torch.from_numpy(again)], np.array(good)[again]
 
 
 def _shifted(images: Tensor, draws: np.ndarray, shift: int) -> Tensor:
-    """Each image moved by (dy, dx) in [-shift, shift], fixed by its draw's upper bits (the lower pick the caption)."""
+    """Move each image by (dy, dx) in [-shift, shift], fixed by its draw's upper bits (the lower pick the caption)."""
     span = np.uint64(2 * shift + 1)
     size = images.shape[-1]
 

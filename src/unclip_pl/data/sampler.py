@@ -1,4 +1,4 @@
-"""Which rows make up which batch: a deterministic function of (seed, epoch, rank, step)."""
+"""The rows of each batch: a deterministic function of (seed, epoch, rank, step)."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Self, cast
@@ -13,20 +13,20 @@ BLOCK = 256
 
 
 class RowBatch(NamedTuple):
-    """The rows of one batch, and what is drawn for each of them this epoch."""
+    """Rows of one batch, and the number that is drawn for each of them this epoch."""
 
     rows: np.ndarray  # (B,) int64, into the store
     draws: np.ndarray  # (B,) uint64, picks a row's caption and its shift; zero in evaluation: first caption, no shift
 
 
 def row_draws(rows: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """(B,) uniform uint64, fixed by (seed, epoch, row): the same whatever the batch, rank or worker."""
+    """Draw (B,) uniform uint64, fixed by (seed, epoch, row) and so the same in any batch, rank or worker."""
     epoch_key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
     return _mix(rows.astype(np.uint64) + epoch_key)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea & Flood, 2014); uint64 arrays wrap around."""
+    """Apply the output function of SplitMix64 (Steele, Lea & Flood, 2014); uint64 arrays wrap around."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -34,20 +34,20 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Blocks(NamedTuple):
-    """Runs of neighbouring rows, each short and inside one shard: what a disk reads at once."""
+    """Runs of neighbouring rows, each short and inside one shard, which a disk reads at once."""
 
     first: np.ndarray  # (K,) int64, the first row of each
     stop: np.ndarray  # (K,) int64, one past its last
 
     @classmethod
     def of(cls, rows: np.ndarray, size: int = BLOCK) -> Self:
-        """Ascending rows in blocks of at most ``size``, cut also where a row is left out."""
+        """Cut ascending rows into blocks of at most ``size``, and where a row is left out."""
         ends = np.flatnonzero(np.diff(rows) != 1)
         return cls.between(rows[np.r_[0, ends + 1]], rows[np.r_[ends, -1]] + 1, size) if len(rows) else cls(rows, rows)
 
     @classmethod
     def between(cls, first: np.ndarray, stop: np.ndarray, size: int = BLOCK) -> Self:
-        """Runs of rows, (n,) each, cut to blocks of at most ``size``."""
+        """Cut n runs of rows, given by (n,) ends, to blocks of at most ``size``."""
         counts = -(-(stop - first) // size)
         run = np.repeat(np.arange(len(counts)), counts)
         start = first[run] + size * _ramps(counts)
@@ -55,17 +55,17 @@ class Blocks(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(K,) rows of each."""
+        """(K,) lengths of the blocks."""
         return self.stop - self.first
 
     def rows(self, which: np.ndarray) -> np.ndarray:
-        """The rows of some blocks, block after block."""
+        """Return the rows of some blocks, block after block."""
         lengths = self.lengths[which]
         return np.repeat(self.first[which], lengths) + _ramps(lengths)
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:
-    """0 … n - 1 for each n, end to end."""
+    """Return 0 … n - 1 for each n, end to end."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
@@ -73,25 +73,24 @@ def _ramps(lengths: np.ndarray) -> np.ndarray:
 class BlockShuffleSampler(DistributedSampler[RowBatch]):
     """Training batches: blocks of neighbouring rows in random order, rows shuffled inside a window of blocks.
 
-    Every rank gets the same number of whole batches, however uneven the shards are. The last batch policy: the rows at
-    the end of an epoch's order that make no whole batch for every rank are left out, others in every epoch. Memory
-    holds the blocks' ends and one window, never a number per row.
+    Every rank gets the same number of whole batches, however uneven the shards are. Rows at the end of an epoch's order
+    that make no whole batch for every rank are left out; they are other rows in every epoch. Memory holds the blocks'
+    ends and one window, never a number per row.
 
-    A ``DistributedSampler`` by type, so that Lightning sets the epoch and puts no sampler of its own in this one's
-    place.
+    It is a ``DistributedSampler`` by type, so that Lightning sets the epoch and does not replace it.
 
     Args:
-        blocks: of the rows to draw from, see ``EmbeddingStore.blocks``.
+        blocks: rows to draw from, see ``EmbeddingStore.blocks``.
         batch_size: rows of one rank's batch.
-        seed: of the order and of the draws.
-        rank: of this process, below ``world_size``.
+        seed: base seed of the order and of the draws.
+        rank: number of this process, below ``world_size``.
         world_size: number of processes.
-        epoch: where training goes on; Lightning's ``set_epoch`` moves on from there.
-        start: batches of that epoch which are already trained. ``len`` counts them: it is the epoch's.
+        epoch: epoch in which training goes on; Lightning's ``set_epoch`` moves on from there.
+        start: batches of that epoch that are already trained; ``len`` counts them too.
         window: blocks that are shuffled together; a data set smaller than the window is shuffled as a whole.
 
     Raises:
-        ValueError: not even one batch for every rank.
+        InputError: not even one batch for every rank.
     """
 
     def __init__(
@@ -138,37 +137,32 @@ class BlockShuffleSampler(DistributedSampler[RowBatch]):
             yield RowBatch(rows, row_draws(rows, seed=self.seed, epoch=self.epoch))
 
     def windows(self) -> Iterator[np.ndarray]:
-        """This epoch's order over all ranks, every row once, window by window."""
+        """Yield this epoch's order over all ranks, every row once, window by window."""
         rng = np.random.default_rng([self.seed, self.epoch])
         blocks = rng.permutation(len(self.blocks.first))
         for first in range(0, len(blocks), self.window):
             yield rng.permutation(self.blocks.rows(blocks[first : first + self.window]))
 
-    def order(self) -> np.ndarray:
-        """(N,) the whole of it."""
-        return np.concatenate(list(self.windows()))
-
 
 class EvaluationSampler(DistributedSampler[RowBatch]):
     """Every row exactly once, in order, split over the ranks: the same number of batches each, of near-equal sizes.
 
-    The last batch policy: nothing is left out, and nothing is drawn twice to fill a last batch, where it would count
-    twice in a mean.
+    No row is left out, and none is drawn twice to fill a last batch, where it would count twice in a mean.
 
     Args:
         rows: (N,) row numbers.
-        batch_size: largest batch, but for ranks with one row more than others where it is 1.
-        rank: of this process, below ``world_size``.
+        batch_size: largest batch; where it is 1, a rank with one row more than others has one batch of 2.
+        rank: number of this process, below ``world_size``.
         world_size: number of processes.
 
     Raises:
-        ValueError: fewer rows than ranks, some of which would wait for ever.
+        InputError: fewer rows than ranks, some of which would wait without end.
     """
 
     def __init__(self, rows: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         if len(rows) < world_size:
             raise InputError(
-                f"Expected at least one image for each of {world_size} processes. Got {len(rows)}: evaluate on fewer "
+                f"Expected at least one image for each of {world_size} processes. Got {len(rows)}: use fewer "
                 "processes, or more images."
             )
         super().__init__(cast(Any, rows), num_replicas=world_size, rank=rank, shuffle=False)

@@ -1,4 +1,4 @@
-"""z_t in the place of z_i: what a decoder is trained on that needs no prior (§5.1 of the paper, FID 9.16)."""
+"""z_t in the place of z_i, to train a decoder that needs no prior (§5.1 of the paper, FID 9.16)."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -14,9 +14,9 @@ STATISTICS = "text-statistics.safetensors"
 
 
 class TextEmbeddingDataModule(UnclipDataModule):
-    """As its parent, but every batch has its captions' z_t where the images' z_i would be, with z_t's own statistics.
+    """Data whose batches have the captions' z_t where the images' z_i would be, with z_t's own statistics.
 
-    Arguments are the parent's.
+    The arguments are those of ``UnclipDataModule``.
     """
 
     @property
@@ -34,7 +34,7 @@ class TextEmbeddingDataModule(UnclipDataModule):
 
 
 class _Swapped:
-    """A batch maker that worker processes can be sent."""
+    """Maker of batches that worker processes can be sent."""
 
     def __init__(self, make: Callable[[RowBatch], Any]) -> None:
         self.make = make

@@ -1,4 +1,4 @@
-"""Bytes of an image file → the square that CLIP sees, and pixels between uint8 and [-1, 1]."""
+"""From bytes of an image file to the square that CLIP sees, and from uint8 to pixels in [-1, 1]."""
 
 import io
 import re
@@ -23,14 +23,14 @@ MAX_PIXELS = 2**26
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. Its text is the reason under which the manifest counts it."""
+    """Sample that cannot be used. The text is the reason under which the manifest counts it."""
 
 
 def suffix_of(data: bytes) -> Encoding:
-    """The format of an image file, by its first bytes.
+    """Tell the format of an image file by its first bytes.
 
     Raises:
-        BadSample: none of PNG, JPEG and WebP.
+        BadSample: the file is none of PNG, JPEG and WebP.
     """
     if not data:
         raise BadSample("empty image file")
@@ -41,21 +41,21 @@ def suffix_of(data: bytes) -> Encoding:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An RGB image, upright by its EXIF tag, transparency over white; of an animation the first frame.
+    """Decode an RGB image, upright by its EXIF tag, transparency over white; of an animation the first frame.
 
     Raises:
         BadSample: no PNG, JPEG or WebP image, a damaged one, or one of more than ``MAX_PIXELS`` pixels.
-        MemoryError: no room for it on this machine, which is not the image's fault.
+        MemoryError: this machine has no room for it, which is not the image's fault.
     """
     suffix_of(data)
     return decode_upright(data, _FORMATS)
 
 
 def decode_upright(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """As :func:`decode_image`, for files of some of Pillow's formats."""
+    """Decode like :func:`decode_image`, but files of any of some formats that Pillow knows."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:  # the header's word, before anything is unpacked
+            if image.width * image.height > MAX_PIXELS:  # by the header, before anything is unpacked
                 raise BadSample("image too large")
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
@@ -63,7 +63,7 @@ def decode_upright(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("image too large") from error
-    except Exception as error:  # what damaged files raise inside Pillow ranges from OSError to struct.error
+    except Exception as error:  # damaged files raise errors from OSError to struct.error inside Pillow
         raise BadSample("undecodable image") from error
 
 
@@ -76,7 +76,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.max() > 0xFFFF or values.min() < 0:
             raise BadSample("pixels of more than 16 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")  # what Pillow does to 16-bit RGB
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")  # like Pillow with 16-bit RGB
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -84,10 +84,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def scale_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to ``size`` (antialiased bicubic), the other in proportion.
+    """Scale the shorter side to ``size`` (antialiased bicubic), the other in proportion.
 
     Raises:
-        BadSample: it is so narrow that the longer side would run out of bounds.
+        BadSample: the image is so narrow that the longer side would run out of bounds.
     """
     shorter = min(image.size)
     if shorter == size:
@@ -99,7 +99,7 @@ def scale_shorter(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_square(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to ``size``, then the central square: what CLIP's own preprocessing does.
+    """Scale the shorter side to ``size``, then cut the central square, like CLIP's own preprocessing.
 
     Raises:
         BadSample: see :func:`scale_shorter`.
@@ -110,7 +110,7 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def load_square(data: bytes, size: int) -> Tensor:
-    """Bytes of an image file → (3, size, size) uint8.
+    """Decode the bytes of an image file to (3, size, size) uint8.
 
     Raises:
         BadSample: see :func:`decode_image`.
@@ -120,5 +120,5 @@ def load_square(data: bytes, size: int) -> Tensor:
 
 
 def to_pixels(image: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return image.float().div_(127.5).sub_(1)

@@ -31,7 +31,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "top": ("at the top",),
     "bottom": ("at the bottom",),
 }
-"""How a value is said, where not by its own name."""
+"""Words for a value that is not said by its own name."""
 
 WORDS: dict[str, tuple[str, str]] = {
     **{value: (name, value) for name in ATTRIBUTES if name != "background" for value in VALUES[name]},
@@ -47,12 +47,12 @@ _GROUND = re.compile(r"\b(?:on|against|over) (?:an? |the )?(\w+)(?: background)?
 
 
 def caption(attributes: Attributes, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-    """Say some of a picture's attributes.
+    """Write a caption that states some of a picture's attributes.
 
-    The template is drawn without a look at the values, so what stays unsaid keeps the distribution of `conditional`.
+    The template is drawn without a look at the values, so unstated attributes keep the distribution of `conditional`.
 
     Returns:
-        The text, and the stated attributes by name.
+        Text, and the stated attributes by name.
     """
     template = TEMPLATES[rng.integers(len(TEMPLATES))]
     stated = {name: value for name, value in attributes._asdict().items() if name in fields(template)}
@@ -61,17 +61,17 @@ def caption(attributes: Attributes, rng: np.random.Generator) -> tuple[str, dict
 
 
 def fields(template: str) -> tuple[str, ...]:
-    """The attributes that a template states, in its order."""
+    """List the attributes that a template states, in its order."""
     return tuple(name for _, name, _, _ in string.Formatter().parse(template) if name)
 
 
 def fill(template: str, phrases: Mapping[str, str]) -> str:
-    """A template with its fields filled, and `a` as `an` before a vowel."""
+    """Fill a template's fields, and write `a` as `an` before a vowel."""
     return re.sub(r"\ba(?= [aeiou])", "an", template.format(**phrases))
 
 
 def parse(caption: str) -> dict[str, str]:
-    """The attributes that a caption states, ours or hand-written: the exact inverse of `caption`.
+    """Find the attributes that a caption states, ours or hand-written: the exact inverse of `caption`.
 
     Case, punctuation and unknown words do not matter. An attribute said twice with different values is not stated.
     """
@@ -93,26 +93,28 @@ def parse(caption: str) -> dict[str, str]:
 
 
 def conditional(stated: Mapping[str, str], attribute: str, split: Split) -> np.ndarray:
-    """The renderer's true distribution of one attribute, given the stated ones.
+    """Compute the renderer's true distribution of one attribute, given the stated ones.
 
-    Uniform, but for the (shape, colour) pairs that train and val leave out: there, blue things are never hearts.
+    It is uniform, but for the (shape, colour) pairs that train and val leave out: there, blue things are never hearts.
 
     Args:
-        stated: attributes by name, as from `caption` or `parse`.
-        attribute: one that is not stated.
-        split: whose pictures.
+        stated: attributes by name, from `caption` or `parse`.
+        attribute: name of one that is not stated.
+        split: split of the pictures.
 
     Returns:
         (len(VALUES[attribute]),) float64, sums to 1.
     """
     if attribute not in VALUES or attribute in stated:
-        raise InputError(f"Expected an unstated attribute out of {', '.join(ATTRIBUTES)}. Got {attribute!r}.")
+        raise InputError(
+            f"Expected an unstated attribute out of {', '.join(ATTRIBUTES)}. Got {attribute!r}: give another."
+        )
     values = VALUES[attribute]
     if attribute not in ("shape", "color"):
         return np.full(len(values), 1 / len(values))
     here, there = (0, "color") if attribute == "shape" else (1, "shape")
     possible = [pair for pair in pairs(split) if stated.get(there, pair[1 - here]) == pair[1 - here]]
     if not possible:
-        raise InputError(f"No picture of split {split!r} has {there} {stated[there]!r}. Got {dict(stated)}.")
+        raise InputError(f"No picture of split {split!r} has {there} {stated[there]!r}. Give another caption.")
     counts = np.array([sum(pair[here] == value for pair in possible) for value in values])
     return counts / counts.sum()

@@ -1,4 +1,4 @@
-"""Reads a shapes picture back into its attributes: analysis by synthesis, nothing trained.
+"""An oracle that reads a shapes picture back into its attributes: analysis by synthesis, without training.
 
 For a mask m in [0, 1] the best foreground and background colours have a closed form, and with them the squared error.
 With m̃ = m − mean(m) and x̃ = x − mean(x), per channel c,
@@ -40,7 +40,7 @@ _NOISE = 0.01  # pixel error below which two readings are no longer told apart
 
 
 class Reading(NamedTuple):
-    """What the oracle saw in B pictures."""
+    """Attributes that the oracle read from B pictures."""
 
     indices: Tensor
     """(B, 5) long: into `VALUES`, in the order of `ATTRIBUTES`."""
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
 
 
 class ShapesOracle(nn.Module):
-    """Exact on rendered pictures; on drawn ones the nearest reading, never NaN.
+    """Reader of pictures: exact on rendered ones, and on drawn ones the nearest reading, never NaN.
 
     Args:
         size: side of the pictures in pixels.
@@ -85,9 +85,11 @@ class ShapesOracle(nn.Module):
                 finite gets confidence 0 and residual 1.
         """
         if images.shape[1:] != (3, self.size, self.size):
-            raise InputError(f"Expected images of shape (B, 3, {self.size}, {self.size}). Got {tuple(images.shape)}.")
+            raise InputError(
+                f"Expected images of shape (B, 3, {self.size}, {self.size}). Got {tuple(images.shape)}: resize them."
+            )
         pixels = (images.float().nan_to_num(0).clamp(-1, 1) + 1) / 2
-        chunk = max(1, 2**15 // self.size**2)  # what stays in cache
+        chunk = max(1, 2**15 // self.size**2)  # stays in cache
         readings = [self._read(part) for part in pixels.split(chunk)]
         indices, confidence, residual = (torch.cat(parts) for parts in zip(*readings, strict=True))
         broken = ~images.isfinite().all(dim=(1, 2, 3))
@@ -113,7 +115,7 @@ class ShapesOracle(nn.Module):
         return Reading(indices, confidence, (first / values).sqrt())
 
     def _rank(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The best K cells of the bank, (B, K, 3) on the CPU, and where in their jitter to start, (B, K, 4)."""
+        """Find the best K cells of the bank, (B, K, 3) on the CPU, and a start in their jitter, (B, K, 4)."""
         channels = _centred(
             pixels.reshape(-1, self.bank.shape[1])
         )  # (B · 3, side²): one plain product, 14× a batched one
@@ -143,7 +145,7 @@ class ShapesOracle(nn.Module):
         return jitter
 
     def _paint(self, pixels: Tensor, cells: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared error (B, K) of fitted cells in the best colours of the palettes, and those colours' indices."""
+        """Compute the squared error (B, K) of fitted cells in the palettes' best colours, and those colours' indices."""
         x = pixels.flatten(2)
         masks = (
             coverage(cells.reshape(-1, 3), jitter.reshape(-1, 4), self.size).flatten(1).unflatten(0, cells.shape[:2])
@@ -162,7 +164,7 @@ class ShapesOracle(nn.Module):
 
 
 def attributes(reading: Reading) -> list[Attributes]:
-    """The names of what was read."""
+    """Return the names of the attributes that were read."""
     names = [VALUES[name] for name in ATTRIBUTES]
     return [Attributes(*(n[i] for n, i in zip(names, row, strict=True))) for row in reading.indices.tolist()]
 
@@ -172,10 +174,10 @@ def _centred(x: Tensor) -> Tensor:
 
 
 def _slopes(x: Tensor, masks: Tensor) -> Tensor:
-    """Least-squares change of colour (B, K, 3) from centred pictures (B, 3, P) and centred masks (B, K, P)."""
+    """Fit changes of colour (B, K, 3) by least squares, of centred pictures (B, 3, P) to centred masks (B, K, P)."""
     return masks @ x.mT / masks.square().sum(-1, keepdim=True)
 
 
 def _within(fitted: Tensor, palette: Tensor) -> Tensor:
-    """For every palette colour, the nearest one to `fitted` (B, K, 3) within its jitter: (B, K, colours, 3)."""
+    """Return for every palette colour the nearest one to `fitted` (B, K, 3) within its jitter: (B, K, colours, 3)."""
     return palette + (fitted[:, :, None] - palette).clamp(-COLOR_JITTER, COLOR_JITTER)

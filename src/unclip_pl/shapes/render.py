@@ -1,7 +1,7 @@
 """Draws the shapes data set: one flat, antialiased shape on one flat background.
 
 A picture is five named attributes plus jitter. The geometry is in fractions of the image side, so any size can be
-drawn, and masks are tensor arithmetic alone: the oracle re-renders with the very function that drew the picture.
+drawn. Masks are tensor arithmetic alone: the oracle re-renders with the function that drew the picture.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from unclip_pl.errors import InputError
 
 Split = Literal["train", "val", "heldout"]
 
-# --- Signed distances: negative inside, in units of the radius, y down. True near edges, which is all that
-# antialiasing needs. Under the full rotation jitter every shape stays within [-1, 1] on both axes.
+# --- Signed distances: negative inside, in units of the radius, y down. They are true near edges, where antialiasing
+# needs them. Under the full rotation jitter every shape stays within [-1, 1] on both axes.
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 
 
 class Attributes(NamedTuple):
-    """What is in a picture, by name."""
+    """Attributes of a picture, by name."""
 
     shape: str
     color: str
@@ -157,7 +157,7 @@ COLOR_JITTER = 0.04  # per channel
 
 
 def pairs(split: Split) -> list[tuple[str, str]]:
-    """The (shape, colour) pairs that a split draws from, uniformly, in a fixed order: heldout has them all."""
+    """List the (shape, colour) pairs that a split draws from, uniformly, in a fixed order: heldout has them all."""
     product = itertools.product(SHAPES, COLORS)
     return [pair for pair in product if split == "heldout" or pair not in HELD_OUT]
 
@@ -165,7 +165,7 @@ def pairs(split: Split) -> list[tuple[str, str]]:
 def draw_attributes(n: int, *, split: Split, rng: np.random.Generator) -> list[Attributes]:
     """Draw n pictures' attributes: a (shape, colour) pair of the split, the rest uniform and independent.
 
-    Val is train's distribution drawn afresh; heldout has every pair, an eighth of which train has never shown.
+    Val has train's distribution; heldout has every pair, an eighth of which train has never shown.
     """
     allowed = pairs(split)
     ranges = (len(allowed), len(SIZES), len(POSITIONS), len(BACKGROUNDS))
@@ -175,7 +175,7 @@ def draw_attributes(n: int, *, split: Split, rng: np.random.Generator) -> list[A
 
 
 def coverage(cells: Tensor, jitter: Tensor, size: int) -> Tensor:
-    """Share of every pixel that a shape covers, from its signed distance to the pixel's centre.
+    """Compute the share of every pixel that a shape covers, from its signed distance to the pixel's centre.
 
     Args:
         cells: (N, 3) long, on the CPU: indices of shape, size and position.
@@ -219,14 +219,14 @@ def render(attributes: Sequence[Attributes], *, size: int = 32, rng: np.random.G
         (N, size, size, 3) uint8, sRGB.
     """
     if size < 1:
-        raise InputError(f"Expected an image size of at least 1 pixel. Got {size}.")
+        raise InputError(f"Expected an image size of at least 1 pixel. Got {size}: give a larger one.")
     images = np.empty((len(attributes), size, size, 3), dtype=np.uint8)
     indices = encode(attributes)
     jitter = torch.from_numpy(rng.uniform(-1, 1, (len(attributes), 10)).astype(np.float32))
     palette, grounds = torch.tensor(list(COLORS.values())), torch.tensor(list(BACKGROUNDS.values()))
     foreground = palette[indices[:, 1]] + COLOR_JITTER * jitter[:, 4:7]
     background = grounds[indices[:, 4]] + COLOR_JITTER * jitter[:, 7:10]
-    chunk = max(1, 2**18 // size**2)  # what stays in cache
+    chunk = max(1, 2**18 // size**2)  # stays in cache
     for start in range(0, len(attributes), chunk):
         part = slice(start, start + chunk)
         mask = coverage(indices[part][:, [0, 2, 3]], jitter[part, :4], size)[..., None]
@@ -236,7 +236,7 @@ def render(attributes: Sequence[Attributes], *, size: int = 32, rng: np.random.G
 
 
 def encode(attributes: Sequence[Attributes]) -> Tensor:
-    """(N, 5) long indices into `VALUES`, in the order of `ATTRIBUTES`."""
+    """Return (N, 5) long indices into `VALUES`, in the order of `ATTRIBUTES`."""
     places = [{value: index for index, value in enumerate(VALUES[name])} for name in ATTRIBUTES]
     rows = [[place[value] for place, value in zip(places, row, strict=True)] for row in attributes]
     return torch.tensor(rows, dtype=torch.long).reshape(-1, len(ATTRIBUTES))
