@@ -209,7 +209,7 @@ def training_pass(name: str, net: nn.Module) -> None:
 
 
 def held(name: str) -> Held:
-    """By arithmetic: float32 master weights, gradients and average, Adam's two moments, bfloat16 for the rest."""
+    """Count what a GPU holds: float32 weights, gradients and average, Adam's two moments, bfloat16 for the rest."""
     trainer = config(name)["trainer"]
     callbacks = [callback["class_path"].rsplit(".", 1)[1] for callback in trainer["callbacks"]]
     net = network(name).to(torch.bfloat16)

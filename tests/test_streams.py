@@ -1,4 +1,4 @@
-"""A row with a stream of its own draws the same whatever stands beside it."""
+"""A row with a stream of its own draws the same beside any other rows."""
 
 import pytest
 import torch

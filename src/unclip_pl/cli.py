@@ -209,7 +209,7 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
                 print(f"usage: {program} {{{names}}} [OPTIONS]   ({program} {next(iter(entry))} --help for more)")
                 return None
             raise InputError(
-                f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}."
+                f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}. Add one."
             )
         return call(f"{program} {words[0]}", entry[words[0]], words[1:])
     parser = Parser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])

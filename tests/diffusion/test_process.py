@@ -24,7 +24,7 @@ def test_target_is_the_output_that_gives_x0(prediction: Prediction, shape: tuple
 
 
 def test_parameterisations_are_one_estimate() -> None:
-    """A wrong F means the same wrong x0, whatever it is called: eps and v from an x0 by their definitions."""
+    """A wrong F means the same wrong x0 in every parameterisation: eps and v follow from an x0 by their definitions."""
     t = torch.tensor([0.02, 0.5, 0.9], dtype=torch.float64)
     x_t, x0 = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator()).unbind()
     alpha, sigma = (c[:, None] for c in GaussianDiffusion().schedule.alpha_sigma(t))

@@ -172,7 +172,7 @@ Network = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def scheduler_sample(scheduler: Any, network: Network, x: Tensor, steps: int) -> Tensor:
-    """As diffusers' pipelines walk down, from x_T, with the noise of seed 1."""
+    """Sample by the loop of diffusers' pipelines, from x_T, with the noise of seed 1."""
     scheduler.set_timesteps(steps)
     g, learned = generator(1), scheduler.variance_type == "learned_range"
     for i, index in enumerate(scheduler.timesteps):
@@ -184,7 +184,7 @@ def scheduler_sample(scheduler: Any, network: Network, x: Tensor, steps: int) ->
 
 
 def denoiser(network: Network, prediction: Prediction) -> Denoise:
-    """The same network as ours see it, x0 clipped to [-1, 1]."""
+    """Wrap the network for our solvers, with x0 clipped to [-1, 1]."""
     diffusion = GaussianDiffusion(prediction=prediction)
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:

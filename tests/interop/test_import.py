@@ -83,7 +83,7 @@ def karlo(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Karlo:
 
 @pytest.fixture(scope="module")
 def runs(karlo: Karlo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Of diffusers' layout, and of Karlo's own."""
+    """Runs imported from diffusers' layout and from Karlo's own."""
     root = tmp_path_factory.mktemp("imported")
     for name, paths in {"diffusers": [str(karlo.diffusers)], "original": karlo.original}.items():
         assert main(["import", "karlo", *paths, "--out", str(root / name), *karlo.clip]) == 0

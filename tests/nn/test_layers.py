@@ -41,7 +41,7 @@ def test_sinusoidal_shapes_and_precision() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [0, 1, 4, 9])
 def test_causal_attention_needs_no_mask_in_memory(length: int, dtype: torch.dtype) -> None:
-    """Of all positions and of the last few."""
+    """Queries are all positions, or only the last few."""
     key, value = randn(3, 2, 9, 8, seed=1).to(dtype), randn(3, 2, 9, 8, seed=2).to(dtype)
     query = randn(3, 2, 9, 8).to(dtype)[:, :, 9 - length :]
     torch.testing.assert_close(
@@ -50,7 +50,7 @@ def test_causal_attention_needs_no_mask_in_memory(length: int, dtype: torch.dtyp
 
 
 def test_a_prefix_closed_up_is_the_same_prefix() -> None:
-    """Captions of different lengths: every key that may be seen, whatever order it stands in."""
+    """Captions have different lengths. Every key that may be seen is seen, in any order."""
     torch.manual_seed(0)
     net = PrefixTransformer(6, 10, 7, 3, 16, 3, 2).double()
     count = torch.tensor([[7], [2], [1], [0]])

@@ -137,7 +137,7 @@ def test_every_rank_looks_for_the_worst_point_by_itself(tmp_path: Path) -> None:
     copies = [copy.deepcopy(task.net) for _ in range(2)]
 
     def gradients() -> list[tuple[Tensor, ...]]:
-        """Of the loss over both batches, in each copy: rows of rank r through copy r."""
+        """Return the gradients of the loss over both batches in each copy: rows of rank r go through copy r."""
         image, text, scale = zip(*(net(*pairs(rank)) for rank, net in enumerate(copies)), strict=True)
         logits, n = torch.cat(image) @ torch.cat(text).T, torch.arange(16)
         loss = torch.zeros((), dtype=torch.float64)

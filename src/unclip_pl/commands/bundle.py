@@ -40,7 +40,7 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
             keeps what draws: CLIP, decoder and all priors.
     """
     if len(paths) != 1:
-        raise InputError(f"Expected one run, such as: unclip bundle runs/quickstart. Got {len(paths)}.")
+        raise InputError(f"Expected one run. Write, for example, unclip bundle runs/quickstart. Got {len(paths)}.")
     root = Path(paths[0])
     run = read_run(root)
     parts = _parts(json.loads((root / RUN).read_text(encoding="utf-8")), run, for_study=for_study)
@@ -123,7 +123,7 @@ def _tokens(clip: ClipEncoder, store: Path) -> list[int] | None:
 
 
 def _provenance(root: Path) -> dict[str, Any]:
-    """Where the weights come from, as far as ``reproduce`` and the comparison have noted it."""
+    """Return where the weights come from, from the records of ``reproduce`` and of the comparison."""
     stages = stage_records(root)
     report = json.loads(path.read_text()) if (path := root / "report.json").is_file() else {}
     return {

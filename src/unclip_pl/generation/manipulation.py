@@ -317,7 +317,7 @@ class Manipulator:
     def _draw(
         self, latent: Latent, eta: float, own: float | Tensor, generator: torch.Generator, progress: Progress | None
     ) -> Tensor:
-        """(B, 3, H, H), before any upsampler."""
+        """Draw (B, 3, H, H), before any upsampler."""
         denoise = self.decoder.denoiser(latent.image_embed, latent.guidance)
         inversion, diffusion = self.decoder.inversion(latent.steps), self.decoder.task.diffusion
         return inversion.restore(
@@ -325,12 +325,12 @@ class Manipulator:
         )
 
     def _noise(self, seed: int) -> Tensor:
-        """(1, 3, H, H)."""
+        """Draw x_T, (1, 3, H, H)."""
         size = self.decoder.image_size
         return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def _direction(self, caption: str, current: str | None) -> Tensor:
-        """z_d, (1, d), unit norm."""
+        """Return z_d, (1, d), unit norm."""
         texts = [caption] if current is None else [caption, current]
         z_t = F.normalize(self.clip.describe(texts).embed, dim=-1)
         difference = z_t[:1] if current is None else z_t[:1] - z_t[1:]
@@ -342,7 +342,7 @@ class Manipulator:
 
 
 def _own(theta: Tensor) -> Tensor:
-    """(B,) how much of x_T's noise still belongs to a picture that was turned by theta (B,)."""
+    """Return the share (B,) of x_T's noise that still belongs to a picture that was turned by theta (B,)."""
     return (1 - theta / FADE).clamp(min=0)
 
 

@@ -129,7 +129,9 @@ def read_run(root: Path) -> RunDescription:
         description: RunDescription = parser.instantiate(parser.parse_object({"run": content})).run
     except Exception as error:
         moved = moved_in(str(error))
-        raise InputError(f"{path} does not describe a run: {moved or str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{path} does not describe a run. Correct it: {moved or str(error).splitlines()[0]}"
+        ) from error
     return description
 
 

@@ -115,7 +115,7 @@ def _up_path(
 
 
 class UNet(nn.Module):
-    """ADM's U-Net with GLIDE's context, from noisy images to whatever the task's parameterisation predicts.
+    """ADM's U-Net with GLIDE's context, from noisy images to the prediction of the task's parameterisation.
 
     The defaults are the paper's 64 px decoder without its condition.
 

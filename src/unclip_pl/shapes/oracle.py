@@ -145,7 +145,7 @@ class ShapesOracle(nn.Module):
         return jitter
 
     def _paint(self, pixels: Tensor, cells: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the squared error (B, K) of fitted cells in the palettes' best colours, and those colours' indices."""
+        """Compute the squared error (B, K) of fitted cells in the palettes' best colours, and the colours' indices."""
         x = pixels.flatten(2)
         masks = (
             coverage(cells.reshape(-1, 3), jitter.reshape(-1, 4), self.size).flatten(1).unflatten(0, cells.shape[:2])

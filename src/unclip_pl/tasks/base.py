@@ -114,7 +114,7 @@ class Task(LightningModule):
         """Return this rank's n rows of a draw for the whole global batch.
 
         All ranks draw the same numbers from the same seed. So N processes train as one does with all their batches.
-        Whatever is random in a loss has to come through here.
+        Every random draw of a loss has to come through here.
 
         Args:
             draw: draws for the given number of rows.
