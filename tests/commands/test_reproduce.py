@@ -371,6 +371,8 @@ def test_a_run_to_build_on_is_made_where_there_is_none_and_it_is_needed(
     write_json(base / "run.json", {})
     reproduce(stages, str(journal.run), only="cell", dry_run=True, **options)
     assert "1 of 3 stages would run" in capsys.readouterr().out
+    with pytest.raises(InputError, match="rename it"):
+        reproduce({"base": make("base")}, str(journal.run), base=str(base))
 
 
 def test_a_base_may_be_a_file(journal: Journal, study: Path, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Which commit a number is said to come from."""
+"""Which commit a number is said to come from, and how long it took."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from unclip_pl.files import write_json
 from unclip_pl.generation import provenance
 
 
@@ -35,3 +36,14 @@ def test_the_commit_is_this_codes_own(tmp_path: Path, monkeypatch: pytest.Monkey
     assert provenance.commit() == git("rev-parse", "--short=12", "HEAD").strip()
     module.write_text("changed")
     assert provenance.commit().endswith("with local changes")
+
+
+def test_time_with_two_stages_side_by_side_counts_once(tmp_path: Path) -> None:
+    assert provenance.wall_seconds(tmp_path) == 0
+    for name, seconds, ended in (("c", 60, "02:00"), ("b", 50, "01:30"), ("a", 30, "00:30"), ("d", 10, "04:00")):
+        record = {"seconds": seconds, "ended": f"2026-11-27T10:{ended}.000+00:00"}
+        write_json(tmp_path / "stages" / f"{name}.json", record)
+    assert list(provenance.stage_seconds(tmp_path)) == ["a", "b", "c", "d"]
+    assert provenance.wall_seconds(tmp_path) == 30 + 80 + 10
+    write_json(tmp_path / "stages" / "old.json", {"seconds": 5})  # noted before times were
+    assert provenance.wall_seconds(tmp_path) == 125

@@ -140,6 +140,8 @@ class Recipe:
         self.base_recipe = base_recipe
         self.shards = shards
         base = places.get("{base}", "")
+        if base and BASE in stages:
+            raise InputError(f"Expected no stage called {BASE!r} in a recipe that builds on a run: rename it.")
         self.bundled = Path(base).is_file()
         if base and self.bundled:
             self._add_base(f"unbundle {shlex.quote(base)} {{out}}", "{run}/base")

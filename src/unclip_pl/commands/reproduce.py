@@ -69,7 +69,7 @@ def reproduce(
     shards = "" if source.startswith(("{run}", "{base}")) else _contents(list_shards(source), Path(run), not dry_run)
     recipe = Recipe(stages, places, base_recipe, shards)
     if dry_run:
-        _show(recipe, recipe.plan(only))
+        _show(recipe, recipe.plan(only), only)
         return
     with ExitStack() as locks:
         for folder in (run, results) if results else (run,):
@@ -174,7 +174,7 @@ class Master:
         """Note how a stage ended; return its exit status."""
         _, record, started = self.running[name]
         record["seconds"] += time.perf_counter() - started
-        record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        record["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         record["done"] = status == 0
         self._write(name, record)
         del self.running[name]
@@ -251,12 +251,12 @@ def precision() -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def _show(recipe: Recipe, plan: Mapping[str, str]) -> None:
-    """Say what would run, and why."""
+def _show(recipe: Recipe, plan: Mapping[str, str], only: str) -> None:
+    """Say what would run, and why; with ``only``, of nothing else."""
     for name in recipe.stages:
         if name in plan:
             _say(f"{_number(recipe, name)}: would run, since {plan[name]}: unclip {shlex.join(recipe.words(name))}")
-        else:
+        elif not only:
             done = not recipe.reason(name)
             _say(f"{_number(recipe, name)}: {'done' if done else 'not needed: what it was for is done'}", "dim")
     _say(f"{len(plan)} of {len(recipe.stages)} stages would run." if plan else "Nothing is to be done.")
