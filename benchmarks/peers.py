@@ -11,8 +11,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
-from unclip_pl.interop.layout import load_weights
+from unclip_pl.interop.layout import diffusers_prior, diffusers_unet, load_weights
 from unclip_pl.nn import prior
 from unclip_pl.nn.unet import UNet
 from unclip_pl.types import DecoderBatch, PriorBatch, TextFeatures
@@ -34,7 +33,7 @@ class KarloPrior(torch.nn.Module):
         ).eval()
         for name in ("positional_embedding", "prd_embedding"):  # zeros, as diffusers leaves them
             torch.nn.init.normal_(getattr(self.net, name), std=net.width**-0.5)
-        load_weights(net, self.net.state_dict(), DiffusersPrior(heads))
+        load_weights(net, self.net.state_dict(), diffusers_prior(heads))
         self.context_length = net.context_length
         self.guidance = guidance
         self.scheduler = UnCLIPScheduler(
@@ -112,7 +111,7 @@ class KarloDecoder(torch.nn.Module):
             time_embed_dim=4 * widths[0],
             cross_attention_dim=context_width,
         )
-        load_weights(net, self.unet.state_dict() | self.projection.state_dict(), DiffusersUNet(head_channels))
+        load_weights(net, self.unet.state_dict() | self.projection.state_dict(), diffusers_unet(head_channels))
         self.noise = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         self.image_tokens = net.condition_encoder.image_tokens
 

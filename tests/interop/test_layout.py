@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
-from unclip_pl.interop.karlo import KarloPrior, KarloUNet
-from unclip_pl.interop.layout import load_weights
+from unclip_pl.interop.layout import diffusers_prior, diffusers_unet, karlo_prior, karlo_unet, load_weights
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet, UpsamplerUNet
 from unclip_pl.types import TextFeatures
@@ -59,7 +57,7 @@ def test_prior_is_diffusers(
 ) -> None:
     theirs = reference.prior(heads, head_dim, layers, embed_dim, context)
     ours = PriorTransformer(embed_dim, embed_dim, context, width=heads * head_dim, layers=layers, heads=heads)
-    load_weights(ours, theirs.state_dict(), DiffusersPrior(heads))
+    load_weights(ours, theirs.state_dict(), diffusers_prior(heads))
     text = captions([context, 4, 2], embed_dim)
     x_t = torch.randn(3, 1, embed_dim, generator=generator())
     index = torch.tensor([[0.0], [500.0], [999.0]])
@@ -79,7 +77,7 @@ UNETS = [
 def test_decoder_is_diffusers(size: dict[str, Any], reference: Any) -> None:
     theirs, projection = reference.decoder(**size, embed_dim=D, context_width=CONTEXT_WIDTH)
     ours = our_decoder(**size)
-    load_weights(ours, theirs.state_dict() | projection.state_dict(), DiffusersUNet(size["head"]))
+    load_weights(ours, theirs.state_dict() | projection.state_dict(), diffusers_unet(size["head"]))
     text = captions([2, 5, 1], D)
     z_i = torch.randn(3, D, generator=generator())
     x_t = torch.randn(3, 3, 16, 16, generator=generator())
@@ -102,7 +100,7 @@ def test_upsampler_is_diffusers(size: dict[str, Any], reference: Any) -> None:
     sizes = {"channels": size["channels"], "layers": size["layers"], "groups": size["groups"]}
     theirs = reference.upsampler(**sizes)
     ours = our_upsampler(**sizes)
-    load_weights(ours, theirs.state_dict(), DiffusersUNet(size["head"]))
+    load_weights(ours, theirs.state_dict(), diffusers_unet(size["head"]))
     x = torch.randn(2, 6, 32, 16, generator=generator())
     index = torch.tensor([0.0, 832.0])
     torch.testing.assert_close(ours(x, index), theirs(x, index).sample, **SAME)
@@ -119,21 +117,21 @@ def test_karlos_own_layout_gives_the_same_weights(channels: list[int], layers: i
     state = theirs.state_dict() | projection.state_dict()
     original = reference.original_unet(theirs.state_dict()) | reference.original_projection(projection.state_dict())
     a, b = (our_decoder(channels, layers, head=64, groups=32) for _ in range(2))
-    load_weights(a, state, DiffusersUNet(64))
-    load_weights(b, original, KarloUNet.of(original))
+    load_weights(a, state, diffusers_unet(64))
+    load_weights(b, original, karlo_unet(original))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
     state = reference.upsampler(channels, layers).state_dict()
     original = reference.original_unet(state)
     c, d = (our_upsampler(channels, layers, 32) for _ in range(2))
-    load_weights(c, state, DiffusersUNet(64))
-    load_weights(d, original, KarloUNet.of(original))
+    load_weights(c, state, diffusers_unet(64))
+    load_weights(d, original, karlo_unet(original))
     assert all(torch.equal(x, y) for x, y in zip(c.parameters(), d.parameters(), strict=True))
 
     state = reference.prior(2, 64, 3, D, 9).state_dict()
     e, f = (PriorTransformer(D, D, 9, width=128, layers=3, heads=2) for _ in range(2))
-    load_weights(e, state, DiffusersPrior(2))
-    load_weights(f, reference.original_prior(state), KarloPrior())
+    load_weights(e, state, diffusers_prior(2))
+    load_weights(f, reference.original_prior(state), karlo_prior())
     assert all(torch.equal(x, y) for x, y in zip(e.parameters(), f.parameters(), strict=True))
 
 
@@ -146,7 +144,7 @@ def test_every_fault_is_listed_and_nothing_is_loaded(reference: Any) -> None:
     net = PriorTransformer(12, 12, 9, width=16, layers=2, heads=2)
     before = weights_of(net)
     with pytest.raises(ValueError, match="does not fit PriorTransformer") as error:
-        load_weights(net, state, DiffusersPrior(2), "prior.bin")
+        load_weights(net, state, diffusers_prior(2), "prior.bin")
     said = str(error.value)
     assert "prior.bin" in said
     assert "2 missing (norm_out.bias, transformer_blocks.1.attn1.to_k.weight)" in said
@@ -161,4 +159,4 @@ def test_statistics_are_asked_for(reference: Any) -> None:
     state = reference.prior(2, 8, 1, 12, 9).state_dict()
     del state["clip_std"]
     with pytest.raises(ValueError, match=r"1 missing \(clip_std\)"):
-        load_weights(PriorTransformer(12, 12, 9, 16, 1, 2), state, DiffusersPrior(2))
+        load_weights(PriorTransformer(12, 12, 9, 16, 1, 2), state, diffusers_prior(2))

@@ -34,8 +34,8 @@ def sample(
 ) -> None:
     """Draw images of captions from a trained run.
 
-    One image into one file is that image; several are a labelled grid with one row per caption. Where --out is a
-    folder, it gets the grid and every image by itself. The next image of a caption has the next seed.
+    One image into one file is that image; several are a labelled grid. A folder as --out gets the grid and every image
+    by itself. The next image of a caption has the next seed.
 
     Args:
         captions: texts; an empty one is unconditional.
@@ -46,8 +46,7 @@ def sample(
         prior: name of one of the run's priors.
         prior_guidance: guidance scale of the prior; without it the run's own.
         candidates: embeddings drawn for each image, of which the one nearest to the caption is kept.
-        from_embedding: safetensors file of image_embed (N, d), as `unclip predict` writes it. No prior is asked;
-            captions may be left out, given once, or N times.
+        from_embedding: safetensors file of `unclip predict`, to draw without a prior, with no, one or N captions.
         previews: number of estimates of every image along the way, to show before it in its row.
         labels: write the labelled grid also for one image.
         batch_size: images drawn at once.
@@ -67,36 +66,17 @@ def sample(
             facts = {"prior": prior, "prior_guidance": prior_guidance, "candidates": candidates}
             draw = partial(studio.unclip.generate, texts, **facts)
         studio.warn_of_unknown(texts)
-        way = _Way(studio, previews, batches=-(-len(texts) * num // batch_size))
-        seed = options.seed
-        images = draw(num=num, guidance=guidance, seed=seed, batch_size=batch_size, progress=way.progress).images
+        bar, seed = studio.bar("drawing", ways=-(-len(texts) * num // batch_size)), options.seed
+        kept: dict[str, list[Tensor]] = {}
+
+        def progress(done: int, total: int, x0: "Tensor") -> None:
+            bar(done, total, x0)
+            if done < total and done in (round(i / (previews + 1) * total) for i in range(1, previews + 1)):
+                kept.setdefault(f"step {done} of {total}", []).extend(x0.cpu())
+
+        images = draw(num=num, guidance=guidance, seed=seed, batch_size=batch_size, progress=progress).images
         facts = {name: value for name, value in {"guidance": guidance, **facts}.items() if value is not None}
-        _save(studio, texts, range(seed, seed + num), images, way.previews(), facts, labels=labels)
-
-
-class _Way:
-    """What is seen of images on their way: a bar, and estimates of x0.
-
-    Args:
-        studio: owner of the bar.
-        previews: number of estimates to keep, evenly spaced.
-        batches: number of batches of images.
-    """
-
-    def __init__(self, studio: Studio, previews: int, *, batches: int) -> None:
-        self.shares = [i / (previews + 1) for i in range(1, previews + 1)]
-        self.kept: dict[str, list[Tensor]] = {}
-        self.bar = studio.bar("drawing", ways=batches)
-
-    def progress(self, done: int, total: int, x0: "Tensor") -> None:
-        """Note one more step of one batch."""
-        self.bar(done, total, x0)
-        if done < total and done in (round(share * total) for share in self.shares):
-            self.kept.setdefault(f"step {done} of {total}", []).append(x0.cpu())
-
-    def previews(self) -> dict[str, list["Tensor"]]:
-        """Return the estimates of every image, by step."""
-        return {step: [image for batch in batches for image in batch] for step, batches in self.kept.items()}
+        _save(studio, texts, range(seed, seed + num), images, kept, facts, labels=labels)
 
 
 def _save(

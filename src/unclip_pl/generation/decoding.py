@@ -38,28 +38,14 @@ class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path an
     last_step: str | None = None
 
     def load(self, root: Path, device: str = "cpu") -> "Upsampler":
-        """Read the checkpoints.
-
-        Args:
-            root: folder that they are named relative to.
-            device: where to compute.
-        """
+        """Read the checkpoints, which are named relative to ``root``, onto a device."""
         task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
         last = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else task
         return Upsampler(self, task, last)
 
 
 class Upsampler:
-    """A trained upsampler.
-
-    Args:
-        spec: settings of the sampling.
-        task: trained network that takes all steps but the last.
-        finisher: trained network that takes the last step, usually the same.
-
-    Raises:
-        InputError: a network was not trained for the sampler, or the two were trained on other noise levels.
-    """
+    """A trained upsampler, and the network that takes its last step, usually the same."""
 
     def __init__(self, spec: UpsamplerSpec, task: UpsamplerTask, finisher: UpsamplerTask) -> None:
         self.spec = spec
@@ -108,27 +94,13 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
         check_guidance(self.guidance)
 
     def load(self, root: Path, device: str = "cpu") -> "Decoder":
-        """Read the checkpoints.
-
-        Args:
-            root: folder that they are named relative to.
-            device: where to compute.
-        """
+        """Read the checkpoints, which are named relative to ``root``, onto a device."""
         task = load_task(root / self.checkpoint, DecoderTask).to(device)
         return Decoder(self, task, [upsampler.load(root, device) for upsampler in self.upsamplers])
 
 
 class Decoder:
-    """A trained decoder with its upsamplers.
-
-    Args:
-        spec: settings of the sampling.
-        task: trained network.
-        upsamplers: stages after it, smallest first.
-
-    Raises:
-        ValueError: the network was not trained for the sampler.
-    """
+    """A trained decoder with its upsamplers."""
 
     #: Below this noise level an x0-predicting network's error swamps the noise that DDIM inversion asks it for.
     FLOOR = 0.05

@@ -46,11 +46,7 @@ class PriorSpec(ABC):
 
 
 class Prior(ABC):
-    """P(z_i | y), ready to draw from.
-
-    Args:
-        spec: the settings that it was loaded from.
-    """
+    """P(z_i | y), loaded from a spec and ready to draw from."""
 
     #: Number of the network's parameters; 0 for what was not trained.
     num_parameters: int = 0
@@ -112,16 +108,6 @@ class Prior(ABC):
         return other
 
 
-def check_candidates(candidates: int) -> None:
-    """Refuse a number of candidates below 1.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if candidates < 1:
-        raise InputError(f"Expected candidates >= 1. Got {candidates}: draw at least one embedding per caption.")
-
-
 def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
     """Keep each caption's candidate with the largest z_i·z_t, both of unit norm (§2.2): (B, N, d) → (B, d)."""
     score = torch.einsum("bnd,bd->bn", F.normalize(candidates, dim=-1), F.normalize(text.embed, dim=-1))
@@ -152,7 +138,8 @@ class DiffusionPriorSpec(PriorSpec):
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
-        check_candidates(self.candidates)
+        if self.candidates < 1:
+            raise InputError(f"Expected candidates >= 1. Got {self.candidates}: draw at least one embedding.")
 
     def load(self, root: Path, device: str = "cpu") -> "DiffusionPrior":
         """Read the checkpoint."""
@@ -160,15 +147,7 @@ class DiffusionPriorSpec(PriorSpec):
 
 
 class DiffusionPrior(Prior):
-    """The paper's better prior: diffusion over embeddings.
-
-    Args:
-        spec: settings of the sampling.
-        task: trained network and the diffusion that it was trained with.
-
-    Raises:
-        ValueError: the network was not trained for these settings.
-    """
+    """The paper's better prior: diffusion over embeddings."""
 
     spec: DiffusionPriorSpec
     task: DiffusionPriorTask
@@ -247,12 +226,7 @@ class ARPriorSpec(PriorSpec):
 
 
 class ARPrior(Prior):
-    """The paper's other prior: a language model over the codes of an embedding.
-
-    Args:
-        spec: settings of the sampling.
-        task: trained network with its codec.
-    """
+    """The paper's other prior: a language model over the codes of an embedding."""
 
     spec: ARPriorSpec
     task: ARPriorTask
@@ -313,13 +287,7 @@ class LinearPriorSpec(PriorSpec):
 
 
 class LinearPrior(Prior):
-    """The conditional mean, which the cosine to the truth rewards and diversity does not.
-
-    Args:
-        spec: settings that it was loaded from.
-        tensors: ``weight`` (d, d) and ``bias`` (d,).
-        metadata: ``seconds`` of the fit and ``fingerprint`` of the CLIP.
-    """
+    """The conditional mean, which the cosine to the truth rewards and diversity does not."""
 
     def __init__(self, spec: LinearPriorSpec, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         super().__init__(spec)
@@ -371,12 +339,7 @@ class TrueEmbeddingSpec(PriorSpec):
 
 
 class TrueEmbedding(Prior):
-    """The image's own z_i.
-
-    Args:
-        spec: settings that it was loaded from.
-        keeps_norm: keep CLIP's own norm.
-    """
+    """The image's own z_i."""
 
     reference = True
 
@@ -410,24 +373,12 @@ class RoundTripSpec(PriorSpec):
     axes: int
 
     def load(self, root: Path, device: str = "cpu") -> "RoundTrip":
-        """Read the codec.
-
-        Raises:
-            ValueError: the codec has fewer axes.
-        """
+        """Read the codec."""
         return RoundTrip(self, EmbeddingCodec(str(root / self.codec)).to(device))
 
 
 class RoundTrip(TrueEmbedding):
-    """The image's own z_i through a codec.
-
-    Args:
-        spec: settings that it was loaded from.
-        codec: quantises and de-quantises.
-
-    Raises:
-        ValueError: the codec has fewer axes than the spec keeps.
-    """
+    """The image's own z_i through a codec."""
 
     spec: RoundTripSpec
     codec: EmbeddingCodec

@@ -9,9 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.interop.diffusers import DiffusersPrior, DiffusersUNet
-from unclip_pl.interop.karlo import KarloPrior, KarloUNet
-from unclip_pl.interop.layout import Layout, Weights
+from unclip_pl.interop.layout import Layout, Weights, diffusers_prior, diffusers_unet, karlo_prior, karlo_unet
 from unclip_pl.interop.sizes import HEAD
 
 
@@ -69,13 +67,13 @@ def _file(path: Path) -> KarloFiles:
         raise _unknown(path)
     state = content.get("state_dict", content)
     if "model.clip_img_proj.weight" in state:
-        return KarloFiles({"prior": Part(path, _below(state, "model"), KarloPrior())}, None)
+        return KarloFiles({"prior": Part(path, _below(state, "model"), karlo_prior())}, None)
     if "model.input_blocks.0.0.weight" in state:
         weights = _below(state, "model")
-        return KarloFiles({"decoder": Part(path, weights, KarloUNet.of(weights))}, None)
+        return KarloFiles({"decoder": Part(path, weights, karlo_unet(weights))}, None)
     if "model_first_steps.input_blocks.0.0.weight" in state:
         both = {"upsampler": _below(state, "model_first_steps"), "upsampler_last": _below(state, "model_last_step")}
-        return KarloFiles({name: Part(path, part, KarloUNet.of(part)) for name, part in both.items()}, None)
+        return KarloFiles({name: Part(path, part, karlo_unet(part)) for name, part in both.items()}, None)
     raise _unknown(path)
 
 
@@ -88,15 +86,15 @@ def _folder(path: Path) -> KarloFiles:
     if (path / "prior").is_dir():
         weights = _diffusers(path / "prior")
         heads = weights["proj_in.weight"].shape[0] // HEAD if "proj_in.weight" in weights else 1
-        parts["prior"] = Part(path / "prior", weights, DiffusersPrior(heads))
+        parts["prior"] = Part(path / "prior", weights, diffusers_prior(heads))
         if {"clip_mean", "clip_std"} <= weights.keys():
             statistics = Statistics(*(weights[name].float().flatten() for name in ("clip_mean", "clip_std")))
     if (path / "decoder").is_dir():
         weights = {**_diffusers(path / "decoder"), **_diffusers(path / "text_proj")}
-        parts["decoder"] = Part(path / "decoder", weights, DiffusersUNet(HEAD))
+        parts["decoder"] = Part(path / "decoder", weights, diffusers_unet(HEAD))
     for name, folder in {"upsampler": "super_res_first", "upsampler_last": "super_res_last"}.items():
         if (path / folder).is_dir():
-            parts[name] = Part(path / folder, _diffusers(path / folder), DiffusersUNet(HEAD))
+            parts[name] = Part(path / folder, _diffusers(path / folder), diffusers_unet(HEAD))
     return KarloFiles(parts, statistics)
 
 

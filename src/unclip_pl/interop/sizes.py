@@ -16,7 +16,7 @@ def prior_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
         "text_width": text_width,
         "context_length": layout.shape(weights, "positional_embedding")[1] - 4,  # z_t, t, z_i^(t), query
         "width": width,
-        "layers": layout.count(weights, "transformer.resblocks.{}.ln_1.weight"),
+        "layers": layout.modules(weights, "transformer.resblocks.{}.ln_1.weight"),
         "heads": width // HEAD,
     }
 
@@ -50,11 +50,11 @@ def upsampler_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
 def _unet_sizes(weights: Weights, layout: Layout) -> dict[str, Any]:
     channels = layout.shape(weights, "time_embed.0.weight")[1]
     pattern = "down.{}.layers.0.block.conv1.weight"
-    levels = layout.count(weights, pattern)
+    levels = layout.modules(weights, pattern)
     (time_width,) = layout.shape(weights, "down.0.layers.0.block.time.bias")
     return {
         "channels": channels,
         "channel_mult": [layout.shape(weights, pattern.format(i))[0] // channels for i in range(levels)],
-        "res_blocks": layout.count(weights, f"up.{levels - 1}.layers.{{}}.block.norm1.weight") - 1,
+        "res_blocks": layout.modules(weights, f"up.{levels - 1}.layers.{{}}.block.norm1.weight") - 1,
         "time_mode": "scale_shift" if time_width > channels else "additive",
     }
