@@ -187,6 +187,8 @@ class ClipEncoder(nn.Module):
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.embed_dim, self.text_width = spec.embed_dim, spec.text_width  # d, W
+        self.context_length, self.image_size = spec.context_length, spec.image_size
         _require_clips_own_text(spec.name)
         self.model = build_clip(spec.name, spec.pretrained)
         self.tokenizer = open_clip.get_tokenizer(spec.name)
@@ -197,26 +199,6 @@ class ClipEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode."""
         return self
-
-    @property
-    def embed_dim(self) -> int:
-        """Width d of the shared embedding space."""
-        return self.spec.embed_dim
-
-    @property
-    def text_width(self) -> int:
-        """Width W of the token states."""
-        return self.spec.text_width
-
-    @property
-    def context_length(self) -> int:
-        """Text positions, including start and end tokens."""
-        return self.spec.context_length
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square images that CLIP sees, in pixels."""
-        return self.spec.image_size
 
     @property
     def _text_model(self) -> Any:

@@ -152,21 +152,7 @@ class UnclipDataModule(ResumableDataModule):
         self.clip = clip
         self.eval_batch_size = eval_batch_size or batch_size
         self.image_size = image_size or clip.image_size
-
-    @property
-    def embed_dim(self) -> int:
-        """Width d of the embeddings."""
-        return self.clip.embed_dim
-
-    @property
-    def text_width(self) -> int:
-        """Width W of the text states."""
-        return self.clip.text_width
-
-    @property
-    def context_length(self) -> int:
-        """Text positions of the CLIP."""
-        return self.clip.context_length
+        self.embed_dim, self.text_width, self.context_length = clip.embed_dim, clip.text_width, clip.context_length
 
     @property
     def statistics(self) -> str:
@@ -273,12 +259,8 @@ class PairDataModule(ResumableDataModule):
         super().__init__(batch_size, num_workers, seed)
         self.source = source
         self.clip = clip
+        self.clip_name = clip.name  # for the task that trains it
         self.shift = shift
-
-    @property
-    def clip_name(self) -> str:
-        """Architecture, for the task that trains it."""
-        return self.clip.name
 
     @cached_property
     def pairs(self) -> PairStore:

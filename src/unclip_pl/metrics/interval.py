@@ -51,17 +51,6 @@ def share_interval(share: float, n: int) -> Interval:
     return Interval(share, min(share, float(low)), max(share, float(high)))
 
 
-def win_rate(ours: Tensor, theirs: Tensor) -> Interval:
-    """Return the share of captions where ``ours`` is the larger score, a tie being half a win (GLIDE, app. A.1).
-
-    Args:
-        ours: (N,) or (S, N) scores, larger is better.
-        theirs: scores of the same captions, of the same shape.
-    """
-    mean, low, high = mean_interval((ours > theirs).double() + 0.5 * (ours == theirs).double())
-    return Interval(mean, max(0.0, low), min(1.0, high))
-
-
 class SignTest(NamedTuple):
     """Captions that either side won, and the probability of a split at least as uneven among equals."""
 
