@@ -263,5 +263,5 @@ def train(words: list[str]) -> Any:
         drawn = report.draw(folder)
         report.summary(folder, drawn)
         for logger in cli.trainer.loggers:
-            report.log(drawn, Path(logger.log_dir or folder))
+            report.log(folder, drawn, Path(logger.log_dir or folder))
     return cli

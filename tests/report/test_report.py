@@ -113,7 +113,7 @@ def test_what_a_reader_must_know_is_told(folder: Path, compared: Path) -> None:
         for word in ("random-effects", "rewards collapse", "Chosen on validation data", "guidance 1.5, best of 2"):
             assert word in text
     markdown = (compared / "report.md").read_text()
-    assert "one training seed" in markdown
+    assert "One training seed" in markdown
     assert "Not measured here: " in markdown
 
 
@@ -176,9 +176,10 @@ def test_without_foundations_there_is_no_table_of_them(report: dict[str, Any]) -
     assert foundation_table(report) is None
 
 
-def test_tensorboard_gets_settings_and_scores(report: dict[str, Any], tmp_path: Path) -> None:
-    module.log(report, tmp_path)
+def test_tensorboard_gets_settings_scores_and_pictures(folder: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    module.log(folder, report, tmp_path)
     assert (tmp_path / "diffusion-(matched)").is_dir()
+    assert list((tmp_path / "pictures").iterdir())
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 

@@ -229,7 +229,7 @@ def report(folder: Path, logs: Path | None) -> None:
     content = draw(folder)
     summary(folder, content)
     if logs:
-        log(content, logs)
+        log(folder, content, logs)
 
 
 def describe_run(compare: str, upsamplers: list[dict[str, Any]]) -> dict[str, Any]:

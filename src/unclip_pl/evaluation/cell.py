@@ -14,7 +14,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.clip import ClipSpec
+from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.costs import Cost, costs_of, sampling_flops, training_of
@@ -191,7 +191,8 @@ class Cell(LightningModule):
                     f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm: leave it out."
                 )
         # A tuple keeps the judge out of the module tree: nobody should find a CLIP in a state dict.
-        self._judge = () if self.judge is None else (self.judge.within(self.run).load().to(self.device),)
+        judges = [spec.within(self.run).load().to(self.device) for spec in (self.judge,) if spec is not None]
+        self._judge: tuple[ClipEncoder, ...] = tuple(judges)
         data = getattr(self.trainer, "datamodule", None)
         known = self.oracle is not None and isinstance(data, UnclipDataModule)
         self._probe = AttributeProbe.fit(data.embeddings) if known and data is not None else None

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -77,23 +79,32 @@ def summary(folder: Path, report: dict[str, Any]) -> None:
     console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
 
 
-def log(report: dict[str, Any], folder: Path) -> None:
-    """Write every row's means as scalars and its settings as hparams, for TensorBoard; curves beside them."""
+def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
+    """Write a report for TensorBoard: every row's means with its settings as hparams, curves, pictures and plots.
+
+    Args:
+        folder: folder of the run or study that :func:`draw` has drawn.
+        report: content of its ``report.json``.
+        logs: folder of the events.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     for name, row in report["priors"].items():
         found = {f"compare/{m}": v["mean"] for m, v in row["metrics"].items() if v["mean"] is not None}
         settings = {key: value for key, value in row["sampling"].items() if isinstance(value, bool | int | float | str)}
-        with SummaryWriter(str(folder / _file(name))) as writer:
+        with SummaryWriter(str(logs / _file(name))) as writer:
             writer.add_hparams({"prior": name, "lr": row["lr"] or 0.0, **settings}, found, run_name=".")
     for title, series in report["curves"].items():
         for label, measures in series.items():
-            with SummaryWriter(str(folder / "curves" / _file(f"{title}-{label}"))) as writer:
+            with SummaryWriter(str(logs / "curves" / _file(f"{title}-{label}"))) as writer:
                 for measure, points in measures.items():
                     for point in points:
                         if point["mean"] is not None:
                             # TensorBoard counts steps: guidance and temperature stand there times 100.
                             writer.add_scalar(f"{title}/{measure}", point["mean"], round(100 * point["x"]))
+    with SummaryWriter(str(logs / "pictures")) as writer:
+        for path in sorted((folder / "plots").glob("*.png")):
+            writer.add_image(f"compare/{path.stem}", np.array(Image.open(path).convert("RGB")), dataformats="HWC")
 
 
 def _file(name: str) -> str:

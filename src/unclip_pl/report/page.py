@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from torch import Tensor
@@ -27,9 +28,11 @@ from unclip_pl.report.tables import (
     sample_sizes,
     summary,
 )
-from unclip_pl.report.words import CAPTIONS, COSINE, GRID, INTRODUCTION, LIMITS, MANY, RULE, STATISTICS, TITLE
 
 Report = dict[str, Any]
+
+#: Sentences that every report prints.
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
 
 class Text(NamedTuple):
@@ -81,23 +84,30 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
     """
     study = report["meta"]["training_seeds"] > 1
     found: list[tuple[str, list[Block | None]]] = [
-        ("", [Pictures("grid", GRID, 88 if len(sheets["grid"].columns) < 9 else 66) if "grid" in sheets else None]),
+        (
+            "",
+            [
+                Pictures("grid", WORDS["grid"], 88 if len(sheets["grid"].columns) < 9 else 66)
+                if "grid" in sheets
+                else None
+            ],
+        ),
         ("What is claimed, what we find", [claim_table(report), _unmeasured(report)]),
-        ("Every measure at a glance", [_figure("metrics"), Text(STATISTICS, "How to read the intervals")]),
+        ("Every measure at a glance", [_figure("metrics"), Text(WORDS["statistics"], "How to read the intervals")]),
         ("Head to head", [_figure("head_to_head"), duel_table(report)]),
     ]
     for table in metric_tables(report):
         blocks: list[Block | None] = [table]
         if table.title == "Diversity" and "many" in sheets:
-            blocks.append(Pictures("many", MANY, 46, grouped=True))
+            blocks.append(Pictures("many", WORDS["many"], 46, grouped=True))
         if table.title == "Embeddings":
-            blocks = [Text(COSINE), table, _figure("calibration"), _figure("cost")]
+            blocks = [Text(WORDS["cosine"]), table, _figure("calibration"), _figure("cost")]
         found.append((table.title, blocks))
     found += [(table.title, [table]) for table in further_tables(report)]
     found += [
         ("Ablations", [_figure("ablations"), ablation_table(report)]),
         ("Curves", [_figure(curve_file(title), title) for title in report["curves"]]),
-        ("Cost", [Text(RULE) if study else None, cost_table(report)]),
+        ("Cost", [Text(WORDS["rule"]) if study else None, cost_table(report)]),
         ("Chosen on validation data", [choice_table(report)]),
         ("What it stands on", [_figure("attributes"), attribute_table(report), foundation_table(report)]),
         (
@@ -113,7 +123,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
 
 
 def _figure(name: str, curve: str = "") -> Figure:
-    return Figure(name, CAPTIONS["curve"].format(curve) if curve else CAPTIONS[name])
+    return Figure(name, WORDS["captions"]["curve"].format(curve) if curve else WORDS["captions"][name])
 
 
 def _unmeasured(report: Report) -> Text | None:
@@ -137,7 +147,7 @@ def _provenance(report: Report) -> str:
 
 def title_of(report: Report) -> str:
     """Return the report's title with the name of its folder."""
-    return f"{TITLE}: {report['meta']['name']}"
+    return f"{WORDS['title']}: {report['meta']['name']}"
 
 
 # Markdown
@@ -146,7 +156,7 @@ def title_of(report: Report) -> str:
 def markdown(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) -> str:
     """Return the report for a terminal or a repository; pictures lie in ``plots/``."""
     findings = "\n".join(f"- {sentence}" for sentence in summary(report))
-    parts = [f"# {title_of(report)}", INTRODUCTION, _head(report), findings, LIMITS]
+    parts = [f"# {title_of(report)}", WORDS["introduction"], _head(report), findings, WORDS["limits"]]
     for section in sections(report, set(figures), sheets):
         parts += [f"## {section.title}"] if section.title else []
         parts += [_as_markdown(block, sheets) for block in section.blocks]
@@ -187,8 +197,8 @@ def page(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) ->
     ]
     return environment.get_template("page.html.jinja").render(
         title=title_of(report),
-        introduction=INTRODUCTION,
-        head=f"{_head(report)} {LIMITS}",
+        introduction=WORDS["introduction"],
+        head=f"{_head(report)} {WORDS['limits']}",
         findings=summary(report),
         sections=body,
         palette=colors(report),

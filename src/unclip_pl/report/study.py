@@ -25,6 +25,8 @@ from unclip_pl.metrics.interval import Interval, mean_interval, sign_test
 
 #: Below a study's folder: its cells, and what was chosen on validation data.
 CELLS, BEST = "cells", "best"
+#: Sides of a paired difference, whose means stand beside it.
+SIDES = ("first", "second")
 #: What a matched row adds to the name of its prior.
 MATCHED = " (matched)"
 COSTS = (
@@ -211,37 +213,21 @@ def shared(a: Arm, b: Arm) -> tuple[Arm, Arm]:
     return {seed: a[seed] for seed in seeds}, {seed: b[seed] for seed in seeds}
 
 
-class Pair(NamedTuple):
-    """A measure of two arms, at the training seeds and captions that both have."""
+def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
+    """Return the difference of two arms in a measure, and both means; None where they share no seed or number.
 
-    first: Tensor  # (K, C), or (K, 1 + R) of a bootstrap
-    second: Tensor
-    resampled: bool
-
-    def difference(self) -> Interval:
-        """Return the first less the second, paired by training seed and caption."""
-        return (crossed_resamples if self.resampled else crossed_interval)(self.first - self.second)
-
-    def plain(self) -> dict[str, float | None]:
-        """Return the difference and the means of both sides, over nothing but what is compared."""
-        means = [(x[:, 0] if self.resampled else x).mean().item() for x in (self.first, self.second)]
-        finite = [mean if math.isfinite(mean) else None for mean in means]
-        return plain(self.difference()) | {"first": finite[0], "second": finite[1]}
-
-
-def paired(a: Arm, b: Arm, name: str) -> Pair | None:
-    """Return a measure of both arms; None where they share no seed or number."""
+    It is paired by training seed and caption, and the means are over nothing but what is compared.
+    """
     a, b = shared(a, b)
-    if not a:
-        return None
-    kinds = [kind for kind in ("values", "resamples") if all(name in next(iter(arm.values()))[kind] for arm in (a, b))]
-    if not kinds:
-        return None
-    first, second = stacked(a, kinds[0], name), stacked(b, kinds[0], name)
-    if kinds[0] == "resamples":
-        return Pair(first, second, resampled=True)
-    both = _whole(torch.cat([first, second]))
-    return Pair(both[: len(first)], both[len(first) :], resampled=False)
+    for kind, interval in (("values", crossed_interval), ("resamples", crossed_resamples)):
+        if a and all(name in next(iter(arm.values()))[kind] for arm in (a, b)):
+            both = torch.cat([stacked(a, kind, name), stacked(b, kind, name)])
+            both = _whole(both) if kind == "values" else both
+            first, second = both[: len(a)], both[len(a) :]
+            means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
+            sides = {side: mean if math.isfinite(mean) else None for side, mean in zip(SIDES, means, strict=True)}
+            return plain(interval(first - second)) | sides
+    return None
 
 
 def differences(groups: list[dict[str, Arm]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -249,7 +235,7 @@ def differences(groups: list[dict[str, Arm]]) -> dict[str, dict[str, dict[str, f
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in DIFFERENCES:
         pairs = {f"{a} - {b}": paired(rows[a], rows[b], name) for rows in groups for a, b in combinations(rows, 2)}
-        found[name] = {label: pair.plain() for label, pair in pairs.items() if pair}
+        found[name] = {label: pair for label, pair in pairs.items() if pair}
     return found
 
 
@@ -339,10 +325,10 @@ def ablation(title: str, ours: str, theirs: str, a: Arm, b: Arm) -> dict[str, An
     first, second = (metrics(arm) if arm else {} for arm in (a, b))
     one_space = {cell["base"] for cell in a.values()} == {cell["base"] for cell in b.values()}
     names = [name for name in first if name in second and (one_space or MEASURES[name].any_space)]
-    pairs = {name: pair for name in names if (pair := paired(a, b, name))}
     measures = {
-        name: {"paper": plain(first[name]), "other": plain(second[name]), "difference": plain(pair.difference())}
-        for name, pair in pairs.items()
+        name: {"paper": plain(first[name]), "other": plain(second[name]), "difference": pair}
+        for name in names
+        if (pair := paired(a, b, name))
     }
     return {"title": title, "paper": ours, "other": theirs, "seeds": sorted(a), "measures": measures}
 

@@ -328,7 +328,7 @@ def sample_sizes(report: Report) -> str:
     """Return one line of sample counts."""
     meta = report["meta"]
     counts = meta["counts"]
-    seeds = f"{meta['training_seeds']} training seeds" if meta["training_seeds"] > 1 else "one training seed"
+    seeds = f"{meta['training_seeds']} training seeds" if meta["training_seeds"] > 1 else "One training seed"
     drawn = f", {counts['captions']:,} of them drawn" if counts["captions"] else ""
     many = f", {counts['many_samples']} pictures of each of {counts['many']} for diversity" if counts["many"] else ""
     return f"{seeds}, {counts['rows']:,} held-out captions × {counts['seeds']} samples{drawn}{many}"
