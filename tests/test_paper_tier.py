@@ -3,7 +3,6 @@
 The tables of docs/paper.md are compared with what is counted here, word by word.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -314,8 +313,9 @@ def test_the_shapes_are_table_3s() -> None:
 @pytest.mark.parametrize("name", [part.config for part in PAPER] + [*SMALL, "clip/small"])
 def test_the_header_says_how_large_and_that_nobody_has_run_it(name: str) -> None:
     header = (CONFIGS / f"{name}.yaml").read_text().split("model:")[0]
-    assert f"{count(network(name)):,} parameters" in " ".join(header.replace("# ", " ").split())
-    assert re.search(r"No run of it has\s+(# )?been made", header)
+    said = " ".join(header.replace("# ", " ").split())
+    assert f"{count(network(name)):,} parameters" in said
+    assert "No run of it has been made" in said
 
 
 @pytest.mark.parametrize("name", [part.config for part in PAPER] + [*SMALL, "clip/small"])

@@ -45,7 +45,7 @@ def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_task(tmp_path / "junk.ckpt", DecoderTask)
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="not written by `unclip fit`"):
+    with pytest.raises(ValueError, match="written by `unclip fit`"):
         load_task(tmp_path / "foreign.ckpt", DecoderTask)
 
 

@@ -5,6 +5,7 @@ Legend: B batch, d CLIP embedding dimension, E time width, N context tokens, M c
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import sinusoidal, zeroed
 from unclip_pl.nn.text import TextTransformer
-from unclip_pl.nn.unet_blocks import Blocks, Condition, DownLevel, TimeMode, UpLevel, group_norm
+from unclip_pl.nn.unet_blocks import (
+    Blocks,
+    Condition,
+    DownLevel,
+    ResBlock,
+    SpatialAttention,
+    TimeMode,
+    UpLevel,
+    group_norm,
+)
 from unclip_pl.types import TextFeatures
 
 __all__ = ["Condition", "ConditionEncoder", "UNet", "UpsamplerUNet"]
@@ -183,7 +193,9 @@ class UNet(nn.Module):
         self.stride = patch * 2 ** (len(widths) - 1)
         self.skips_per_level = res_blocks + 1
         context = context_width if embed_dim else 0
-        blocks = Blocks(time_width, dropout, groups, time_mode, head_channels, context, resample_with_blocks)
+        block = partial(ResBlock, embed_width=time_width, dropout=dropout, groups=groups, time_mode=time_mode)
+        attention = partial(SpatialAttention, head_channels=head_channels, context_width=context, groups=groups)
+        blocks = Blocks(block, attention, resample_with_blocks)
         self.time_embed = nn.Sequential(nn.Linear(channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         reads = (image_tokens, text_width, text_encoder, text_embed_in_time, widths[-1], image_map)
         encoder = ConditionEncoder(embed_dim, time_width, context_width, *reads) if embed_dim else None

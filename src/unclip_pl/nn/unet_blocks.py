@@ -4,7 +4,7 @@ Legend: B batch, C channels, H, W sides of the feature map, E time width, N cont
 Every block keeps the memory format of its input, so a network in ``channels_last`` stays there.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import gcd
 from typing import Literal, NamedTuple
 
@@ -84,7 +84,7 @@ class ResBlock(nn.Module):
 class ConvResample(nn.Module):
     """One convolution that changes the resolution (``resample_with_blocks: false``): strided, or nearest and 3×3."""
 
-    def __init__(self, channels: int, *, mode: Literal["down", "up"]) -> None:
+    def __init__(self, channels: int, mode: Literal["down", "up"]) -> None:
         super().__init__()
         self.mode: Literal["down", "up"] = mode
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if mode == "down" else 1, padding=1)
@@ -184,46 +184,18 @@ class UpLevel(nn.Module):
         return x if self.resample is None else self.resample(x, time)
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """Factory of one network's parts, which differ in their channels only."""
 
-    embed_width: int
-    dropout: float
-    groups: int
-    time_mode: TimeMode
-    head_channels: int
-    context_width: int
+    block: Callable[..., ResBlock]  # of channels in and out
+    attention: Callable[[int], SpatialAttention]  # of channels
     resample_with_blocks: bool
-
-    def block(self, in_channels: int, out_channels: int, mode: Resample = "none") -> ResBlock:
-        """Make a residual block."""
-        return ResBlock(
-            in_channels,
-            out_channels,
-            embed_width=self.embed_width,
-            dropout=self.dropout,
-            groups=self.groups,
-            time_mode=self.time_mode,
-            mode=mode,
-        )
 
     def layer(self, in_channels: int, out_channels: int, *, attend: bool) -> Layer:
         """Make a residual block, with attention behind it if ``attend``."""
-        attention = (
-            SpatialAttention(
-                out_channels,
-                head_channels=self.head_channels,
-                context_width=self.context_width,
-                groups=self.groups,
-            )
-            if attend
-            else None
-        )
+        attention = self.attention(out_channels) if attend else None
         return Layer(self.block(in_channels, out_channels), attention)
 
     def resample(self, channels: int, mode: Literal["down", "up"]) -> ResBlock | ConvResample:
         """Make the way to the next resolution."""
-        if self.resample_with_blocks:
-            return self.block(channels, channels, mode)
-        return ConvResample(channels, mode=mode)
+        return self.block(channels, channels, mode=mode) if self.resample_with_blocks else ConvResample(channels, mode)
