@@ -239,7 +239,7 @@ class Recipe:
             same = record["command"] == self.stages[name].run
             return "a config, or a stage before it, has changed" if same else "its command has changed"
         if not record["done"]:
-            return f"it was stopped after {record['seconds']:.0f} s"
+            return "it was interrupted"
         if not out.exists():
             return f"{out} is not there"
         now = {} if self.kept(name) else self.inputs(name)

@@ -141,7 +141,9 @@ class Master:
             raise SystemExit(status)
 
     def _start(self, name: str, reason: str) -> None:
-        recipe, key = self.recipe, self.recipe.key(name)
+        recipe, key, lock = self.recipe, self.recipe.key(name), self._lock(name)
+        with alone(lock):  # the process of a killed `reproduce` may still be saving
+            pass
         record, inputs = recipe.record(name), recipe.inputs(name)
         same = record.get("key") == key and (recipe.kept(name) or record["inputs"] == inputs)
         if not (same and not record["done"]):
@@ -162,12 +164,9 @@ class Master:
             write_run(recipe.root, describe_run(self.compare, self.upsamplers))
         Console().rule(_number(recipe, name), align="left")
         _say(f"unclip {shlex.join(words)}  # {reason}")
-        folder, side = recipe.root / STAGES, self.jobs > 1 and words[0] != "reproduce"
-        folder.mkdir(parents=True, exist_ok=True)
-        process = Process(
-            words, recipe.notes(name) / f"{name}.log", folder / f".{name}.lock", f"[{name}] " if side else "",
-            {"OMP_NUM_THREADS": str(threads)} if side else {},
-        )  # fmt: skip
+        side = self.jobs > 1 and words[0] != "reproduce"
+        label, variables = (f"[{name}] ", {"OMP_NUM_THREADS": str(threads)}) if side else ("", {})
+        process = Process(words, recipe.notes(name) / f"{name}.log", lock, label, variables)
         self.running[name] = process, record, time.perf_counter()
 
     def _end(self, name: str, status: int) -> int:
@@ -178,7 +177,7 @@ class Master:
         record["done"] = status == 0
         self._write(name, record)
         del self.running[name]
-        (self.recipe.root / STAGES / f".{name}.lock").unlink(missing_ok=True)
+        self._lock(name).unlink(missing_ok=True)
         if status:
             log = self.recipe.notes(name) / f"{name}.log"
             print(f"Stage {name!r} ended with status {status}; its output: {log}.", file=sys.stderr)
@@ -187,6 +186,10 @@ class Master:
         else:
             _say(self._title(name, f"{record['seconds']:.0f} s"))
         return status
+
+    def _lock(self, name: str) -> Path:
+        """Return the file that a stage's process locks. The run's folder exists: `only_one` has made it."""
+        return self.recipe.root / STAGES / f".{name}.lock"
 
     def _send(self, number: int) -> None:
         for process, *_ in self.running.values():
