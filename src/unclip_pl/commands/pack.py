@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
 from tqdm import tqdm
@@ -45,51 +46,11 @@ def pack_shapes(
             _pack(samples, count, out, split, shard_size, Form(encode="png"), num_workers, 0.0)
 
 
-def pack_folder(
-    images: str, table: str, out: str, *, image_column: str = "image", caption_column: str = "caption", **options: Any
-) -> None:
-    """Pack a folder of images whose captions stand in a CSV or TSV file. Run again, it goes on where it stopped.
+@dataclass(frozen=True)
+class FileOptions:
+    """Options of packing image files.
 
     Args:
-        images: folder of the images.
-        table: CSV or TSV file with a header; several rows of one image are several captions.
-        out: folder of the shards.
-        image_column: column of the file names, relative to the folder.
-        caption_column: column of the captions.
-    """
-    samples = table_samples(images, table, image_column=image_column, caption_column=caption_column)
-    _pack_files(samples, out, **options)
-
-
-def pack_coco(images: str, annotations: str, out: str, **options: Any) -> None:
-    """Pack COCO images with all their captions. Run again, it goes on where it stopped.
-
-    Args:
-        images: folder of the images.
-        annotations: captions_train2014.json or the like.
-        out: folder of the shards.
-    """
-    _pack_files(coco_samples(images, annotations), out, **options)
-
-
-def _pack_files(
-    samples: FileSamples,
-    out: str,
-    *,
-    split: str = "data",
-    size: PositiveInt | None = None,
-    resize: Literal["square", "shorter"] = "square",
-    encode: Encoding | None = None,
-    quality: Quality = 95,  # type: ignore[valid-type]
-    shard_size: PositiveInt = 1000,
-    num_workers: NonNegativeInt = 0,
-    max_bad_fraction: ClosedUnitInterval = 0.01,
-) -> None:
-    """Pack image files.
-
-    Args:
-        samples: images and captions.
-        out: folder of the shards.
         split: train, val or heldout; any other name leaves the split to a hash of the key (96, 2 and 2 %).
         size: pixels of the shorter side; without it every image keeps its size.
         resize: square cuts the central square like CLIP; shorter keeps the whole picture.
@@ -100,8 +61,55 @@ def _pack_files(
         num_workers: threads that read, resize and write; 0 is this one.
         max_bad_fraction: largest share of images that are missing, damaged or without a caption.
     """
-    form = Form(size, resize, encode, quality)
-    _pack(samples, len(samples), out, split, shard_size, form, num_workers, max_bad_fraction)
+
+    split: str = "data"
+    size: PositiveInt | None = None
+    resize: Literal["square", "shorter"] = "square"
+    encode: Encoding | None = None
+    quality: Quality = 95  # type: ignore[valid-type]
+    shard_size: PositiveInt = 1000
+    num_workers: NonNegativeInt = 0
+    max_bad_fraction: ClosedUnitInterval = 0.01
+
+
+def pack_folder(
+    images: str,
+    table: str,
+    out: str,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    options: FileOptions,
+) -> None:
+    """Pack a folder of images whose captions stand in a CSV or TSV file. Run again, it goes on where it stopped.
+
+    Args:
+        images: folder of the images.
+        table: CSV or TSV file with a header; several rows of one image are several captions.
+        out: folder of the shards.
+        image_column: column of the file names, relative to the folder.
+        caption_column: column of the captions.
+        options: how the images are stored.
+    """
+    samples = table_samples(images, table, image_column=image_column, caption_column=caption_column)
+    _pack_files(samples, out, options)
+
+
+def pack_coco(images: str, annotations: str, out: str, *, options: FileOptions) -> None:
+    """Pack COCO images with all their captions. Run again, it goes on where it stopped.
+
+    Args:
+        images: folder of the images.
+        annotations: captions_train2014.json or the like.
+        out: folder of the shards.
+        options: how the images are stored.
+    """
+    _pack_files(coco_samples(images, annotations), out, options)
+
+
+def _pack_files(samples: FileSamples, out: str, o: FileOptions) -> None:
+    form = Form(o.size, o.resize, o.encode, o.quality)
+    _pack(samples, len(samples), out, o.split, o.shard_size, form, o.num_workers, o.max_bad_fraction)
 
 
 def _pack(
