@@ -14,12 +14,11 @@ from unclip_pl.evaluation.drawing import Painter, gather, join_views
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.evaluation.scores import View, accuracy_by_attribute, true_attributes
 from unclip_pl.evaluation.sheet import resize
-from unclip_pl.evaluation.task import store_fingerprint, streams_for
+from unclip_pl.evaluation.task import parts_of, streams_for
 from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
 from unclip_pl.generation.pictures import grid, save_png
 from unclip_pl.generation.provenance import provenance, settings
-from unclip_pl.generation.run import open_parts
 from unclip_pl.metrics.attributes import captions_right
 from unclip_pl.metrics.frechet import FrechetDistance, frechet_interval
 from unclip_pl.metrics.interval import mean_interval
@@ -97,8 +96,7 @@ class CascadeEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Load every network, and refuse to mix CLIPs."""
-        fingerprint = store_fingerprint(self)
-        parts = open_parts(self.run, self.clip, device=self.device, store_fingerprint=fingerprint, decoder=self.decoder)
+        parts = parts_of(self, decoder=self.decoder)
         assert parts.decoder is not None
         self._stages = [upsampler.load(self.weights, str(self.device)) for upsampler in self.upsamplers]
         judge = self.judge.within(self.run).load().to(self.device)

@@ -37,12 +37,12 @@ from unclip_pl.evaluation.scores import (
     true_attributes,
 )
 from unclip_pl.evaluation.sheet import FORMAT, REAL, Sheet, resize, sheet_path
-from unclip_pl.evaluation.task import check_judge, check_seeds, store_fingerprint, streams_for
+from unclip_pl.evaluation.task import check_judge, check_seeds, parts_of, streams_for
 from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance, settings
-from unclip_pl.generation.run import RUN, base_hash, open_parts
+from unclip_pl.generation.run import RUN, base_hash
 from unclip_pl.metrics.attributes import stated_match
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.neighbours import neighbour_values
@@ -175,11 +175,8 @@ class Cell(LightningModule):
     def on_test_start(self) -> None:
         """Load every network, refuse to mix CLIPs, and fit the probes of embeddings where attributes are known."""
         self._started = time.perf_counter()
-        self._parts = open_parts(
-            self.run,
-            self.clip,
-            device=self.device,
-            store_fingerprint=store_fingerprint(self),
+        self._parts = parts_of(
+            self,
             decoder=self.decoder,
             decoder_run=self.decoder_run,
             priors=self.priors,

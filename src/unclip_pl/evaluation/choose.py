@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
-from unclip_pl.evaluation.task import store_fingerprint
+from unclip_pl.evaluation.task import parts_of
 from unclip_pl.files import write_json
 from unclip_pl.generation.priors import PriorSpec
 from unclip_pl.generation.provenance import provenance
-from unclip_pl.generation.run import check_clip, open_parts
+from unclip_pl.generation.run import check_clip
 from unclip_pl.metrics.clip_score import retrieval_ranks
 from unclip_pl.metrics.frechet import FrechetDistance
 from unclip_pl.types import PriorBatch, TextFeatures
@@ -107,7 +107,7 @@ class Choice(LightningModule):
         """
         if self.trainer.world_size > 1:
             raise InputError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
-        parts = open_parts(self.run, self.clip, device=self.device, store_fingerprint=store_fingerprint(self))
+        parts = parts_of(self)
         fingerprint = parts.clip.fingerprint
         text = TextFeatures.cat([batch.text for batch in self._batches])
         pairs = PriorBatch(torch.cat([batch.image_embed for batch in self._batches]), text)

@@ -7,11 +7,10 @@ from lightning import LightningModule
 from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.task import store_fingerprint, streams_for, to_bytes
+from unclip_pl.evaluation.task import parts_of, streams_for, to_bytes
 from unclip_pl.files import write_tensors
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
-from unclip_pl.generation.run import open_parts
 from unclip_pl.packing.pack import write_shards
 from unclip_pl.packing.samples import Sample
 from unclip_pl.types import EvaluationBatch, PriorBatch
@@ -41,13 +40,7 @@ class PriorPrediction(LightningModule):
     def on_predict_start(self) -> None:
         """Load the prior, and refuse another CLIP's."""
         self._embeds: list[Tensor] = []
-        self._parts = open_parts(
-            self.run,
-            self.clip,
-            device=self.device,
-            store_fingerprint=store_fingerprint(self),
-            priors={"prior": self.prior},
-        )
+        self._parts = parts_of(self, priors={"prior": self.prior})
 
     def predict_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """Draw one embedding for each caption."""
@@ -89,14 +82,7 @@ class ImagePrediction(LightningModule):
     def on_predict_start(self) -> None:
         """Load every network, and refuse to mix CLIPs."""
         self._samples: list[Sample] = []
-        self._parts = open_parts(
-            self.run,
-            self.clip,
-            device=self.device,
-            store_fingerprint=store_fingerprint(self),
-            decoder=self.decoder,
-            priors={"prior": self.prior},
-        )
+        self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draw one picture for each caption."""

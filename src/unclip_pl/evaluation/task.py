@@ -6,7 +6,7 @@ Metrics pool over batches and ranks by themselves. Networks are loaded when the 
 
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -18,7 +18,7 @@ from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
-from unclip_pl.generation.run import open_parts
+from unclip_pl.generation.run import Parts, open_parts
 from unclip_pl.metrics import FrechetDistance, Rows
 from unclip_pl.metrics.clip_score import clip_scores, retrieval_recall
 from unclip_pl.metrics.embedding import Calibration, calibration
@@ -55,13 +55,7 @@ class PriorEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Load the prior, and refuse another CLIP's."""
-        self._parts = open_parts(
-            self.run,
-            self.clip,
-            device=self.device,
-            store_fingerprint=store_fingerprint(self),
-            priors={"prior": self.prior},
-        )
+        self._parts = parts_of(self, priors={"prior": self.prior})
 
     def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """Embed the captions ``seeds`` times."""
@@ -140,14 +134,7 @@ class ImageEvaluation(LightningModule):
         inception = load_inception(self.inception_weights).to(self.device) if self.inception_weights else None
         # A tuple keeps them out of the module tree: nobody should find a CLIP in a state dict.
         self._judges = Judges(judge, inception)
-        self._parts = open_parts(
-            self.run,
-            self.clip,
-            device=self.device,
-            store_fingerprint=store_fingerprint(self),
-            decoder=self.decoder,
-            priors={"prior": self.prior},
-        )
+        self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draw one picture for each caption and look at it."""
@@ -208,10 +195,16 @@ def check_judge(judge: ClipSpec | None, clip: ClipSpec) -> None:
         raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
 
 
-def store_fingerprint(module: LightningModule) -> str | None:
-    """Return the fingerprint of the CLIP whose embeddings a module is given; None without a store."""
-    data = getattr(module.trainer, "datamodule", None)  # which Lightning attaches without declaring it
-    return data.embeddings.fingerprint if isinstance(data, UnclipDataModule) else None
+def parts_of(module: Any, **named: Any) -> Parts:
+    """Load the networks that a test-module names, and refuse to mix CLIPs, also with the embeddings that it is given.
+
+    Args:
+        module: LightningModule with a ``run`` and a ``clip``.
+        **named: specs and folders, see :func:`unclip_pl.generation.run.open_parts`.
+    """
+    data = getattr(module.trainer, "datamodule", None)  # Lightning attaches it without declaring it
+    store = data.embeddings.fingerprint if isinstance(data, UnclipDataModule) else None
+    return open_parts(module.run, module.clip, device=module.device, store_fingerprint=store, **named)
 
 
 def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torch.Generator]:

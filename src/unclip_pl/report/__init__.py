@@ -1,7 +1,6 @@
 """Draw a study's report from its cells: plain data in, files out. No network is asked again."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from unclip_pl.files import replacing, write_json
 from unclip_pl.generation.provenance import stage_seconds, wall_seconds
 from unclip_pl.report.claims import claims, claims_table
 from unclip_pl.report.page import markdown, page
-from unclip_pl.report.plots import plots
+from unclip_pl.report.plots import file_name, plots
 from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, study_report
 from unclip_pl.report.tables import metric_tables
 from unclip_pl.report.tables import summary as sentences
@@ -92,11 +91,11 @@ def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
     for name, row in report["priors"].items():
         found = {f"compare/{m}": v["mean"] for m, v in row["metrics"].items() if v["mean"] is not None}
         settings = {key: value for key, value in row["sampling"].items() if isinstance(value, bool | int | float | str)}
-        with SummaryWriter(str(logs / _file(name))) as writer:
+        with SummaryWriter(str(logs / file_name(name))) as writer:
             writer.add_hparams({"prior": name, "lr": row["lr"] or 0.0, **settings}, found, run_name=".")
     for title, series in report["curves"].items():
         for label, measures in series.items():
-            with SummaryWriter(str(logs / "curves" / _file(f"{title}-{label}"))) as writer:
+            with SummaryWriter(str(logs / "curves" / file_name(f"{title}-{label}"))) as writer:
                 for measure, points in measures.items():
                     for point in points:
                         if point["mean"] is not None:
@@ -105,11 +104,6 @@ def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
     with SummaryWriter(str(logs / "pictures")) as writer:
         for path in sorted((folder / "plots").glob("*.png")):
             writer.add_image(f"compare/{path.stem}", np.array(Image.open(path).convert("RGB")), dataformats="HWC")
-
-
-def _file(name: str) -> str:
-    """Return a name that any file system takes."""
-    return re.sub(r"[^\w.()-]+", "-", name)
 
 
 def _sheets(folder: Path, study: Study, rows: list[str]) -> dict[str, Sheet]:
@@ -126,7 +120,7 @@ def _sheets(folder: Path, study: Study, rows: list[str]) -> dict[str, Sheet]:
     for cell in sorted(study.cells, key=lambda cell: cell["seed"]):
         for name, labels in cell["pictures"].items():
             path = sheet_path(folder / CELLS / cell["file"], name)
-            if not path.is_file() or cell["kind"] not in ("prior", "matched", "table"):
+            if not path.isfile_name() or cell["kind"] not in ("prior", "matched", "table"):
                 continue
             if name != "grid":
                 many[name] = many.get(name) or Sheet.load(path, **labels)

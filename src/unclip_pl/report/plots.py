@@ -1,6 +1,7 @@
 """Draw the report's figures, as PNG bytes."""
 
 import io
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,7 +59,12 @@ def plots(report: Report) -> dict[str, bytes]:
 
 def curve_file(title: str) -> str:
     """Return the name of a curve's picture."""
-    return f"curve-{title.replace(' ', '-')}"
+    return f"curve-{file_name(title)}"
+
+
+def file_name(title: str) -> str:
+    """Return a name that any file system takes."""
+    return re.sub(r"[^\w.()-]+", "-", title)
 
 
 def new_figure(width: float, height: float) -> Figure:
