@@ -120,7 +120,7 @@ def _sheets(folder: Path, study: Study, rows: list[str]) -> dict[str, Sheet]:
     for cell in sorted(study.cells, key=lambda cell: cell["seed"]):
         for name, labels in cell["pictures"].items():
             path = sheet_path(folder / CELLS / cell["file"], name)
-            if not path.isfile_name() or cell["kind"] not in ("prior", "matched", "table"):
+            if not path.is_file() or cell["kind"] not in ("prior", "matched", "table"):
                 continue
             if name != "grid":
                 many[name] = many.get(name) or Sheet.load(path, **labels)
