@@ -62,8 +62,7 @@ class Studio(AbstractContextManager["Studio"]):
         paths: image files to open; None for a command that takes none.
 
     Raises:
-        ValueError: a picture is missing or cannot be read; see
-            :func:`~unclip_pl.generation.pictures.open_pictures`.
+        InputError: there are no files, or one is missing.
     """
 
     unclip: "Unclip"
@@ -75,13 +74,8 @@ class Studio(AbstractContextManager["Studio"]):
         self.paths = paths
         if paths is not None:
             _check_files(paths)  # now, and not after the networks are read
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self.bars = Progress(*columns)
+        title = TextColumn("{task.description}", markup=False)
+        self.bars = Progress(title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
     def __enter__(self) -> "Studio":
         """Read the run, then the pictures."""
@@ -161,13 +155,9 @@ class Studio(AbstractContextManager["Studio"]):
     def save_grid(
         self, rows: Sequence["Row"], columns: Sequence[str], facts: dict[str, object], path: str | None = None
     ) -> None:
-        """Write a labelled grid as such a PNG.
+        """Write a labelled grid as such a PNG, to ``path`` or the command's ``out``.
 
-        Args:
-            rows: label and pictures of each row.
-            columns: labels of the columns.
-            facts: texts to carry. Pictures, seed, steps and guidance are added for a command that takes pictures.
-            path: file to write; None is the command's ``out``.
+        A command that takes pictures adds its pictures, seed, steps and guidance to the facts.
         """
         from unclip_pl.generation.pictures import grid, save_png
 

@@ -79,9 +79,7 @@ def turn(z_i: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
 
 
 class Manipulator:
-    """Inverts pictures and draws them changed.
-
-    ``progress`` is called after every solver step, as in :meth:`~unclip_pl.generation.pipeline.Unclip.generate`.
+    """Inverts pictures and draws them changed. Every ``progress`` is called after each step of the solver.
 
     Args:
         unclip: trained run, of which CLIP and the decoder are used.
@@ -101,7 +99,6 @@ class Manipulator:
             images: (B, 3, side, side) in [-1, 1], of any side; CLIP and decoder see them at their own sizes.
             steps: steps of DDIM's grid; with fewer steps pictures come back less exactly.
             guidance: guidance scale of the decoder; above 1 pictures come back less exactly.
-            progress: called after every step.
         """
         images = images.to(self.device)
         z_i = self.clip.encode_image(images)
@@ -126,10 +123,6 @@ class Manipulator:
             eta: DDIM's eta, 0 to 1.
             own: share of x_T that belongs to the picture, see :meth:`~unclip_pl.diffusion.Inversion.restore`.
             seed: seed of the noise that eta > 0 draws, and of the upsamplers.
-            progress: called after every step.
-
-        Raises:
-            ValueError: eta is out of range.
         """
         generator = torch.Generator().manual_seed(seed)
         return self.decoder.enlarge(self._draw(latent, eta, own, generator, progress), generator=generator)
@@ -150,7 +143,6 @@ class Manipulator:
             steps: steps of DDIM's grid, each way.
             guidance: guidance scale of the decoder, both ways.
             seed: seed of the upsamplers.
-            progress: called after every step, there and back.
         """
         latent = self.invert(images, steps=steps, guidance=guidance, progress=progress)
         generator = torch.Generator().manual_seed(seed)
@@ -168,7 +160,6 @@ class Manipulator:
             num: variations of each picture.
             eta: 0 gives the picture back; as it grows to 1, what z_i holds stays and the rest changes.
             seed: seed of all noise; the same seed gives the same variations.
-            progress: called after every step.
 
         Raises:
             ValueError: eta is out of range, or num < 1.
@@ -196,7 +187,6 @@ class Manipulator:
             noise: ``inverted``: x_T is interpolated too, and the ends are the pictures. ``fixed``: one drawn x_T all
                 along, as in the paper's Fig. 4; the ends are other drawings of what CLIP sees in the pictures.
             seed: seed of the fixed x_T.
-            progress: called after every step.
 
         Raises:
             ValueError: num < 2, or latents that do not fit together.
@@ -240,7 +230,6 @@ class Manipulator:
             current: what the pictures are; z_t0. None takes z_d = z_t, which the paper found to work too.
             thetas: fractions of the angle between z_i and z_d, 0 to 1; the paper goes up to between 0.25 and 0.5.
             seed: seed of the upsamplers.
-            progress: called after every step.
 
         Raises:
             ValueError: a theta is out of range, or CLIP cannot tell the captions apart.
@@ -272,7 +261,6 @@ class Manipulator:
             steps: steps of DDIM.
             guidance: guidance scale of the decoder.
             seed: seed of the one x_T from which all are drawn.
-            progress: called after every step.
 
         Raises:
             ValueError: a number is out of range, or the decoder's statistics know no principal axes.

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning import __version__ as lightning_version
-from torch import nn
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
@@ -57,10 +56,9 @@ def write_karlo(files: KarloFiles, root: Path, clip: ClipSpec) -> list[str]:
         null_text=encoder.describe([""]),
         fingerprint=encoder.fingerprint,
     )
-    writers = {"prior": _prior, "decoder": _decoder, "upsampler": _upsampler, "upsampler_last": _upsampler}
     said = []
     for name, part in files.parts.items():
-        task, hyper_parameters = writers[name](part, str(root / STATISTICS))
+        task, hyper_parameters = _build(name, part, str(root / STATISTICS))
         path = root / name / "checkpoints" / "last.ckpt"
         write_checkpoint(path, task, hyper_parameters)
         said.append(f"{name}: {sum(p.numel() for p in task.net.parameters()):,} parameters, {path}")
@@ -69,44 +67,27 @@ def write_karlo(files: KarloFiles, root: Path, clip: ClipSpec) -> list[str]:
     return said
 
 
-def _prior(part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
-    sizes = prior_sizes(part.weights, part.layout)
-    net = _filled(PriorTransformer(**sizes), part)
-    diffusion = {"class_path": "unclip_pl.diffusion.GaussianDiffusion", "init_args": {"prediction": "x0"}}
-    settings = {"scaling": "standardize", "text_drop": 0.2}
-    task = DiffusionPriorTask(net, statistics, **settings)  # type: ignore[arg-type]
-    return task, _hyper_parameters(task, sizes, settings | {"diffusion": diffusion, "statistics": ""})
+#: Network, its sizes, Task and settings of each part: Karlo's drop rates and scalings.
+_KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
+    "prior": (PriorTransformer, prior_sizes, DiffusionPriorTask, {"scaling": "standardize", "text_drop": 0.2}),
+    "decoder": (UNet, decoder_sizes, DecoderTask, {"scaling": "raw", "image_drop": 0.1, "text_drop": 0.3}),
+    "upsampler": (UpsamplerUNet, upsampler_sizes, UpsamplerTask, {"interpolation": "bicubic"}),
+}
 
 
-def _decoder(part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
-    sizes = decoder_sizes(part.weights, part.layout)
-    net = _filled(UNet(**sizes), part)
-    settings = {"scaling": "raw", "image_drop": 0.1, "text_drop": 0.3}
-    task = DecoderTask(net, statistics, **settings)  # type: ignore[arg-type]
-    return task, _hyper_parameters(task, sizes, settings | {"statistics": ""})
-
-
-def _upsampler(part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
-    sizes = upsampler_sizes(part.weights, part.layout)
-    net = _filled(UpsamplerUNet(**sizes), part)
-    settings = {"interpolation": "bicubic"}
-    task = UpsamplerTask(net, **settings)  # type: ignore[arg-type]
-    return task, _hyper_parameters(task, sizes, settings)
-
-
-def _filled(net: nn.Module, part: Part) -> Any:
+def _build(name: str, part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
+    """Return a part's Task with its weights, and the hyperparameters that LightningCLI would have saved."""
+    network, sizes_of, kind, settings = _KINDS[name.removesuffix("_last")]
+    sizes = sizes_of(part.weights, part.layout)
+    net = network(**sizes)
     load_weights(net, part.weights, part.layout, str(part.path))
-    return net
-
-
-def _hyper_parameters(task: Task, sizes: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters that LightningCLI would have saved."""
-    net = type(task.net)
-    return {
-        "_class_path": f"unclip_pl.tasks.{type(task).__name__}",
+    files = {} if kind is UpsamplerTask else {"statistics": statistics}
+    return kind(net, **files, **settings), {
+        "_class_path": f"unclip_pl.tasks.{kind.__name__}",
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
-        "net": {"class_path": f"{net.__module__}.{net.__qualname__}", "init_args": sizes},
+        "net": {"class_path": f"{network.__module__}.{network.__qualname__}", "init_args": sizes},
         **settings,
+        **dict.fromkeys(files, ""),
     }
 
 
