@@ -67,7 +67,7 @@ NOISE = (
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ".*is an instance of `nn.Module` and is already saved during checkpointing.*",  # wanted: rebuilt from the config
     ".*Checkpoint directory .* exists and is not empty.*",
-    ".*WeightAveraging callback, but .* outside the 'fit' stage.*",
+    ".*The dirpath has changed from.*",  # a run may go on in another folder
     ".*GPU available but not used.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",

@@ -78,6 +78,17 @@ def fit(line: list[str], *callbacks: Callback, resume: Path | str | None = None,
     return seen
 
 
+UNCUT: dict[str, Fit] = {}
+
+
+def fit_once(line: list[str]) -> Fit:
+    """The run that is never cut, made once for all tests of these options. The logger's folder does not count."""
+    options = " ".join(word for word, before in zip(line, ["", *line], strict=False) if "save_dir" not in before)
+    if options not in UNCUT:
+        UNCUT[options] = fit(line)
+    return UNCUT[options]
+
+
 def state(node: Any, path: str = "") -> dict[str, torch.Tensor]:
     """Every tensor and number of a checkpoint but the time it took and where it lies."""
     if isinstance(node, dict):
@@ -109,7 +120,7 @@ def test_it_goes_on_inside_an_epoch(part: str, small: Small, tmp_path: Path) -> 
 
 
 def test_cut_again_and_again_and_at_the_end_of_an_epoch(small: Small, tmp_path: Path) -> None:
-    line = small("prior", tmp_path, "--data.init_args.num_workers", "2")
+    line = small("prior", tmp_path)
     whole = fit(line, keep := Keep(tmp_path, 4, 6, 12))
     for step in (4, 6, 12):
         assert_same(whole, fit(line, keep, resume=keep.at[step]), since=step)  # the next was kept by this one
@@ -166,7 +177,7 @@ def test_a_signal_ends_the_step_saves_and_says_where(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     line = small("prior", tmp_path)
-    whole = fit(line)
+    whole = fit_once(small("prior", tmp_path / "whole"))
 
     def strike(_: Any, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == step - 1:
@@ -178,7 +189,7 @@ def test_a_signal_ends_the_step_saves_and_says_where(
     assert [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)] == before
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    last = tmp_path / "prior-tiny" / "version_1" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "prior-tiny" / "version_0" / "checkpoints" / "last.ckpt"
     assert f"stopped at step {step}: {last} goes on from there" in said
     monkeypatch.undo()
     assert_same(whole, fit(line, resume=last), since=step, validated=step != 8)
