@@ -136,29 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command whose name is known; see :func:`main` for the exit status."""
-    Parser.debug = debug
-    before = _on_sigterm(_terminate)
-    try:
-        return _run(words)
-    finally:
-        _on_sigterm(before)
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-def _on_sigterm(handler: Any) -> Any:
-    """Set the handler of SIGTERM and return the one before. Only the main thread may set it."""
-    in_main = threading.current_thread() is threading.main_thread()
-    return signal.signal(signal.SIGTERM, handler) if in_main else handler
-
-
-def _run(words: list[str]) -> int:
     again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    Parser.debug = debug
+    before = _on_sigterm(_terminate)
     try:
         dispatch(words)
     except SystemExit as stop:  # the parser has printed what was wrong, or the help
@@ -170,14 +153,26 @@ def _run(words: list[str]) -> int:
         print(f"interrupted{again}.", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        if Parser.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == EXPECTED_NAME):
+        if debug or not (isinstance(error, EXPECTED) or type(error).__name__ == EXPECTED_NAME):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnicodeDecodeError):  # it does not know its file
             said = f"Expected configs, tables and captions in UTF-8. Got another encoding: {said}."
         print(f"error: {said} {DEBUG_HINT}", file=sys.stderr)
         return 1
+    finally:
+        _on_sigterm(before)
     return 0
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Set the handler of SIGTERM and return the one before. Only the main thread may set it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, handler) if in_main else handler
 
 
 def dispatch(words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,7 +30,7 @@ class WarmupEMA(Callback):
         decay: d, the largest decay.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    def __init__(self, decay: ClosedUnitInterval = 0.9999) -> None:
         self.decay = decay
         self._average: list[Tensor] = []  # one tensor for each parameter, or for this rank's shard of it
         self._updates = 0
@@ -154,7 +155,7 @@ class StepProgressBar(TQDMProgressBar):
         refresh_rate: number of steps between two updates of the bar.
     """
 
-    def __init__(self, refresh_rate: int = 5) -> None:
+    def __init__(self, refresh_rate: NonNegativeInt = 5) -> None:
         super().__init__(refresh_rate=refresh_rate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,10 +191,10 @@ class SampleGrid(Callback):
         num: number of images.
     """
 
-    def __init__(self, every_n_steps: int = 1000, num: int = 16) -> None:
+    def __init__(self, every_n_steps: PositiveInt = 1000, num: PositiveInt = 16) -> None:
         self.every_n_steps = every_n_steps
         self.num = num
-        self._next = every_n_steps
+        self._next = int(every_n_steps)  # checkpoints hold plain numbers, not the parser's
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that one rank holds the whole network.

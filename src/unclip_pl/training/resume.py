@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
@@ -90,7 +91,7 @@ class StepCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoint; None is ``checkpoints`` in the logger's folder.
     """
 
-    def __init__(self, every_n_train_steps: int = 100, dirpath: str | None = None) -> None:
+    def __init__(self, every_n_train_steps: PositiveInt = 100, dirpath: str | None = None) -> None:
         super().__init__(
             dirpath=dirpath,
             save_last=True,
