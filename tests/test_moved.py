@@ -88,7 +88,7 @@ def test_the_table_leads_somewhere(old: str) -> None:
 
 def test_the_changelog_has_the_same_table() -> None:
     rows = re.findall(r"^\| `(unclip_pl\.[\w.]+)` \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert {old: new.strip("`") for old, new in rows} == {old: new.strip("()") for old, new in MOVED.items()}
+    assert {old: new.strip("`") for old, new in rows} == {old: new.strip("`()") for old, new in MOVED.items()}
 
 
 def test_a_message_is_explained() -> None:

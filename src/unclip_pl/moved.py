@@ -16,7 +16,7 @@ MOVED = {
     "unclip_pl.evaluation.comparison.Comparison": "unclip_pl.evaluation.cell.Cell",
     "unclip_pl.evaluation.flops": "unclip_pl.evaluation.costs",
     "unclip_pl.evaluation.provenance": "unclip_pl.generation.provenance",
-    "unclip_pl.evaluation.report": "(gone: `unclip_pl.report` has `draw`, `summary` and `log`)",
+    "unclip_pl.evaluation.report": "(`unclip_pl.report` has `draw`, `summary` and `log`)",
     "unclip_pl.evaluation.study": "unclip_pl.report.study",
     "unclip_pl.manipulation": "unclip_pl.generation.manipulation",
     "unclip_pl.nn.ar_prior.PerPositionHead": "(no config used it: take SharedHead or CosineHead)",
