@@ -187,7 +187,9 @@ def test_nothing_in_a_bundle_runs(
         monkeypatch.setattr(bundles, "TABLE", 2**19 + sum(member.file_size for member in archive.infolist()))
     for changes, expected in (
         ({"run.json": json.dumps(run).encode()}, "names 'subprocess.Popen'"),
-        ({"run.json": None}, "no item named 'run.json'"),
+        ({"run.json": None}, "is no bundle of a run, or damaged"),
+        ({"./run.json": json.dumps(run).encode()}, "outside of its folder"),
+        ({"RUN.json": json.dumps(run).encode()}, "two files of one name"),
         ({NOTES: json.dumps(notes | {"format": 2}).encode()}, "in format 1. Got 2: install the version"),
         ({"decoder/checkpoints/last.ckpt": pickle}, "is no bundle of a run, or damaged"),
         ({"../outside.json": outside}, "outside of its folder"),

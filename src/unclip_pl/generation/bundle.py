@@ -22,6 +22,8 @@ from unclip_pl.tasks.loading import check_classes
 FORMAT = 1
 #: Member that says where the weights come from, and which tokens their CLIP knows.
 NOTES = "bundle.json"
+#: Errors of the formats inside.
+_BROKEN = (zipfile.BadZipFile, zlib.error, SafetensorError)
 #: Most bytes that a bundle may unpack to: this many times its own size, and a token table of zeros beside it.
 GROWTH, TABLE = 10, 2**28
 
@@ -56,19 +58,20 @@ def unpack(bundle: Path, folder: Path) -> None:
         with zipfile.ZipFile(bundle) as archive:
             _check_members(archive.infolist(), bundle)
             require_format(json.loads(archive.read(NOTES)).get("format"), FORMAT, bundle)
-            check_classes(json.loads(archive.read("run.json")))
             for member in archive.infolist():
                 path = folder / member.filename
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, path.open("wb") as target:
                     shutil.copyfileobj(source, target)
-                if path.suffix != ".json":
-                    with safe_open(path, "pt"):  # a pickle gets no further
-                        pass
+        check_classes(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        for path in folder.rglob("*"):
+            if path.is_file() and path.suffix != ".json":
+                with safe_open(path, "pt"):  # a pickle gets no further
+                    pass
     except InputError:
         raise
     # Zip and its compressions, encryption, missing members, JSON, safetensors.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+    except (*_BROKEN, EOFError, RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{bundle} is no bundle of a run, or damaged ({reason:.200}): make one with `unclip bundle RUN`."
@@ -79,9 +82,10 @@ def _check_members(members: list[zipfile.ZipInfo], bundle: Path) -> None:
     """Refuse names that lead out of the folder, or twice to one file, and sizes that would fill the disk."""
     for member in members:
         path = PurePosixPath(member.filename)
-        if path.is_absolute() or ".." in path.parts or any(sign in member.filename for sign in "\\:") or not path.name:
+        strange = path.as_posix() != member.filename or any(sign in member.filename for sign in "\\:")
+        if strange or path.is_absolute() or ".." in path.parts:
             raise InputError(f"{bundle} holds a file {member.filename!r:.200}, outside of its folder: do not use it.")
-    if len({member.filename for member in members}) < len(members):
+    if len({member.filename.casefold() for member in members}) < len(members):
         raise InputError(f"{bundle} holds two files of one name: do not use it.")
     if sum(member.file_size for member in members) > GROWTH * bundle.stat().st_size + TABLE:
         raise InputError(f"{bundle} would unpack to more than {GROWTH} times its size: do not use it.")
