@@ -7,7 +7,7 @@ from torch import Tensor
 from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks import UpsamplerTask
-from unclip_pl.tasks.corruption import BSRDegradation, shrink
+from unclip_pl.tasks.corruption import BSRDegradation, Corruption, GaussianBlur, Sometimes, shrink
 from unclip_pl.types import UpsamplerBatch
 
 
@@ -50,6 +50,22 @@ def test_training_sees_crops_and_validation_whole_images(monkeypatch: pytest.Mon
     model.training_step(batch, 0)
     model.validation_step(batch, 0)
     assert seen == [(2, 3, 8, 8), (2, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("corruption", [GaussianBlur(), Sometimes(GaussianBlur()), BSRDegradation()])
+def test_images_are_corrupted_in_float32_under_autocast(
+    corruption: Corruption, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    model = task(corruption=corruption)
+    enlarge = model.enlarge
+    monkeypatch.setattr(model, "enlarge", lambda low, size: (seen.append(low), enlarge(low, size))[1])
+    batch = UpsamplerBatch(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert model.loss(batch, torch.Generator().manual_seed(1)).isfinite()
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("corruption", [None, BSRDegradation()])

@@ -92,7 +92,8 @@ class UpsamplerTask(Task):
         """Return L_simple given the corrupted low-resolution image."""
         x0 = batch.image
         seeds = self.share(lambda n: self.corruption.seeds(n, generator), len(x0))
-        low = self.corruption.degrade(x0, self.factor, seeds)
+        with torch.autocast(x0.device.type, enabled=False):  # bfloat16 cannot tell the levels of an 8-bit image apart
+            low = self.corruption.degrade(x0, self.factor, seeds)
         t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)

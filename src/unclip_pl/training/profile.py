@@ -54,7 +54,7 @@ class StageProfile(Callback):
             self._started = time.perf_counter()
         if self._steps == 2 * self.warmup and on_gpu:
             _wait(on_gpu)
-            self._recorder = profile(activities=[ProfilerActivity.CUDA])
+            self._recorder = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
             self._recorder.start()
             self._window_started = time.perf_counter()
 
