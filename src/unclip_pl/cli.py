@@ -25,7 +25,7 @@ from unclip_pl.moved import moved_in
 
 TRAINER = {
     "fit": "train a part: --config configs/{clip,prior,ar_prior,decoder,upsampler}/*.yaml",
-    "validate": "its loss on the validation split",
+    "validate": "measure a part's loss on the validation split",
     "test": "score a model or compare the priors: --config configs/{evaluate,compare}/*.yaml",
     "predict": "write embeddings (priors) or images (decoder, upsampler)",
 }
@@ -35,16 +35,16 @@ COMMANDS = {
     "codec": "fit the AR prior's codec (PCA and buckets) on a store",
     "linear": "fit the linear prior (ridge regression) on a store",
     "sample": 'draw images: unclip sample "a large red star" --run runs/quickstart',
-    "reconstruct": "pictures to their latents and back: unclip reconstruct PICTURE…",
-    "vary": "variations of pictures: unclip vary PICTURE…",
-    "interpolate": "what lies between two pictures: unclip interpolate PICTURE PICTURE",
-    "edit": 'text diffs: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
-    "probe": "pictures of ever more dimensions of an embedding: unclip probe PICTURE…",
-    "reproduce": "run a recipe's stages in order, resuming: --config configs/reproduce/*.yaml",
-    "bundle": "a run as one file, in half precision: unclip bundle RUN",
-    "unbundle": "a run again: unclip unbundle FILE RUN",
+    "reconstruct": "invert pictures and draw them again: unclip reconstruct PICTURE…",
+    "vary": "draw variations of pictures: unclip vary PICTURE…",
+    "interpolate": "draw what lies between two pictures: unclip interpolate PICTURE PICTURE",
+    "edit": 'apply a text diff: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
+    "probe": "draw from more and more dimensions of an embedding: unclip probe PICTURE…",
+    "reproduce": "run the stages of a recipe that are not done: --config configs/reproduce/*.yaml",
+    "bundle": "pack a run into one file, in half precision: unclip bundle RUN",
+    "unbundle": "make a run of a bundle: unclip unbundle FILE RUN",
     "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
-    "report": "write a run's report again from its report.json",
+    "report": "draw a run's or a study's report again from what was measured",
 }
 
 #: Mistakes that a user can mend: they become one line. Every other error shows its traceback.
