@@ -88,11 +88,11 @@ class Process:
         self._write(terminal, label, "", [rest] if rest else [])
 
     def _write(self, terminal: TextIO, label: str, text: str, lines: list[str]) -> None:
-        last = [line.rstrip("\r").rpartition("\r")[2] for line in lines]  # what a bar showed in the end
+        last = [_ESCAPES.sub("", line.rstrip("\r").rpartition("\r")[2]) for line in lines]  # a bar as it was in the end
         with self._turn, suppress(OSError, ValueError):  # a closed terminal stops no stage
-            self._log.writelines(f"{_ESCAPES.sub('', line)}\n" for line in last)
+            self._log.writelines(f"{line}\n" for line in last)
             self._log.flush()
-            terminal.write("".join(f"{label}{line}\n" for line in last) if label else text)
+            terminal.write("".join(f"{label}{line}\n" for line in last if line.strip()) if label else text)
             terminal.flush()
 
 

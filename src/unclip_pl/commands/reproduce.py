@@ -223,7 +223,7 @@ def report(folder: Path, logs: Path | None) -> None:
 
     Args:
         folder: folder of a run or of a study's results.
-        logs: folder for TensorBoard's events of the report; None writes none.
+        logs: folder for TensorBoard's events of a study's report; None for a run.
     """
     if not (folder / "cells").is_dir():
         return
