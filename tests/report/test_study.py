@@ -11,7 +11,7 @@ import torch
 
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.metrics.interval import Interval, mean_interval
-from unclip_pl.report.claims import FAILS, HOLDS, OPEN, UNMEASURED, claims, claims_table, difference, verdict
+from unclip_pl.report.claims import FAILS, HOLDS, OPEN, UNMEASURED, claims_table, difference, judge, verdict
 from unclip_pl.report.study import distinct, metrics, read_study, study_report
 
 Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
@@ -23,7 +23,7 @@ def reduce(folder: Path) -> dict[str, Any]:
     """The report of a folder, without drawing it."""
     paper = claims_table(folder)
     report = study_report(read_study(folder, paper["order"]), paper)
-    return report | {"claims": claims(report, paper["claims"])}
+    return report | {"claims": judge(report, paper["claims"])}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def _decided(report: dict[str, Any], folder: Path, **moved: tuple[float, float])
     changed = copy.deepcopy(report)
     for measure, (low, high) in moved.items():
         changed["differences"][measure]["diffusion (matched) - ar (matched)"] |= {"low": low, "high": high}
-    changed["claims"] = claims(changed, claims_table(folder)["claims"])
+    changed["claims"] = judge(changed, claims_table(folder)["claims"])
     return found(changed)["The diffusion prior needs less training compute"]["verdict"]
 
 
@@ -196,7 +196,7 @@ def test_the_top_half_is_best_where_it_beats_every_other_share(report: dict[str,
             for x, (low, high) in zip((70, 85, 95), differences, strict=True)
         ]  # fmt: skip
         changed = {**report, "ablations": lines}
-        changed["claims"] = claims(changed, rows)
+        changed["claims"] = judge(changed, rows)
         return found(changed)["The dot-product token is best drawn from its top half"]["verdict"]
 
     better, level, worse = (-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0)

@@ -15,9 +15,9 @@ from torch import Tensor
 from unclip_pl.evaluation.sheet import REAL, Sheet, sheet_path
 from unclip_pl.files import replacing, write_json
 from unclip_pl.generation.provenance import stage_seconds, wall_seconds
-from unclip_pl.report.claims import claims, claims_table
-from unclip_pl.report.page import markdown, page
-from unclip_pl.report.plots import file_name, plots
+from unclip_pl.report.claims import claims_table, judge
+from unclip_pl.report.page import html, markdown
+from unclip_pl.report.plots import draw_plots, file_name
 from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, study_report
 from unclip_pl.report.tables import metric_tables
 from unclip_pl.report.tables import summary as sentences
@@ -44,11 +44,11 @@ def draw(folder: Path) -> dict[str, Any]:
     report["meta"]["name"] = folder.resolve().name
     seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]
     report["meta"] |= {"stages": stage_seconds(folder), "wall_seconds": seconds}
-    report["claims"] = claims(report, paper["claims"])
+    report["claims"] = judge(report, paper["claims"])
     sheets = _sheets(folder, study, list(report["priors"]))
     report["pictures"] = {name: {"rows": s.rows, "columns": s.columns} for name, s in sheets.items()}
     report = _finite(report)
-    figures = plots(report)
+    figures = draw_plots(report)
     for name, sheet in sheets.items():
         sheet.save(folder / "plots" / f"{name}.png")
     for name, data in figures.items():
@@ -57,7 +57,7 @@ def draw(folder: Path) -> dict[str, Any]:
     write_json(folder / "report.json", report, indent=1)
     for name, text in (
         ("report.md", markdown(report, figures, sheets)),
-        ("report.html", page(report, figures, sheets)),
+        ("report.html", html(report, figures, sheets)),
     ):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

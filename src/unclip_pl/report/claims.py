@@ -46,7 +46,7 @@ def claims_table(folder: Path) -> dict[str, Any]:
     return table
 
 
-def claims(report: Report, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+def judge(report: Report, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return every claim with what was found.
 
     Args:

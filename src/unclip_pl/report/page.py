@@ -188,7 +188,7 @@ def markdown_table(table: Table) -> str:
 # HTML
 
 
-def page(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) -> str:
+def html(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) -> str:
     """Return the report as one HTML document that needs no other file."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     body = [

@@ -40,7 +40,7 @@ def colors(report: Report) -> dict[str, str]:
     return {name: own.get(name, REFERENCE) for name in report["priors"]}
 
 
-def plots(report: Report) -> dict[str, bytes]:
+def draw_plots(report: Report) -> dict[str, bytes]:
     """Return every figure that the report has numbers for, by file name without suffix."""
     rows = distinct(report)
     drawn = {"metrics": draw_metrics(rows), "calibration": draw_calibration(rows), "cost": draw_cost(rows)}
