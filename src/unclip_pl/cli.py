@@ -7,13 +7,16 @@
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -143,7 +146,7 @@ def run(words: list[str], *, debug: bool = False) -> int:
     Parser.debug = debug
     before = _on_sigterm(_terminate)
     try:
-        dispatch(words)
+        dispatch(_checked(words))
     except SystemExit as stop:  # the parser has printed what was wrong, or the help
         if isinstance(stop, Terminated) or type(stop).__name__ == "SIGTERMException":  # Lightning's
             print(f"terminated{again}.", file=sys.stderr)
@@ -163,6 +166,29 @@ def run(words: list[str], *, debug: bool = False) -> int:
     finally:
         _on_sigterm(before)
     return 0
+
+
+def _checked(words: list[str]) -> list[str]:
+    """Return a command line with ``~`` replaced. Its configs are read, to find keys that occur twice.
+
+    Raises:
+        InputError: a key occurs twice.
+        yaml.YAMLError: a config is no YAML.
+    """
+    if not any(re.search(r"~|=?[{[]|\.ya?ml$|^--config", word) for word in words):
+        return words
+    from unclip_pl.files import expanded, parse_yaml, read_yaml  # imports torch
+
+    words = expanded(words)
+    for before, word in pairwise(["", *words]):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if Path(value).suffix in (".yaml", ".yml") or option == "--config":
+            if Path(value).is_file():
+                read_yaml(Path(value))
+        elif value.startswith(("{", "[")):
+            with suppress(yaml.YAMLError):  # a text may begin so
+                parse_yaml(value, option)
+    return words
 
 
 def _terminate(*_: Any) -> None:
@@ -216,7 +242,9 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
     if shared is not None:
         parser.add_class_arguments(shared)
     parser.add_function_arguments(entry, skip={*positional, SHARED} if shared else set(positional), sub_configs=True)
-    given = vars(parser.instantiate(parser.parse_args(_spelt_out(words, entry))))
+    from unclip_pl.files import expanded
+
+    given = vars(parser.instantiate(expanded(parser.parse_args(_spelt_out(words, entry)))))
     given.pop("config", None)
     if shared is not None:
         given[SHARED] = shared(**{field.name: given.pop(field.name) for field in fields(shared)})

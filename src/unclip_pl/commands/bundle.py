@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
-from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json
+from unclip_pl.files import expanded, is_checkpoint, read_checkpoint, write_checkpoint, write_json
 from unclip_pl.generation.bundle import write_bundle
 from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
 from unclip_pl.generation.provenance import commit, stage_records
@@ -43,7 +43,7 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
         raise InputError(f"Expected one run. Write, for example, unclip bundle runs/quickstart. Got {len(paths)}.")
     root = Path(paths[0])
     run = read_run(root)
-    parts = _parts(json.loads((root / RUN).read_text(encoding="utf-8")), run, for_study=for_study)
+    parts = _parts(expanded(json.loads((root / RUN).read_text(encoding="utf-8"))), run, for_study=for_study)
     names = [name for name in dict.fromkeys(texts_in(parts)) if name and (root / name).is_file()]
     places = {name: _within(name, number) for number, name in enumerate(names)}
     if for_study and (root / CODEC).is_file():

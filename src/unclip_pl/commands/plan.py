@@ -6,15 +6,12 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import sha256
+from unclip_pl.files import expanded, read_yaml, sha256
 from unclip_pl.generation.provenance import STAGES, stage_records
 
 #: The stage that makes the run which a recipe builds on.
@@ -94,31 +91,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resolved(path: Path) -> Any:
-    """Return a YAML file's content, with the files that it names by relative path put in their place.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-
-    def inline(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: inline(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [inline(value) for value in node]
-        if isinstance(node, str) and node.endswith((".yaml", ".yml")) and (path.parent / node).is_file():
-            return resolved(path.parent / node)
-        return node
-
-    return inline(_read_yaml(path, path.stat().st_mtime_ns))
-
-
-@lru_cache(maxsize=256)
-def _read_yaml(path: Path, changed: int) -> Any:
-    """Read a file once: a recipe of many stages asks for the same few again and again."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
 class Recipe:
     """Stages written out, and what is known of them on disk.
 
@@ -159,7 +131,7 @@ class Recipe:
 
     def out(self, name: str) -> Path:
         """Return the folder or file that a stage writes."""
-        return Path(fill(self.stages[name].out, self.places))
+        return Path(expanded(fill(self.stages[name].out, self.places)))
 
     def kept(self, name: str) -> bool:
         """Return whether a stage's result is a measurement, which stays true when what it was made of is gone."""
@@ -182,8 +154,8 @@ class Recipe:
         found: dict[str, Any] = {}
         for before, path in pairwise(shlex.split(self.stages[name].run)):
             if before == "--config" and name != BASE:
-                file = Path(fill(path, self.places))
-                found[path] = fill(resolved(file), self._own(name)) if file.is_file() else None
+                file = Path(expanded(fill(path, self.places)))
+                found[path] = fill(read_yaml(file), self._own(name)) if file.is_file() else None
         return found
 
     def words(self, name: str) -> list[str]:

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 
 from unclip_pl.commands.launch import Process
-from unclip_pl.commands.plan import Recipe, Stage, digest, resolved
+from unclip_pl.commands.plan import Recipe, Stage, digest
 from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.errors import InputError
-from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
+from unclip_pl.files import alone, previous_of, read_yaml, sha256, write_json, write_text
 from unclip_pl.generation.provenance import STAGES, commit
 
 #: File in the run's folder: what the source's shards hold.
@@ -237,7 +237,7 @@ def report(folder: Path, logs: Path | None) -> None:
 
 def describe_run(compare: str, upsamplers: list[dict[str, Any]]) -> dict[str, Any]:
     """Return ``run.json`` from the comparison's config: pictures and measurements come from the same priors."""
-    model = resolved(Path(compare))["model"]["init_args"]
+    model = read_yaml(Path(compare))["model"]["init_args"]
     run = {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
     if upsamplers:
         run["decoder"]["init_args"]["upsamplers"] = upsamplers

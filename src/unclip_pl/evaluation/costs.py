@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from unclip_pl.files import read_yaml
 from unclip_pl.generation.priors import Prior
 from unclip_pl.tasks import Task
 from unclip_pl.types import PriorBatch
@@ -44,7 +44,7 @@ def training_of(folder: Path) -> Training:
     path = folder / "config.yaml"
     if not path.is_file():
         return Training()
-    config = yaml.safe_load(path.read_text())
+    config = read_yaml(path)
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     told = {"model": model, "batch_size": data.get("batch_size"), "seed": data.get("seed")}
     return Training((model.get("optimization") or {}).get("lr"), settings_hash(told))

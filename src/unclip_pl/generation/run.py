@@ -13,7 +13,7 @@ import torch
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import sha256, write_json
+from unclip_pl.files import expanded, sha256, write_json
 from unclip_pl.generation.bundle import read_notes, unpack
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.generation.priors import Prior, PriorSpec
@@ -78,7 +78,7 @@ class Origin(NamedTuple):
 def name_run(run: str | Path | None) -> Path:
     """Return the path of a run: the one given, else ``runs/quickstart``, else the bundle in this package."""
     if run:
-        return Path(run)
+        return Path(run).expanduser()
     return DEMO if DEMO.is_file() and not (QUICKSTART / RUN).is_file() else QUICKSTART
 
 
@@ -125,7 +125,7 @@ def read_run(root: Path) -> RunDescription:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = expanded(json.loads(path.read_text(encoding="utf-8")))
         description: RunDescription = parser.instantiate(parser.parse_object({"run": content})).run
     except Exception as error:
         moved = moved_in(str(error))
@@ -141,7 +141,7 @@ def base_hash(root: Path) -> str:
     Args:
         root: folder of a run.
     """
-    content = json.loads((root / RUN).read_text(encoding="utf-8"))
+    content = expanded(json.loads((root / RUN).read_text(encoding="utf-8")))
     shared = [content.get(name) for name in ("clip", "judge", "decoder")]
     files = sorted(name for name in texts_in(shared) if name and (root / name).is_file())
     return hashlib.sha256("".join(sha256(root / name) for name in files).encode()).hexdigest()[:12]

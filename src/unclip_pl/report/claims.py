@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.files import read_yaml
 
 HOLDS, FAILS, OPEN, UNMEASURED = "holds", "does not hold", "cannot be told", "not measured"
 #: A study's own table of claims, in its folder.
@@ -39,7 +38,7 @@ def claims_table(folder: Path) -> dict[str, Any]:
     """
     own = folder / OWN
     path = own if own.is_file() else Path(__file__).with_name("paper.yaml")
-    table = {"order": [], "ablations": [], "claims": []} | yaml.safe_load(path.read_text(encoding="utf-8"))
+    table = {"order": [], "ablations": [], "claims": []} | read_yaml(path)
     for row in table["claims"]:
         if row.get("test") not in TESTS:
             raise InputError(f"Expected a test of {', '.join(TESTS)} in {path}. Got {row.get('test')!r}: correct it.")

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import read_checkpoint
+from unclip_pl.files import expanded, read_checkpoint
 from unclip_pl.training.callbacks import StepProgressBar
 from unclip_pl.training.private import ConfiguredCLI
 from unclip_pl.training.resume import CheckpointFiles, ExactResume, Signals
@@ -71,6 +71,11 @@ class UnclipCLI(ConfiguredCLI):
         """Take widths and files from the data: a config that wrote them could contradict the data."""
         for source, target in LINKS:
             parser.link_arguments(source, target, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and replace ``~`` in every path."""
+        super().parse_arguments(parser, args)
+        self.config = expanded(self.config)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
