@@ -197,7 +197,7 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file, with the files that it names by relative path put in their place.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
         InputError: a key occurs twice in a file.
         yaml.YAMLError: a file is no YAML.
     """

@@ -107,7 +107,7 @@ class Cell(LightningModule):
         seed: training seed of the weights; the noise of the samples follows from it too.
 
     Raises:
-        ValueError: fewer than 2 seeds, the judge is the CLIP that it is to judge, a decoder without a judge or
+        InputError: fewer than 2 seeds, the judge is the CLIP that it is to judge, a decoder without a judge or
             foundations without a decoder, or a table, curve or ablation without a title.
     """
 

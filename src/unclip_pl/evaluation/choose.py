@@ -66,7 +66,7 @@ class Choice(LightningModule):
         seed: base seed of every random draw; every trial sees the same noise.
 
     Raises:
-        ValueError: not one prior, or one without guidance.
+        InputError: not one prior, or one without guidance.
     """
 
     batch_type = PriorBatch
@@ -103,7 +103,7 @@ class Choice(LightningModule):
         """Try, choose and write.
 
         Raises:
-            ValueError: several processes, or embeddings of another CLIP.
+            InputError: several processes, or embeddings of another CLIP.
         """
         if self.trainer.world_size > 1:
             raise InputError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")

@@ -69,7 +69,7 @@ def true_attributes(metadata: list[dict[str, Any]]) -> Tensor:
     """Return (N, A) of shapes, from the json of their samples.
 
     Raises:
-        ValueError: they have none.
+        InputError: they have none.
     """
     if any("attributes" not in sample for sample in metadata):
         raise InputError(

@@ -37,7 +37,7 @@ class PriorEvaluation(LightningModule):
         seed: base seed of every random draw.
 
     Raises:
-        ValueError: fewer than 2 seeds.
+        InputError: fewer than 2 seeds.
     """
 
     batch_type = PriorBatch
@@ -100,7 +100,7 @@ class ImageEvaluation(LightningModule):
         seed: base seed of every random draw.
 
     Raises:
-        ValueError: the judge is the CLIP that it is to judge.
+        InputError: the judge is the CLIP that it is to judge.
     """
 
     batch_type = EvaluationBatch
@@ -179,7 +179,7 @@ def check_seeds(seeds: int) -> None:
     """Refuse fewer than two samples of a caption.
 
     Raises:
-        ValueError: there are fewer.
+        InputError: there are fewer.
     """
     if seeds < 2:
         raise InputError(f"Expected seeds >= 2, for the cosine between two samples. Got {seeds}: give 2 or more.")
@@ -189,7 +189,7 @@ def check_judge(judge: ClipSpec | None, clip: ClipSpec) -> None:
     """Refuse a judge that conditions what it is to judge.
 
     Raises:
-        ValueError: judge and CLIP are the same.
+        InputError: judge and CLIP are the same.
     """
     if judge == clip:
         raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
@@ -227,8 +227,8 @@ def load_inception(path: str) -> nn.Module:
     """Load torch-fidelity's Inception of FID: uint8 pictures of any size → ((B, 2048),), resized as TensorFlow 1 did.
 
     Raises:
-        FileNotFoundError: no weights there.
-        ValueError: the file holds more than tensors.
+        MissingFileError: no weights there.
+        InputError: the file holds more than tensors.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -162,7 +162,7 @@ class Manipulator:
             seed: seed of all noise; the same seed gives the same variations.
 
         Raises:
-            ValueError: eta is out of range, or num < 1.
+            InputError: eta is out of range, or num < 1.
         """
         if num < 1:
             raise InputError(f"Expected num >= 1. Got {num}: ask for one variation or more.")
@@ -189,7 +189,7 @@ class Manipulator:
             seed: seed of the fixed x_T.
 
         Raises:
-            ValueError: num < 2, or latents that do not fit together.
+            InputError: num < 2, or latents that do not fit together.
         """
         if num < 2 or len(first.x_T) != len(second.x_T):
             raise InputError(
@@ -232,7 +232,7 @@ class Manipulator:
             seed: seed of the upsamplers.
 
         Raises:
-            ValueError: a theta is out of range, or CLIP cannot tell the captions apart.
+            InputError: a theta is out of range, or CLIP cannot tell the captions apart.
         """
         if not thetas or not all(0 <= theta <= 1 for theta in thetas):
             raise InputError(f"Expected every theta in [0, 1]. Got {list(thetas)}: give fractions of the angle.")
@@ -263,7 +263,7 @@ class Manipulator:
             seed: seed of the one x_T from which all are drawn.
 
         Raises:
-            ValueError: a number is out of range, or the decoder's statistics know no principal axes.
+            InputError: a number is out of range, or the decoder's statistics know no principal axes.
         """
         rows = self.project(image_embed, self.dims(dims)).flatten(0, 1)
         x_T = self._noise(seed).expand(len(rows), -1, -1, -1)
@@ -273,7 +273,7 @@ class Manipulator:
         """Return the numbers of dimensions that :meth:`probe` shows.
 
         Raises:
-            ValueError: one is out of range.
+            InputError: one is out of range.
         """
         d = self.decoder.task.space.embed_dim
         if dims is None:
@@ -289,7 +289,7 @@ class Manipulator:
             (B, len(dims), d), with the norm of ``image_embed``.
 
         Raises:
-            ValueError: the decoder's statistics know no principal axes.
+            InputError: the decoder's statistics know no principal axes.
         """
         space = self.decoder.task.space
         if space.components.numel() == 0:

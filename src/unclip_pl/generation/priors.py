@@ -41,7 +41,7 @@ class PriorSpec(ABC):
             device: where to compute.
 
         Raises:
-            ValueError: a file is missing, damaged, or does not fit the settings.
+            InputError: a file is missing, damaged, or does not fit the settings.
         """
 
 
@@ -94,7 +94,7 @@ class Prior(ABC):
                 the present one.
 
         Raises:
-            ValueError: a value is out of range, or this prior has no such setting.
+            InputError: a value is out of range, or this prior has no such setting.
         """
         given = {name: x for name, x in {"guidance": guidance, "candidates": candidates}.items() if x is not None}
         missing = given.keys() - {field.name for field in fields(self.spec)}
@@ -351,7 +351,7 @@ class TrueEmbedding(Prior):
         """Refuse: a caption alone has no true embedding.
 
         Raises:
-            ValueError: always.
+            InputError: always.
         """
         raise InputError(f"{type(self).__name__} needs the image: use it in a comparison, or choose another prior.")
 

@@ -89,7 +89,7 @@ def find_run(run: str | Path | None) -> Path:
         run: folder or bundle; None means ``runs/quickstart``, or the weights in this package where that is missing.
 
     Raises:
-        ValueError: a file that is no bundle.
+        InputError: a file that is no bundle.
     """
     path = name_run(run)
     return _unpacked(path.resolve(), path.stat().st_mtime_ns) if path.is_file() else path
@@ -111,8 +111,8 @@ def read_run(root: Path) -> RunDescription:
     """Parse ``run.json`` of a folder.
 
     Raises:
-        FileNotFoundError: there is no run.
-        ValueError: the file is broken.
+        MissingFileError: there is no run.
+        InputError: the file is broken.
     """
     from jsonargparse import ArgumentParser
 
@@ -192,7 +192,7 @@ def open_parts(
         weights: folder that the priors are named relative to; None means ``run``.
 
     Raises:
-        ValueError: two parts belong to different CLIPs, or a prior's embeddings lack the norm that the decoder needs.
+        InputError: two parts belong to different CLIPs, or a prior's embeddings lack the norm that the decoder needs.
     """
     device, run = str(device), find_run(run)
     decoder_run = decoder_run or run
@@ -215,7 +215,7 @@ def check_device(device: str) -> None:
     """Refuse a device that torch does not have here, before anything is read.
 
     Raises:
-        ValueError: there is no such device.
+        InputError: there is no such device.
     """
     try:
         torch.empty(0, device=device)
@@ -235,7 +235,7 @@ def check_clip(clip: str, other: str, what: str) -> None:
         what: name of the part, for the error.
 
     Raises:
-        ValueError: the fingerprints differ; the error has both.
+        InputError: the fingerprints differ; the error has both.
     """
     if other and clip != other:
         raise InputError(
@@ -248,7 +248,7 @@ def check_norm(prior: Prior, decoder: Decoder) -> None:
     """Refuse embeddings without CLIP's norm for a decoder of raw embeddings.
 
     Raises:
-        ValueError: the decoder needs the norm, and the prior does not keep it.
+        InputError: the decoder needs the norm, and the prior does not keep it.
     """
     if decoder.needs_norm and not prior.keeps_norm:
         raise InputError(

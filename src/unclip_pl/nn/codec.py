@@ -57,7 +57,7 @@ class EmbeddingCodec(FileBuffers):
         path: file made by :meth:`save`; empty when a checkpoint is about to fill the buffers.
 
     Raises:
-        FileNotFoundError: no codec there.
+        MissingFileError: no codec there.
     """
 
     mean: Tensor  # (d,)

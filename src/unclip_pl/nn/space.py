@@ -130,7 +130,7 @@ class EmbeddingSpace(FileBuffers):
             principal axis at unit variance. ``raw``: unchanged (Karlo's decoder).
 
     Raises:
-        FileNotFoundError: no statistics there.
+        MissingFileError: no statistics there.
     """
 
     raw_mean: Tensor

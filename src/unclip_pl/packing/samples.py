@@ -107,7 +107,7 @@ def table_samples(folder: str, table: str, *, image_column: str, caption_column:
         caption_column: name of the column of captions.
 
     Raises:
-        FileNotFoundError: no table.
+        MissingFileError: no table.
         InputError: the table lacks a column, or cannot be parsed.
     """
     return FileSamples(folder, _table_rows(table, image_column, caption_column))
@@ -139,7 +139,7 @@ def coco_samples(folder: str, annotations: str) -> FileSamples:
         annotations: ``captions_*.json``.
 
     Raises:
-        FileNotFoundError: no such file.
+        MissingFileError: no such file.
         InputError: the file holds no COCO captions.
     """
     try:

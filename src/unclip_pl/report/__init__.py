@@ -35,8 +35,8 @@ def draw(folder: Path) -> dict[str, Any]:
         The content of ``report.json``.
 
     Raises:
-        FileNotFoundError: there are no cells.
-        ValueError: a cell is broken, doubled or of another base.
+        MissingFileError: there are no cells.
+        InputError: a cell is broken, doubled or of another base.
     """
     paper = claims_table(folder)
     study = read_study(folder, paper["order"])

@@ -34,7 +34,7 @@ def claims_table(folder: Path) -> dict[str, Any]:
         folder: folder of the study.
 
     Raises:
-        ValueError: a claim names a test that there is not.
+        InputError: a claim names a test that there is not.
     """
     own = folder / OWN
     path = own if own.is_file() else Path(__file__).with_name("paper.yaml")

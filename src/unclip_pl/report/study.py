@@ -66,8 +66,8 @@ def read_study(folder: Path, order: list[str]) -> Study:
         order: names of arms that come first in tables, in this order.
 
     Raises:
-        FileNotFoundError: there are no cells.
-        ValueError: a file is broken, two cells measured the same arm and seed, or cells have different bases.
+        MissingFileError: there are no cells.
+        InputError: a file is broken, two cells measured the same arm and seed, or cells have different bases.
     """
     paths = sorted((folder / CELLS).glob("*.json"))
     if not paths:
@@ -192,7 +192,7 @@ def stacked(arm: Arm, kind: str, name: str) -> Tensor:
     """Return (K, …) numbers of a measure, a row for each training seed.
 
     Raises:
-        ValueError: the seeds were measured on different numbers of captions.
+        InputError: the seeds were measured on different numbers of captions.
     """
     rows = [arm[seed][kind][name] for seed in sorted(arm)]
     if len({len(row) for row in rows}) > 1:
