@@ -155,7 +155,7 @@ def waits() -> list[Row]:
         try:
             for _ in range(3):
                 step()
-                average.update(part.task)
+                average.update()
         except RuntimeError as error:
             found = 1
             print(f"{name}/tiny: {error}", file=sys.stderr)

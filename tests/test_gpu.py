@@ -1,17 +1,23 @@
 """What only a GPU can show. CI has none; run where torch finds one."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from unclip_pl.cli import main
+from unclip_pl.data.sampler import RowBatch
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.nn.kernels import recorded
 from unclip_pl.tasks import Task
+from unclip_pl.training.callbacks import RecordedLoss
+from unclip_pl.training.cli import build
 from unclip_pl.training.resume import StepCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -58,6 +64,25 @@ def test_a_training_step_waits_for_no_device(
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", rest)
     more = "--trainer.precision bf16-mixed --trainer.gradient_clip_val 1.0 --trainer.log_every_n_steps 99"
     assert main(["fit", *small(part, tmp_path, *more.split())]) == 0
+
+
+@pytest.mark.parametrize("part", ["prior", "ar_prior", "decoder"])
+def test_a_recorded_loss_is_the_loss(part: str, small: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Random numbers included: a graph draws from the generator's state at its replay."""
+    cli = build(small(part, tmp_path))
+    task, store = cli.model.cuda().train(), cli.datamodule.embeddings
+    callback, make = RecordedLoss(), store.decoder_batch if part == "decoder" else store.prior_batch
+    for step in range(5):
+        batch = make(RowBatch(np.arange(step, step + 8), np.zeros(8, np.uint64)))
+        batch = tree_map(Tensor.cuda, batch)
+        found = []
+        for loss in (partial(type(task).loss, task), partial(callback.loss, task, cli.datamodule.context_length)):
+            torch.manual_seed(step)
+            task.zero_grad()
+            value = loss(batch)
+            value.backward()
+            found.append([value, *(p.grad for p in task.parameters() if p.grad is not None)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar"])

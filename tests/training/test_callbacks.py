@@ -1,10 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from unclip_pl.nn.layers import Transformer
-from unclip_pl.training.callbacks import CompiledBlocks, WarmupEMA
+from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.space import Moments, write_statistics
+from unclip_pl.tasks import DiffusionPriorTask
+from unclip_pl.training.callbacks import CompiledBlocks, RecordedLoss, WarmupEMA
+from unclip_pl.types import PriorBatch, TextFeatures
 
 
 class Number(LightningModule):
@@ -25,7 +31,7 @@ def test_the_average_follows_its_recursion() -> None:
         with torch.no_grad():
             model.weight.fill_(value)
             model.seen.fill_(n)
-        ema.update(model)
+        ema.update()
         decay = min(0.9, (1 + n) / (10 + n))
         expected = value if n == 0 else decay * expected + (1 - decay) * value
     saved: dict = {"state_dict": model.state_dict()}
@@ -64,3 +70,39 @@ def test_compiled_blocks_say_the_same() -> None:
         assert all((block._compiled_call_impl is not None) == bool(callbacks) for block in model.net.resblocks)
         assert list(model.state_dict()) == names
     torch.testing.assert_close(*said)
+
+
+def captions(n: int, length: int) -> TextFeatures:
+    mask = torch.ones(n, length, dtype=torch.bool)
+    return TextFeatures(mask.long(), torch.randn(n, length, 6), mask, torch.randn(n, 8))
+
+
+def test_the_loss_that_is_recorded_is_the_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the graphs left out: captions of any length, from the third batch on as a function of tensors."""
+    given: list[int] = []
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **_: object) -> torch.nn.Module:
+        assert not torch.is_autocast_cache_enabled()
+        given.append(inputs[1].shape[1])
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    torch.manual_seed(0)
+    moments = Moments.of(torch.randn(100, 8))
+    write_statistics(tmp_path / "s.safetensors", moments=moments, null_text=captions(1, 2), fingerprint="c")
+    task = DiffusionPriorTask(PriorTransformer(8, 6, 10, 16, 2, 2), str(tmp_path / "s.safetensors"))
+    callback = RecordedLoss()
+    for step in range(5):
+        batch = PriorBatch(torch.randn(4, 8), captions(4, 3 + step))
+        found = []
+        for loss in (lambda b: DiffusionPriorTask.loss(task, b), lambda b: callback.loss(task, 10, b)):
+            torch.manual_seed(step)
+            task.zero_grad()
+            value = loss(batch)
+            value.backward()
+            found.append([value, *(p.grad for p in task.parameters() if p.grad is not None)])
+        torch.testing.assert_close(*found)
+    assert given == [10]
+    task.eval()
+    noise = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert torch.equal(callback.loss(task, 10, batch, noise[0]), DiffusionPriorTask.loss(task, batch, noise[1]))

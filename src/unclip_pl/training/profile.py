@@ -23,13 +23,14 @@ PROFILE = "profile.json"
 class StageProfile(Callback):
     """Write ``profile.json`` at the end of a fit: steps a second, MFU and the busy share of the GPU.
 
-    MFU (model FLOPs utilisation) is the arithmetic per second of the whole fit, validation and checkpoints included,
-    over the bfloat16 peak in the card's datasheet. The busy share is measured over a few steps: the time in which a
-    kernel of this process runs, over wall clock.
+    MFU (model FLOPs utilisation) is the arithmetic per second over the bfloat16 peak in the card's datasheet. Times
+    run from the warm-up to the end of training, validation and checkpoints included. The busy share is measured in the
+    last steps: the time in which a kernel of this process runs, over wall clock. They are left out of the times, and
+    they come last since the recorder slows every launch of a kernel that follows, also after it has ended.
 
     Args:
         warmup: steps of this fit that are left out of every time.
-        window: steps whose kernels are recorded.
+        window: last steps, whose kernels are recorded.
     """
 
     def __init__(self, warmup: int = 10, window: int = 10) -> None:
@@ -39,6 +40,7 @@ class StageProfile(Callback):
         self._flops = 0
         self._busy: float | None = None
         self._started = 0.0
+        self._timed: tuple[int, float] | None = None  # steps and seconds before the recorder
         self._window_started = 0.0
         self._counter: FlopCounterMode | None = None
         self._recorder: profile | None = None
@@ -52,8 +54,10 @@ class StageProfile(Callback):
         if self._steps == self.warmup:
             _wait(on_gpu)
             self._started = time.perf_counter()
-        if self._steps == 2 * self.warmup and on_gpu:
+        rest = trainer.estimated_stepping_batches - trainer.global_step
+        if on_gpu and self._timed is None and self._steps > self.warmup and rest <= self.window:
             _wait(on_gpu)
+            self._timed = self._steps - self.warmup, time.perf_counter() - self._started
             self._recorder = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
             self._recorder.start()
             self._window_started = time.perf_counter()
@@ -64,7 +68,7 @@ class StageProfile(Callback):
             self._counter.__exit__(None, None, None)
             self._flops, self._counter = self._counter.get_total_flops(), None
         self._steps += 1
-        if self._recorder is not None and self._steps == 2 * self.warmup + self.window:
+        if self._recorder is not None and trainer.global_step >= trainer.estimated_stepping_batches:
             _wait(True)
             wall = time.perf_counter() - self._window_started
             self._recorder.stop()
@@ -74,21 +78,20 @@ class StageProfile(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file. A fit shorter than the warm-up writes none."""
-        timed = self._steps - self.warmup
-        if trainer.log_dir is None or not trainer.is_global_zero or timed < 1:
+        if trainer.log_dir is None or not trainer.is_global_zero or self._steps <= self.warmup:
             return
         on_gpu = pl_module.device.type == "cuda"
         _wait(on_gpu)
-        seconds = time.perf_counter() - self._started
+        steps, seconds = self._timed or (self._steps - self.warmup, time.perf_counter() - self._started)
         name = torch.cuda.get_device_name(pl_module.device) if on_gpu else "CPU"
         peak = next((peak for word, peak in PEAKS.items() if word in name), None)
-        done = self._flops * timed / seconds
+        done = self._flops * steps / seconds
         write_json(
             Path(trainer.log_dir) / PROFILE,
             {
                 "device": name,
-                "steps": timed,
-                "steps_per_second": timed / seconds,
+                "steps": steps,
+                "steps_per_second": steps / seconds,
                 "flops_per_step": self._flops,
                 "flops_per_second": done,
                 "mfu": done / peak if peak else None,
