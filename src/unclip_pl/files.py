@@ -30,6 +30,15 @@ _FORMAT, _CHECKPOINT = "format", "checkpoint"
 _STATE = "state_dict."
 #: A home folder at the beginning of a path, after the name of an option or the words that mark a local CLIP.
 _HOME = re.compile(r"^((?:--[\w.+-]+=)?(?:local-dir:)?)(~[^/\\]*)(?=[/\\]|$)")
+#: First bytes of files that stand in for another one: what they are, and what to do.
+_WRAPPED = (
+    (rb"version https://git-lfs", "a pointer of git-lfs", "run `git lfs pull`"),
+    (rb"\x1f\x8b", "compressed with gzip", "unpack it with gunzip"),
+    (rb"BZh[1-9]1AY&SY", "compressed with bzip2", "unpack it with bunzip2"),
+    (rb"\xfd7zXZ\0", "compressed with xz", "unpack it with unxz"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it with unzstd"),
+    (rb"\x04\x22\x4d\x18", "compressed with lz4", "unpack it with unlz4"),
+)
 
 
 @contextmanager
@@ -105,6 +114,20 @@ def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_unpacked(path: str | Path, what: str) -> None:
+    """Raise InputError where a file is compressed, or a pointer of git-lfs.
+
+    Args:
+        path: file to look at.
+        what: content that is expected, for the error.
+    """
+    with Path(path).open("rb") as file:
+        head = file.read(512)
+    for magic, kind, advice in _WRAPPED:
+        if re.match(magic, head) and head[257:262] != b"ustar":  # the name of a tar's first file may begin so
+            raise InputError(f"Expected {what}. Got {path}, which is {kind}: {advice}.")
 
 
 def write_text(path: Path, text: str) -> None:

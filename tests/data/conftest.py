@@ -91,14 +91,14 @@ def served() -> Iterator[Callable[[Path], str]]:
 
 
 @pytest.fixture
-def shelved() -> Iterator[Callable[[Path], str]]:
+def shelved() -> Iterator[Callable[..., str]]:
     """Copies a folder's files into fsspec's memory, and says where."""
     system = fsspec.filesystem("memory")
 
-    def shelve(folder: Path) -> str:
+    def shelve(folder: Path, name: str = "") -> str:
         for path in folder.iterdir():
-            system.pipe(f"/shelf/{path.name}", path.read_bytes())
-        return "memory://shelf"
+            system.pipe(f"/shelf/{name}/{path.name}" if name else f"/shelf/{path.name}", path.read_bytes())
+        return f"memory://shelf/{name}".rstrip("/")
 
     yield shelve
     for path in system.find("/shelf"):

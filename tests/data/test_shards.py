@@ -1,7 +1,10 @@
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from unclip_pl.data.shards import (
     split_of_file,
     split_of_key,
 )
+from unclip_pl.errors import InputError
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -92,13 +96,29 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert index.skipped == {"broken tar": ["x.tar"]}
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"hello" * 1000, bytes(100), gzip.compress(bytes(9000))], ids=["empty", "text", "zeros", "gzip"]
-)
+@pytest.mark.parametrize("data", [b"", b"hello" * 1000, bytes(100)], ids=["empty", "text", "zeros"])
 def test_what_is_no_tar_holds_nothing(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(data)
     assert index_shard(path) == ([], {"broken tar": ["x.tar"]})
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (gzip.compress, "gzip.*gunzip"),
+        (bz2.compress, "bzip2"),
+        (lzma.compress, "xz"),
+        (lambda data: b"\x28\xb5\x2f\xfd" + data, "zstd"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_what_stands_in_for_a_tar_is_named(tmp_path: Path, wrap: Callable[[bytes], bytes], said: str) -> None:
+    path = write_tar(tmp_path / "x.tar", {"BZh91AY&SY.png": b"?", "BZh91AY&SY.txt": b"a"})
+    assert len(index_shard(path).entries) == 1
+    path.write_bytes(wrap(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"uncompressed tar.*x\.tar.*{said}"):
+        index_shard(path)
 
 
 def test_an_empty_tar_is_whole(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def server(folder: Path, served: Callable[[Path], str]) -> str:
 
 
 @pytest.fixture
-def memory(folder: Path, shelved: Callable[[Path], str]) -> str:
+def memory(folder: Path, shelved: Callable[..., str]) -> str:
     return shelved(folder)
 
 
@@ -88,3 +88,61 @@ def test_two_shards_of_one_name_are_an_error(tmp_path: Path) -> None:
         (tmp_path / folder / "x.tar").touch()
     with pytest.raises(ValueError, match="different names"):
         list_shards(f"{tmp_path}/*/x.tar")
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    """Brackets and braces in names of folders and files; a pattern begins after the last folder that exists."""
+    folder = tmp_path / "[2024] photos {0..1}"
+    folder.mkdir()
+    for name in ["train-000.tar", "train-001.tar", "all [1].tar"]:
+        (folder / name).touch()
+    names = ["train-000.tar", "train-001.tar"]
+    assert found(str(folder)) == ["all [1].tar", *names]
+    for pattern in ("train-*.tar", "train-{000..001}.tar", "train-00[01].tar"):
+        assert found(str(folder / pattern)) == found(f"file://{folder / pattern}") == names
+    for name in ("train-000.tar", "all [1].tar"):
+        assert found(str(folder / name)) == [name]
+    (tmp_path / "part-{0..1}").mkdir()
+    assert found(f"{tmp_path}/[[]2024*/train-*.tar") == names
+    with pytest.raises(FileNotFoundError, match=r"train-002.tar does not exist"):
+        found(str(folder / "train-{000..002}.tar"))
+
+
+def test_brackets_in_remote_folders(tmp_path: Path, shelved: Callable[..., str]) -> None:
+    for name in NAMES:
+        (tmp_path / name).touch()
+    at = f"{shelved(tmp_path, '[2024] photos')}"
+    assert found(at) == found(f"{at}/train-*.tar") == found(f"{at}/train-{{08..11}}.tar") == NAMES
+    assert found(f"{at}/train-09.tar") == [NAMES[1]]
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_hidden_files_are_no_shards(where: str, tmp_path: Path, shelved: Callable[..., str]) -> None:
+    """A Mac leaves ._train-000.tar on disks that are not its own."""
+    for name in ("train-000.tar", "._train-000.tar", ".train-000.tar.tmp"):
+        (tmp_path / name).touch()
+    at = shelved(tmp_path) if where == "remote" else str(tmp_path)
+    assert found(at) == found(f"{at}/*.tar") == found(f"{at}/*") == ["train-000.tar"]
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_compressed_tars_are_named(
+    where: str, tmp_path: Path, shelved: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    packed = ["a.tar.gz", "b.tgz", "c.tar.zst", "d.TAR.BZ2", "e.zip"]
+    for name in packed:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"uncompressed tars .*a\.tar\.gz, b\.tgz.*unpack them"):
+        found(shelved(tmp_path) if where == "remote" else str(tmp_path))
+    for name in ("train-000.tar", "train-001.TAR", "notes.txt"):
+        (tmp_path / name).touch()
+    at = shelved(tmp_path) if where == "remote" else str(tmp_path)
+    assert found(at) == found(f"{at}/*") == ["train-000.tar", "train-001.TAR"]
+    if where == "remote":
+        with pytest.raises(ValueError, match=r"uncompressed tars .*a\.tar\.gz"):
+            found(f"{at}/a.tar.gz")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2  # one line for each source, however often it is listed
+    assert all(name in said[0] for name in sorted(packed)[:5])
+    found(at)
+    assert len(caplog.records) == 2

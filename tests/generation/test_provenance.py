@@ -43,6 +43,7 @@ def test_time_with_two_stages_side_by_side_counts_once(tmp_path: Path) -> None:
     for name, seconds, ended in (("c", 60, "02:00"), ("b", 50, "01:30"), ("a", 30, "00:30"), ("d", 10, "04:00")):
         record = {"seconds": seconds, "ended": f"2026-11-27T10:{ended}.000+00:00"}
         write_json(tmp_path / "stages" / f"{name}.json", record)
+    (tmp_path / "stages" / "._a.json").write_bytes(b"\0\5\x16\7")  # a Mac's, on a disk that is not its own
     assert list(provenance.stage_seconds(tmp_path)) == ["a", "b", "c", "d"]
     assert provenance.wall_seconds(tmp_path) == 30 + 80 + 10
     write_json(tmp_path / "stages" / "old.json", {"seconds": 5})  # noted before times were

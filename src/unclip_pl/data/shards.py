@@ -5,6 +5,7 @@ Tars are read by their headers alone: nothing is unpacked to disk.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from fnmatch import fnmatchcase
+from functools import cache
 from glob import glob, has_magic
 from itertools import pairwise, product
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from unclip_pl.data.transforms import BadSample, load_square
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import require_unpacked
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or JSON member
@@ -32,7 +36,11 @@ MAX_HEADER = 2**14  # bytes of a long name and what else a tar says of one file
 #: Size of a file whose server does not say.
 UNKNOWN = -1
 
+log = logging.getLogger(__name__)
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+#: Names of compressed tars and other archives.
+_ARCHIVE = re.compile(r"\.(t(ar\.\w+|[abglx]z2?|zst)|zip|7z|rar)$", re.IGNORECASE)
 #: Names that file systems give to the mark by which two versions of a file differ, the surest first.
 _MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
 _MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
@@ -156,6 +164,9 @@ def _asked(shard: Shard, question: Callable[[Any, str], Any]) -> Any:
 def list_shards(source: str) -> list[Shard]:
     """List the shards of a source, sorted by file name.
 
+    A path that exists is taken as it is: a pattern begins after the last folder that exists. Hidden files of a folder
+    are no shards. Compressed ones are left aside with a warning.
+
     Args:
         source: a folder of ``.tar`` files, one tar, a glob, or a range such as ``train-{000000..000012}.tar``; local,
             or a URL of any file system that fsspec knows. The tars of a remote range are not looked for before they
@@ -163,11 +174,14 @@ def list_shards(source: str) -> list[Shard]:
 
     Raises:
         MissingFileError: there is no shard.
-        InputError: two shards have one name, or a server does not answer.
+        InputError: two shards have one name, all are compressed, or a server does not answer.
     """
     source = source.removeprefix("file://")
-    match = _remote_matches if "://" in source else _local_matches
-    shards = [Shard(found) for pattern in _expand(source) for found in match(pattern)]
+    if "://" in source:
+        shards = [Shard(found) for pattern in _expand(source) for found in _remote_matches(pattern)]
+    else:
+        root, rest = _rooted(Path(source))
+        shards = [Shard(found) for pattern in _expand(rest) for found in _local_matches(root / pattern)]
     if not shards:
         raise MissingFileError(
             f"Expected a folder of .tar files, a glob, or a range such as train-{{000000..000012}}.tar. Got no shards "
@@ -188,27 +202,69 @@ def _expand(pattern: str) -> list[str]:
     return ["".join(a + b for a, b in zip(texts, (*numbers, ""), strict=True)) for numbers in product(*ranges)]
 
 
-def _local_matches(pattern: str) -> Sequence[str]:
-    path = Path(pattern)
+def _rooted(path: Path) -> tuple[Path, str]:
+    """Split a path after the last part that exists."""
+    root = path
+    while not os.path.lexists(root):
+        root = root.parent
+    return root, "" if root == path else str(path.relative_to(root))
+
+
+def _local_matches(path: Path) -> Sequence[str]:
     if path.is_dir():
-        return [str(found) for found in path.glob("*.tar")]
+        return _tars([str(found) for found in path.iterdir() if not found.is_dir()], str(path))
+    root, pattern = _rooted(path)
     if has_magic(pattern):
-        return glob(pattern)
-    if not path.is_file():
-        raise MissingFileError(f"Shard {pattern} does not exist: correct the source, or make the shard.")
-    return [pattern]
+        found = [str(root / name) for name in glob(pattern, root_dir=root)]
+        return _tars(found, str(path)) or found
+    if pattern:
+        raise MissingFileError(f"Shard {path} does not exist: correct the source, or make the shard.")
+    return [str(path)]
 
 
 def _remote_matches(pattern: str) -> Sequence[str]:
     path = urlsplit(pattern).path  # a question mark may begin a query
-    if path.endswith(".tar") and not has_magic(path):
+    name = path.rpartition("/")[2]
+    if _ARCHIVE.search(name) and not has_magic(name):
+        return _tars([pattern], pattern)
+    single = name.lower().endswith(".tar") and not has_magic(name)
+    if single and not has_magic(path):
         return [pattern]
 
     def search(system: Any, path: str) -> list[str]:
-        found = system.glob(path) if has_magic(path) else system.glob(f"{path.rstrip('/')}/*.tar")
+        folder, _, wanted = path.rpartition("/")
+        if not wanted or not has_magic(path) or system.isdir(path):
+            folder, wanted = path.rstrip("/"), "*"
+        if has_magic(folder) and not system.isdir(folder):
+            found = system.glob(f"{folder}/{wanted}")
+        else:
+            listed = [entry["name"] for entry in system.ls(f"{folder}/", detail=True) if entry["type"] != "directory"]
+            found = [each for each in listed if fnmatchcase(Shard(each).name, wanted) or Shard(each).name == wanted]
         return [system.unstrip_protocol(each) for each in found]
 
-    return _asked(Shard(pattern), search)
+    found = _asked(Shard(pattern), search)
+    return _tars(found, pattern) or ([pattern] if single else found if has_magic(name) else [])
+
+
+def _tars(found: Sequence[str], source: str) -> list[str]:
+    """Return the tars of a listing. Archives that are left aside are named, once."""
+    visible = {path: name for path in found if not (name := Shard(path).name).startswith(".")}
+    tars = [path for path, name in visible.items() if name.lower().endswith(".tar")]
+    others = sorted(name for name in visible.values() if _ARCHIVE.search(name))
+    if others and not tars:
+        raise InputError(f"Expected uncompressed tars at {source}. Got {_few(others)}: unpack them to .tar files.")
+    if others:
+        _warn_once(f"{source}: left aside {_few(others)}, which are compressed: unpack them to .tar files.")
+    return tars
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 # --- What a shard holds
@@ -265,7 +321,11 @@ def index_shard(path: Path) -> ShardIndex:
     Members are grouped like webdataset does, at the first dot of the base name. Which samples are skipped, and why,
     depends on the shard's bytes alone. A tar that breaks off gives what lies before the break; a file that is no tar
     gives nothing. Both are named as "broken tar".
+
+    Raises:
+        InputError: the tar is compressed, or a pointer of git-lfs.
     """
+    require_unpacked(path, "an uncompressed tar")
     skipped: dict[str, list[str]] = defaultdict(list)
     groups: dict[str, dict[str, Span]] = defaultdict(dict)
     seen: Counter[tuple[str, str]] = Counter()  # a second sample of one key repeats all its suffixes, and is bad once

@@ -49,7 +49,7 @@ def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
         By the stage's name: ``command``, ``out``, ``seconds``, ``ended`` (UTC; absent in a stage that was measured
         before times were noted), ``done``, ``commits``, ``threads``, and the stamps that tell results apart.
     """
-    files = sorted((folder / STAGES).glob("*.json"))
+    files = sorted((folder / STAGES).glob("[!.]*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     return dict(sorted(records.items(), key=lambda item: item[1].get("ended", "")))
 

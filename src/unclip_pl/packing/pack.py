@@ -127,7 +127,8 @@ def pack_shards(
         yield packed
     if done:
         write_text(manifest, "".join(f"{json.dumps(packed._asdict())}\n" for packed in done.values()))
-    if stale := sorted(path.name for path in folder.glob(f"{split}-*.tar") if path.name not in done):
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if stale := [name for name in names if re.fullmatch(rf"{re.escape(split)}-\d+\.tar", name) and name not in done]:
         raise InputError(
             f"{folder} holds {', '.join(stale)} of an earlier pack after the {len(done)} new: remove them."
         )

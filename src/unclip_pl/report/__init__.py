@@ -102,7 +102,7 @@ def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
                             # TensorBoard counts steps: guidance and temperature stand there times 100.
                             writer.add_scalar(f"{title}/{measure}", point["mean"], round(100 * point["x"]))
     with SummaryWriter(str(logs / "pictures")) as writer:
-        for path in sorted((folder / "plots").glob("*.png")):
+        for path in sorted((folder / "plots").glob("[!.]*.png")):
             writer.add_image(f"compare/{path.stem}", np.array(Image.open(path).convert("RGB")), dataformats="HWC")
 
 

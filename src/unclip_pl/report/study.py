@@ -69,7 +69,7 @@ def read_study(folder: Path, order: list[str]) -> Study:
         MissingFileError: there are no cells.
         InputError: a file is broken, two cells measured the same arm and seed, or cells have different bases.
     """
-    paths = sorted((folder / CELLS).glob("*.json"))
+    paths = sorted((folder / CELLS).glob("[!.]*.json"))
     if not paths:
         raise MissingFileError(
             f"Expected cells in {folder / CELLS}. Got none: run `unclip test` with a config of configs/compare, or "
@@ -91,7 +91,7 @@ def read_study(folder: Path, order: list[str]) -> Study:
     _check_bases(cells)
     known = {name: place for place, name in enumerate(order)}
     ordered = sorted(arms, key=lambda key: (key.kind, known.get(key.name, len(known))))
-    choices = [_read(path) for path in sorted((folder / BEST).glob("*.json"))]
+    choices = [_read(path) for path in sorted((folder / BEST).glob("[!.]*.json"))]
     return Study({key: arms[key] for key in ordered}, cells, choices)
 
 
