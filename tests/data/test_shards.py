@@ -85,6 +85,29 @@ def test_a_broken_tar_gives_what_lies_before_the_break(tmp_path: Path, cut: int)
     assert [entry.key for entry in index.entries] == (["a"] if cut > 2048 else [])
 
 
+@pytest.mark.parametrize("between", [None, 512, 3 * 2**20], ids=["as cat does", "one block", "many blocks"])
+def test_tars_that_were_joined_are_read_as_one(tmp_path: Path, between: int | None) -> None:
+    """Members lie at absolute places, and the same key in two of them is there twice."""
+    parts = [{f"{key}.png": key.encode(), f"{key}.txt": b"caption"} for key in "abc"]
+    data = [write_tar(tmp_path / "part.tar", part).read_bytes() for part in [*parts, parts[0]]]
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"".join(data) if between is None else bytes(between).join(each[:2048] for each in data))
+    index = index_shard(path)
+    with path.open("rb") as file:
+        images = [read_span(file, *entry.image) for entry in index.entries]
+    assert images == [b"a", b"b", b"c"]
+    assert index.skipped == {"duplicate key": ["a"]}
+
+
+@pytest.mark.parametrize("rest", [b"more", b"x" * 512, bytes(5000) + b"x" * 2000])
+def test_other_bytes_after_the_end_are_a_broken_tar(tmp_path: Path, rest: bytes) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"x", "a.txt": b"a"})
+    path.write_bytes(path.read_bytes() + rest)
+    index = index_shard(path)
+    assert [entry.key for entry in index.entries] == ["a"]
+    assert index.skipped == {"broken tar": ["x.tar"]}
+
+
 def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     members = {"a.png": b"x", "a.txt": b"a", "b.png": b"x", "b.txt": b"b"}
     path = write_tar(tmp_path / "x.tar", members)

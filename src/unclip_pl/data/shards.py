@@ -374,28 +374,40 @@ class _Header(tarfile.TarInfo):
 def _members(path: Path, skipped: dict[str, list[str]]) -> Iterator[tuple[str, Span]]:
     """Yield name and place of each file in a tar; links, devices and sparse files are ``NOWHERE``.
 
-    A header that cannot be right ends the tar.
+    Tars that were joined end to end are read as one. A header that cannot be right ends them all.
     """
-    length, end = path.stat().st_size, 0
+    length, begin, end = path.stat().st_size, 0, 0
     with path.open("rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-                for info in tar:
-                    if not end <= info.offset < tar.offset <= length + tarfile.BLOCKSIZE or info.size < 0:
-                        raise tarfile.TarError("a member that overlaps another or the end")
-                    end = tar.offset
-                    if info.isreg() and not info.issparse():
-                        if info.offset_data + info.size > length:
-                            raise tarfile.TarError("a member cut short")
-                        yield info.name, Span(info.offset_data, info.size)
-                    elif not info.isdir():
-                        yield info.name, NOWHERE
+            while begin < length or length == 0:
+                file.seek(begin)
+                with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+                    for info in tar:
+                        if not end <= info.offset < tar.offset <= length + tarfile.BLOCKSIZE or info.size < 0:
+                            raise tarfile.TarError("a member that overlaps another or the end")
+                        end = tar.offset
+                        if info.isreg() and not info.issparse():
+                            if info.offset_data + info.size > length:
+                                raise tarfile.TarError("a member cut short")
+                            yield info.name, Span(info.offset_data, info.size)
+                        elif not info.isdir():
+                            yield info.name, NOWHERE
+                # tarfile takes a header that it cannot read for the end; the true end is a block of zeros
+                file.seek(min(end, length))
+                if end > length or file.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
+                    raise tarfile.TarError("a header that is none")
+                begin = end = _after_zeros(file, length)
         except Exception:  # damaged headers raise errors from TarError to IndexError inside tarfile
-            end = length + 1
-        # tarfile takes a header that it cannot read for the end of the archive; the true end is a block of zeros.
-        file.seek(min(end, length))
-        if end > length or file.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
             skipped["broken tar"].append(path.name)
+
+
+def _after_zeros(file: BinaryIO, length: int) -> int:
+    """Return where the next block begins that is not zero; the file's length where there is none."""
+    while chunk := file.read(MAX_TEXT):
+        if rest := chunk.lstrip(b"\0"):
+            place = file.tell() - len(rest)
+            return place - place % tarfile.BLOCKSIZE
+    return length
 
 
 def _image(members: dict[str, Span]) -> Span:
