@@ -30,6 +30,8 @@ _FORMAT, _CHECKPOINT = "format", "checkpoint"
 _STATE = "state_dict."
 #: A home folder at the beginning of a path, after the name of an option or the words that mark a local CLIP.
 _HOME = re.compile(r"^((?:--[\w.+-]+=)?(?:local-dir:)?)(~[^/\\]*)(?=[/\\]|$)")
+#: Space around a caption. Editors on Windows begin a file with a byte order mark.
+EDGES = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff"
 #: First bytes of files that stand in for another one: what they are, and what to do.
 _WRAPPED = (
     (rb"version https://git-lfs", "a pointer of git-lfs", "run `git lfs pull`"),
@@ -128,6 +130,33 @@ def require_unpacked(path: str | Path, what: str) -> None:
     for magic, kind, advice in _WRAPPED:
         if re.match(magic, head) and head[257:262] != b"ustar":  # the name of a tar's first file may begin so
             raise InputError(f"Expected {what}. Got {path}, which is {kind}: {advice}.")
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """Read the lines of a UTF-8 file that are not blank, without byte order marks and outer spaces.
+
+    Args:
+        path: text file.
+        what: content that is expected, for the errors.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it is not UTF-8, or holds nothing.
+    """
+    if not Path(path).is_file():
+        raise MissingFileError(f"No {what} at {path}: name a text file with one a line.")
+    try:
+        lines = clean_lines(Path(path).read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"Expected {what} in UTF-8. Got another encoding in {path}: save it as UTF-8.") from error
+    if not lines:
+        raise InputError(f"Expected {what}, one a line. Got nothing in {path}: write some.")
+    return lines
+
+
+def clean_lines(text: str) -> list[str]:
+    """Return the lines of a text that are not blank, without byte order marks and outer spaces."""
+    return [line for part in text.splitlines() if (line := part.strip(EDGES))]
 
 
 def write_text(path: Path, text: str) -> None:

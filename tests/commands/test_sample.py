@@ -69,15 +69,16 @@ def test_previews_stand_before_the_image(mini_run: Path, tmp_path: Path) -> None
 
 def test_prompts_come_from_a_file(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_text("a ring\n\na blue star \n")
+    path.write_bytes(b"\xef\xbb\xbfa ring\r\n\r\na blue star \r\n")  # as Windows' editors save it
     grid = drawn(mini_run, tmp_path / "x.png", "a cross", "--prompts", str(path), "--num", "1", "--prior", "linear")
     assert Image.open(grid).text["captions"] == "a cross\na ring\na blue star"
-    for text in ("", None):
-        path.unlink() if text is None else path.write_text(text)
+    for text in (b"", "\ufeff".encode(), "caf\xe9".encode("latin-1"), None):
+        path.unlink() if text is None else path.write_bytes(text)
         assert main(["sample", "--prompts", str(path), "--run", str(mini_run)]) == 1
     said = capsys.readouterr().err.splitlines()
-    assert "Expected a caption a line" in said[0]
-    assert "No prompts at" in said[1]
+    assert "Expected prompts, one a line" in said[0] == said[1]
+    assert "Expected prompts in UTF-8" in said[2]
+    assert "No prompts at" in said[3]
 
 
 def test_embeddings_come_from_a_file(

@@ -124,7 +124,7 @@ def test_several_processes_do_not_wait_for_one(
     with pytest.raises(ValueError, match=r"5 shards .* 4 processes .* `unclip precompute"):
         _ = data.statistics
     made = []
-    monkeypatch.setattr(module, "precompute", lambda *args: made.append(args))
+    monkeypatch.setattr(module, "precompute", lambda *args, **__: made.append(args))
     data.ensure_store(4, allowed=5)
     assert len(made) == 1
 

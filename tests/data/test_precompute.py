@@ -1,7 +1,10 @@
+import io
+import json
 import os
 import pickle
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,18 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from unclip_pl.cli import main
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data import precompute as module
+from unclip_pl.data.datamodule import UnclipDataModule
+from unclip_pl.data.pairs import PairStore
 from unclip_pl.data.precompute import deal, embed_share, finish, pending, precompute
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Shard
-from unclip_pl.data.store import EmbeddingStore, map_features, read_contents, read_manifest, read_moments
+from unclip_pl.data.store import EmbeddingStore, map_features, read_contents, read_manifest, read_moments, unpack_texts
+from unclip_pl.errors import InputError
 from unclip_pl.nn.space import EmbeddingSpace, Moments
 from unclip_pl.packing.pack import Sample, write_shards
 
@@ -290,6 +297,61 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path: Path, clip: ClipSpe
     record = read_manifest(store)["train-000000.tar"]
     assert (record.images, record.captions, record.skipped) == (9, 9, {"undecodable image": 1})
     assert read_contents(store / record.file).skipped == {"undecodable image": ["k9"]}
+
+
+def test_another_caption_key_is_noticed(tmp_path: Path, clip: ClipSpec, caplog: pytest.LogCaptureFixture) -> None:
+    """By `unclip precompute`, which embeds again, and by a fit, which does not."""
+    source, store = tmp_path / "source", str(tmp_path / "store")
+    for name in ("train", "val"):
+        write_shards(
+            [Sample(f"k{i}", np.zeros((8, 8, 3), np.uint8), ["old"], {"prompt": "new"}) for i in range(3)], source, name
+        )
+    precompute(str(source / "val-*.tar"), store, clip, device="cpu")
+    precompute(str(source / "train-*.tar"), store, clip, device="cpu")
+    before = contents(tmp_path / "store")
+    lines = [json.loads(line) for line in before["manifest.jsonl"].splitlines()]
+    for line in lines:  # a store of before there were caption keys
+        del line["caption_key"], line["others"]
+    (tmp_path / "store" / "manifest.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    fingerprint = clip.load().fingerprint
+    assert pending(str(source), store, fingerprint) == []
+    with pytest.raises(InputError, match=r"caption_key '', but this run uses 'prompt': set .*--caption_key 'prompt'"):
+        pending(str(source), store, fingerprint, "prompt")
+    precompute(str(source / "train-*.tar"), store, clip, caption_key="prompt", device="cpu")
+    assert "making 1 shard(s) again, with caption_key 'prompt'" in caplog.text
+    records = read_manifest(tmp_path / "store")
+    assert [records[f"{name}-000000.tar"].caption_key for name in ("train", "val")] == ["prompt", ""]
+    features = map_features(tmp_path / "store" / "train-000000.safetensors")
+    assert unpack_texts(features.captions, features.captions_offsets, np.arange(1)) == ["new"]
+    with pytest.raises(InputError, match="'prompt', but this run uses ''"):
+        UnclipDataModule(str(source / "train-*.tar"), store, clip).prepare_data()
+
+
+def test_an_error_says_where_captions_may_be_and_the_key_is_enough(tmp_path: Path, clip: ClipSpec) -> None:
+    write_tar(tmp_path / "s" / "train.tar", {"a.png": png(), "a.caption": b"a", "b.png": png(), "b.caption": b"b"})
+    words = (str(tmp_path / "s"), str(tmp_path / "store"), clip)
+    with pytest.raises(InputError, match=r"no caption: 2.*set caption_key.*have \.caption\."):
+        precompute(*words, device="cpu")
+    with pytest.raises(InputError, match=r"set caption_key.*have \.caption\."):
+        PairStore(words[0], clip.load().tokenize, image_size=32)
+    UnclipDataModule(*words, caption_key=".caption").prepare_data()
+    assert read_manifest(tmp_path / "store")["train.tar"].captions == 2
+    assert len(PairStore(words[0], clip.load().tokenize, image_size=32, caption_key="caption").entries) == 2
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    return out.getvalue()
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, clip: ClipSpec) -> None:

@@ -14,11 +14,14 @@ from unclip_pl.data.shards import (
     Split,
     decode_entries,
     index_shard,
+    no_samples,
     read_span,
     split_of_file,
     split_of_key,
 )
 from unclip_pl.errors import InputError
+
+BOM = b"\xef\xbb\xbf"  # what editors on Windows begin a file with
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -46,8 +49,17 @@ def test_members_are_grouped_at_the_first_dot_and_located(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "captions"),
     [
-        ({"json": json.dumps({"captions": ["p", "q"]}).encode(), "txt": b"t"}, ["p", "q"]),
-        ({"json": json.dumps({"caption": ["p"]}).encode(), "txt": b"t"}, ["p"]),
+        ({"json": json.dumps({"captions": ["p", "q"]}).encode()}, ["p", "q"]),
+        ({"json": json.dumps({"caption": ["p"]}).encode(), "txt": b" "}, ["p"]),
+        ({"json": json.dumps({"captions": ["p", "q"]}).encode(), "txt": b"t\nu"}, ["t", "u"]),
+        ({"json": json.dumps({"captions": ["p", "q"]}).encode(), "txt": b"p"}, ["p"]),
+        ({"json": json.dumps({"captions": ["p\nq", "r"]}).encode(), "txt": BOM + b"p\r\nq\r\nr \r\n"}, ["p\nq", "r"]),
+        ({"json": json.dumps({"captions": [" "], "caption": "p"}).encode()}, ["p"]),
+        ({"json": json.dumps({"caption": "p"}).encode(), "txt": b"\xff"}, ["p"]),
+        ({"json": b'{"caption": ""}', "txt": b"t"}, ["t"]),
+        ({"json": b'{"captions": ["", " \\ufeff"]}', "txt": b"t"}, ["t"]),
+        ({"json": BOM + b'{"caption": "\\ufeffp"}'}, ["p"]),
+        ({"txt": BOM + b"a\r\n" + BOM + b"b"}, ["a", "b"]),
         ({"json": json.dumps({"caption": "two\nlines"}).encode(), "txt": b"two\nlines"}, ["two\nlines"]),
         ({"json": b'{"caption": null, "url": "u"}', "txt": b"t"}, ["t"]),
         ({"json": b"{broken", "txt": b"t"}, ["t"]),
@@ -59,6 +71,63 @@ def test_members_are_grouped_at_the_first_dot_and_located(tmp_path: Path) -> Non
 def test_where_captions_come_from(tmp_path: Path, files: dict[str, bytes], captions: list[str]) -> None:
     path = write_tar(tmp_path / "train.tar", {"a.png": b"?"} | {f"a.{suffix}": data for suffix, data in files.items()})
     assert index_shard(path).entries[0].captions == captions
+
+
+@pytest.mark.parametrize(
+    ("caption_key", "captions"),
+    [
+        ("", ["t"]),
+        ("txt", ["t"]),
+        (".txt", ["t"]),
+        ("json", ["j"]),
+        ("caption", ["j"]),
+        ("prompt", ["p", "q"]),
+        (".cap", ["c", "d"]),
+        ("CAP", ["c", "d"]),
+        ("output.txt", ["o"]),
+        ("TEXT", ["T"]),
+    ],
+)
+def test_a_caption_key_says_where_captions_are(tmp_path: Path, caption_key: str, captions: list[str]) -> None:
+    meta = {"caption": "j", "prompt": ["p", "q"], "TEXT": "T"}
+    files = {"png": b"?", "txt": b"t", "json": json.dumps(meta).encode(), "cap": BOM + b"c\nd", "output.txt": b"o"}
+    path = write_tar(tmp_path / "train.tar", {f"a.{suffix}": data for suffix, data in files.items()})
+    assert index_shard(path, caption_key).entries[0].captions == captions
+    assert index_shard(path, f".{caption_key.strip('.')}x").skipped == {"no caption": ["a"]}
+
+
+def test_captions_that_differ_are_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {}
+    for number in range(6):
+        texts = {"txt": b"new", "json": json.dumps({"caption": "new" if number % 3 else "old"}).encode()}
+        members |= {f"{number}.{suffix}": data for suffix, data in {"png": b"?", **texts}.items()}
+    path = write_tar(tmp_path / "x.tar", members)
+    assert {caption for entry in index_shard(path).entries for caption in entry.captions} == {"new"}
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("x.tar: 2 of 6 samples")
+    for key in ("json", "txt"):
+        index_shard(path, key)
+    assert len(caplog.records) == 1
+
+
+def test_what_may_be_captions_is_listed(tmp_path: Path) -> None:
+    """And an image under another name."""
+    meta = json.dumps({"prompt": "p", "caption": "", "seed": 3, "tags": ["a"]}).encode()
+    members = {
+        "a.png": b"?",
+        "a.json": meta,
+        "b.png": b"?",
+        "b.cap": b"b",
+        "c.input.png": b"?",
+        "d.png": b"?",
+        "d.txt": b"d",
+    }
+    index = index_shard(write_tar(tmp_path / "x.tar", members))
+    assert sorted(index.others) == [".cap", ".input.png", "prompt", "tags"]
+    assert str(no_samples("s", 1, {"no caption": 2}, index.others)).endswith(
+        "The samples also have prompt, tags, .cap, .input.png."
+    )
+    assert index_shard(write_tar(tmp_path / "y.tar", {"a.png": b"?", "a.txt": b"a", "a.cap": b"b"})).others == []
 
 
 def test_bad_samples_are_counted_by_reason(tmp_path: Path) -> None:
@@ -123,7 +192,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
 def test_what_is_no_tar_holds_nothing(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    assert index_shard(path) == ([], {"broken tar": ["x.tar"]})
+    assert index_shard(path)[:2] == ([], {"broken tar": ["x.tar"]})
 
 
 @pytest.mark.parametrize(
@@ -145,7 +214,7 @@ def test_what_stands_in_for_a_tar_is_named(tmp_path: Path, wrap: Callable[[bytes
 
 
 def test_an_empty_tar_is_whole(tmp_path: Path) -> None:
-    assert index_shard(write_tar(tmp_path / "x.tar", {})) == ([], {})
+    assert index_shard(write_tar(tmp_path / "x.tar", {}))[:2] == ([], {})
 
 
 def test_a_second_sample_of_a_key_is_one_bad_sample(tmp_path: Path) -> None:
@@ -167,6 +236,7 @@ def test_a_second_sample_of_a_key_is_one_bad_sample(tmp_path: Path) -> None:
         ({"txt": b" \t\r\n"}, "no caption"),
         ({"json": b'{"caption": ""}'}, "no caption"),
         ({"json": b'{"caption": 3}'}, "no caption"),
+        ({"txt": BOM + b"\r\n"}, "no caption"),
         ({"txt": "café".encode("latin-1")}, "undecodable caption"),
         ({"txt": "x".encode("utf-16")}, "undecodable caption"),
         ({"txt": b"x" * (MAX_TEXT + 1)}, "caption too long"),
@@ -174,7 +244,7 @@ def test_a_second_sample_of_a_key_is_one_bad_sample(tmp_path: Path) -> None:
 )
 def test_bad_captions_have_a_reason(tmp_path: Path, captions: dict[str, bytes], reason: str) -> None:
     members = {"a.png": b"?"} | {f"a.{suffix}": data for suffix, data in captions.items()}
-    assert index_shard(write_tar(tmp_path / "x.tar", members)) == ([], {reason: ["a"]})
+    assert index_shard(write_tar(tmp_path / "x.tar", members))[:2] == ([], {reason: ["a"]})
 
 
 @pytest.mark.parametrize("caption", ["🦊 on 🧊", "x" * MAX_TEXT, "é" * (MAX_TEXT // 2), "nul\0inside", "النص"])
@@ -192,7 +262,7 @@ def test_names_with_spaces_accents_and_other_encodings_are_keys(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/evil", "..//evil", "a\nb", "\x1b[2Ja", "tab\t"])
 def test_names_that_lead_out_of_a_folder_or_into_a_terminal_are_refused(tmp_path: Path, name: str) -> None:
     path = write_tar(tmp_path / "x.tar", {f"{name}.png": b"?", f"{name}.txt": b"caption"})
-    assert index_shard(path) == ([], {"unsafe name": [name]})
+    assert index_shard(path)[:2] == ([], {"unsafe name": [name]})
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -207,7 +277,7 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes) -> None
         caption.size = 1
         tar.addfile(caption, io.BytesIO(b"x"))
         tar.addfile(link.replace(name="b.png"))
-    assert index_shard(path) == ([], {"image is a link, a device or sparse": ["a", "b"]})
+    assert index_shard(path)[:2] == ([], {"image is a link, a device or sparse": ["a", "b"]})
 
 
 def raw_header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
@@ -245,7 +315,7 @@ def test_crafted_headers_end_the_tar_and_nothing_else(tmp_path: Path, crafted: b
 def test_sparse_files_are_not_read_as_they_lie(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(raw_header("b.png", b"00000001000", b"S") + bytes(512 + 1024))
-    assert index_shard(path) == ([], {"image is a link, a device or sparse": ["b"]})
+    assert index_shard(path)[:2] == ([], {"image is a link, a device or sparse": ["b"]})
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

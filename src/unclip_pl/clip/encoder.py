@@ -45,7 +45,7 @@ def architecture(name: str) -> dict[str, Any]:
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist: give a local-dir: folder with an open_clip_config.json.")
-        return json.loads(path.read_text())["model_cfg"]
+        return json.loads(path.read_bytes())["model_cfg"]
     config = open_clip.get_model_config(name)
     if config is None:
         raise InputError(f"Expected a CLIP that open_clip knows, or local-dir:PATH. Got {name!r}: correct clip.name.")

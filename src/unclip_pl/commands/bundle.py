@@ -43,7 +43,7 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
         raise InputError(f"Expected one run. Write, for example, unclip bundle runs/quickstart. Got {len(paths)}.")
     root = Path(paths[0])
     run = read_run(root)
-    parts = _parts(expanded(json.loads((root / RUN).read_text(encoding="utf-8"))), run, for_study=for_study)
+    parts = _parts(expanded(json.loads((root / RUN).read_bytes())), run, for_study=for_study)
     names = [name for name in dict.fromkeys(texts_in(parts)) if name and (root / name).is_file()]
     places = {name: _within(name, number) for number, name in enumerate(names)}
     if for_study and (root / CODEC).is_file():

@@ -20,6 +20,7 @@ def precompute(
     store: str,
     clip: ClipSpec,
     *,
+    caption_key: str = "",
     batch_size: PositiveInt = 256,
     max_bad_fraction: ClosedUnitInterval = 0.01,
     accelerator: str = "auto",
@@ -37,6 +38,9 @@ def precompute(
             https://, …) of any file system that fsspec knows.
         store: folder of the embeddings, which all processes see.
         clip: CLIP that embeds.
+        caption_key: suffix of the captions' files, such as .caption, or field of the samples' JSON, such as prompt;
+            json for its fields captions and caption; empty takes key.txt, and key.json where there is none. Shards
+            that were embedded with another caption_key are embedded again.
         batch_size: images, and captions, that CLIP sees at once.
         max_bad_fraction: largest share of samples without a readable image and caption.
         accelerator: auto, cpu, gpu or another of Lightning's names.
@@ -56,6 +60,7 @@ def precompute(
             source,
             store,
             encoder,
+            caption_key=caption_key,
             batch_size=batch_size,
             verify=verify,
             rank=fabric.global_rank,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from unclip_pl.commands.studio import RunOptions, Studio
-from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.errors import InputError
+from unclip_pl.files import EDGES, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,16 +119,12 @@ def _layout(
 
 def _texts(captions: list[str], prompts: str, from_embedding: str) -> list[str]:
     """Return the captions, and those of a text file, one a line; empty lines do not count."""
+    captions = [caption.strip(EDGES) for caption in captions]
     if not prompts:
         if not captions and not from_embedding:
             raise InputError('Expected a caption. Got none: write unclip sample "a large red star".')
         return captions
-    if not Path(prompts).is_file():
-        raise MissingFileError(f"No prompts at {prompts}: name a text file with a caption a line.")
-    texts = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not texts:
-        raise InputError(f"Expected a caption a line in {prompts}. Got none: write some.")
-    return [*captions, *texts]
+    return [*captions, *read_lines(prompts, "prompts")]
 
 
 def _embeddings(studio: Studio, path: str) -> "Tensor":

@@ -132,6 +132,8 @@ class UnclipDataModule(ResumableDataModule):
         num_workers: processes that assemble batches; 0 is this one, and enough for priors.
         seed: base seed of the order, and of the caption that an image gets in an epoch.
         image_size: side of the images in a batch; None is CLIP's.
+        caption_key: suffix of the captions' files, such as .caption, or field of the samples' JSON, such as prompt;
+            empty takes key.txt, and key.json where there is none.
     """
 
     def __init__(
@@ -144,11 +146,13 @@ class UnclipDataModule(ResumableDataModule):
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
         image_size: PositiveInt | None = None,
+        caption_key: str = "",
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.prepare_data_per_node = False  # one store, on a file system that all nodes see
         self.source = source
         self.store = store
+        self.caption_key = caption_key
         self.clip = clip
         self.eval_batch_size = eval_batch_size or batch_size
         self.image_size = image_size or clip.image_size
@@ -180,15 +184,16 @@ class UnclipDataModule(ResumableDataModule):
         Raises:
             InputError: more are missing, or the store belongs to another CLIP.
         """
-        missing = pending(self.source, self.store, self.fingerprint)
+        missing = pending(self.source, self.store, self.fingerprint, self.caption_key)
         if world_size > 1 and len(missing) > allowed:
             raise InputError(
                 f"{len(missing)} shards of {self.source} have no embeddings in {self.store}, and {world_size} "
                 f"processes cannot wait for one to make them: run `unclip precompute --source {self.source} "
-                f"--store {self.store} --clip.name {self.clip.name} --clip.pretrained '{self.clip.pretrained}'` first."
+                f"--store {self.store} --clip.name {self.clip.name} --clip.pretrained '{self.clip.pretrained}'"
+                f"{f' --caption_key {self.caption_key}' if self.caption_key else ''}` first."
             )
         if missing:
-            precompute(self.source, self.store, self.clip)
+            precompute(self.source, self.store, self.clip, caption_key=self.caption_key)
 
     def prepare_data(self) -> None:
         """Complete the store; Lightning calls this on one process while the others wait."""
@@ -245,6 +250,8 @@ class PairDataModule(ResumableDataModule):
         num_workers: processes that assemble batches; 0 is this one.
         seed: base seed of the order, the captions and the shifts.
         shift: largest random move of training images on both axes, in pixels.
+        caption_key: suffix of the captions' files, such as .caption, or field of the samples' JSON, such as prompt;
+            empty takes key.txt, and key.json where there is none.
     """
 
     def __init__(
@@ -255,17 +262,20 @@ class PairDataModule(ResumableDataModule):
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
         shift: NonNegativeInt = 0,
+        caption_key: str = "",
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.source = source
         self.clip = clip
         self.clip_name = clip.name  # for the task that trains it
         self.shift = shift
+        self.caption_key = caption_key
 
     @cached_property
     def pairs(self) -> PairStore:
         """Pairs, loaded once."""
-        return PairStore(self.source, self.clip.load().tokenize, image_size=self.clip.image_size)
+        size, key = self.clip.image_size, self.caption_key
+        return PairStore(self.source, self.clip.load().tokenize, image_size=size, caption_key=key)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Load shuffled training pairs, one caption of each image per epoch."""

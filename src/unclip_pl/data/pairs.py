@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.data.sampler import RowBatch
-from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, list_shards, read_span
+from unclip_pl.data.shards import Entry, Split, decode_entries, index_shard, list_shards, no_samples, read_span
 from unclip_pl.data.store import offsets_of
 from unclip_pl.data.transforms import BadSample, load_square, to_pixels
 from unclip_pl.errors import InputError
@@ -28,6 +28,7 @@ class PairStore:
         source: local shards, see ``list_shards``.
         tokenize: maker of (n, context) int64 token ids of captions.
         image_size: side of the images.
+        caption_key: place of the captions, see ``index_shard``.
         memory: bytes that decoded images may take.
 
     Raises:
@@ -35,12 +36,18 @@ class PairStore:
     """
 
     def __init__(
-        self, source: str, tokenize: Callable[[list[str]], Tensor], *, image_size: int, memory: int = 2**31
+        self,
+        source: str,
+        tokenize: Callable[[list[str]], Tensor],
+        *,
+        image_size: int,
+        caption_key: str = "",
+        memory: int = 2**31,
     ) -> None:
         self.image_size = image_size
         self.entries: list[tuple[Path, Entry]] = []
         self.images: Tensor | None = None
-        indices = [(shard.path, index_shard(shard.path)) for shard in list_shards(source)]
+        indices = [(shard.path, index_shard(shard.path, caption_key)) for shard in list_shards(source)]
         skipped = Counter({reason: len(keys) for _, index in indices for reason, keys in index.skipped.items()})
         if sum(len(index.entries) for _, index in indices) * 3 * image_size**2 <= memory:
             self.images = self._decode([(shard, index.entries) for shard, index in indices], skipped)
@@ -49,9 +56,8 @@ class PairStore:
         if skipped:
             log.warning("%s: skipped %d sample(s): %s", source, skipped.total(), dict(skipped))
         if not self.entries:
-            raise InputError(
-                f"Expected images with captions in {source}. Got no usable sample ({dict(skipped)}): add some."
-            )
+            others = [name for _, index in indices for name in index.others]
+            raise no_samples(source, len(indices), skipped, others)
         self.splits = np.array([entry.split for _, entry in self.entries], np.uint8)
         captions = list(dict.fromkeys(caption for _, entry in self.entries for caption in entry.captions))
         place = {caption: row for row, caption in enumerate(captions)}

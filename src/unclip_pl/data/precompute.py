@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
-from unclip_pl.data.shards import Entry, Shard, ShardIndex, Split, decode_entries, index_shard, list_shards
+from unclip_pl.data.shards import Entry, Shard, ShardIndex, Split, decode_entries, index_shard, list_shards, no_samples
 from unclip_pl.data.store import (
     STATISTICS,
     Contents,
@@ -37,6 +37,7 @@ from unclip_pl.data.store import (
     read_manifest,
     read_moments,
     read_record,
+    require_caption_key,
     require_one_clip,
     tool_version,
     write_features,
@@ -65,6 +66,7 @@ def precompute(
     store: str,
     clip: ClipSpec,
     *,
+    caption_key: str = "",
     batch_size: int = 256,
     max_bad_fraction: float = 0.01,
     device: str = "auto",
@@ -76,13 +78,14 @@ def precompute(
         source: shards, see ``list_shards``.
         store: folder of the embeddings.
         clip: CLIP that embeds.
+        caption_key: place of the captions, see ``index_shard``.
         batch_size: images, and captions, that CLIP sees at once.
         max_bad_fraction: largest share of samples without a readable image and caption.
         device: auto, cpu, cuda, cuda:1, …
         verify: read finished files against their checksums, and make again those that differ.
     """
     encoder = clip.load().to(resolve_device(device))
-    embed_share(source, store, encoder, batch_size=batch_size, verify=verify)
+    embed_share(source, store, encoder, caption_key=caption_key, batch_size=batch_size, verify=verify)
     finish(source, store, encoder, max_bad_fraction=max_bad_fraction)
 
 
@@ -91,6 +94,7 @@ def embed_share(
     store: str,
     encoder: ClipEncoder,
     *,
+    caption_key: str = "",
     batch_size: int,
     verify: bool = False,
     rank: int = 0,
@@ -102,6 +106,7 @@ def embed_share(
         source: shards, see ``list_shards``.
         store: folder of the embeddings.
         encoder: CLIP, on the device that shall do the work.
+        caption_key: place of the captions, see ``index_shard``. What another one gave is embedded again.
         batch_size: images, and captions, that CLIP sees at once.
         verify: read finished files against their checksums, and make again those that differ.
         rank: number of this process, below ``world_size``.
@@ -111,16 +116,30 @@ def embed_share(
         MissingFileError: no shards at ``source``.
         InputError: the store belongs to another CLIP.
     """
-    shards, folder = deal(list_shards(source), rank, world_size), Path(store)
+    listed, folder = list_shards(source), Path(store)
+    shards = deal(listed, rank, world_size)
     manifest = read_manifest(folder)
     records = {shard: read_record(features_file(folder, shard)) for shard in shards}
     require_one_clip(folder, [*manifest.values(), *filter(None, records.values())], encoder.fingerprint)
-    todo = [shard for shard, record in records.items() if not _is_done(shard, folder, record)]
+    if rank == 0:
+        _forget_other_captions(folder, listed, manifest, caption_key)
+    todo = [shard for shard, record in records.items() if not _is_done(shard, folder, record, caption_key)]
     if verify:
         done = [shard for shard in shards if shard not in set(todo)]
         todo += [shard for shard in done if not _is_whole(features_file(folder, shard), manifest.get(shard.name))]
         log.info("%s: %d of %d shards are as they were written.", folder, len(shards) - len(todo), len(shards))
-    _embed(todo, folder, encoder, batch_size, quiet=rank > 0)
+    _embed(todo, folder, encoder, caption_key, batch_size, quiet=rank > 0)
+
+
+def _forget_other_captions(
+    folder: Path, shards: list[Shard], manifest: dict[str, ShardRecord], caption_key: str
+) -> None:
+    """Take the shards whose captions were found elsewhere out of the manifest, before their files change."""
+    names = {shard.name for shard in shards}
+    stale = {name for name in names & manifest.keys() if manifest[name].caption_key != caption_key}
+    if stale:
+        log.warning("%s: making %d shard(s) again, with caption_key %r.", folder, len(stale), caption_key)
+        write_manifest(folder, [record for name, record in manifest.items() if name not in stale])
 
 
 def deal(shards: list[Shard], rank: int, world_size: int) -> list[Shard]:
@@ -160,21 +179,23 @@ def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: f
     write_manifest(folder, (read_manifest(folder) | {record.shard: record for record in records}).values())
 
 
-def pending(source: str, store: str, fingerprint: str) -> list[Shard]:
+def pending(source: str, store: str, fingerprint: str, caption_key: str = "") -> list[Shard]:
     """Return the shards that have no embeddings by this CLIP in a store, or all if its statistics are missing.
 
     Whether a remote shard has changed is for ``unclip precompute`` to ask: here it would take a request each.
 
     Raises:
-        InputError: the store belongs to another CLIP.
+        InputError: the store belongs to another CLIP, or its captions were found at another ``caption_key``.
     """
     shards, folder = list_shards(source), Path(store)
     records = read_manifest(folder)
     require_one_clip(folder, records.values(), fingerprint)
+    require_caption_key(folder, [records[shard.name] for shard in shards if shard.name in records], caption_key)
     if not (folder / STATISTICS).is_file():
         return shards
     known = [(shard, records.get(shard.name)) for shard in shards]
-    return [shard for shard, record in known if not (record and shard.remote) and not _is_done(shard, folder, record)]
+    trusted = [shard for shard, record in known if record and shard.remote]
+    return [s for s, record in known if s not in trusted and not _is_done(s, folder, record, caption_key)]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -189,8 +210,8 @@ def features_file(folder: Path, shard: Shard) -> Path:
     return folder / f"{shard.name.removesuffix('.tar')}.safetensors"
 
 
-def _is_done(shard: Shard, folder: Path, record: ShardRecord | None) -> bool:
-    if record is None:
+def _is_done(shard: Shard, folder: Path, record: ShardRecord | None, caption_key: str) -> bool:
+    if record is None or record.caption_key != caption_key:
         return False
     file = folder / record.file
     return file.is_file() and record.describes(shard, file)
@@ -212,16 +233,15 @@ def _require_good(source: str, records: list[ShardRecord], max_bad_fraction: flo
     reasons: Counter[str] = sum((Counter(record.skipped) for record in records), Counter())
     named = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     good, bad = sum(record.images for record in records), reasons.total()
+    others = list(dict.fromkeys(name for record in records for name in record.others))
     if good == 0:
-        raise InputError(
-            f"Expected images with captions in {source}. Got no usable sample in {len(records)} shard(s) "
-            f"({named or 'they are empty'}): give key.png, .jpg or .webp, with key.txt or key.json beside it."
-        )
+        raise no_samples(source, len(records), dict(reasons.most_common()), others)
     if bad > max_bad_fraction * (good + bad):
         raise InputError(
             f"{bad} of {good + bad} samples of {source} are bad ({named}), more than max_bad_fraction = "
             f"{max_bad_fraction}. What is embedded is kept: correct the shards, or run `unclip precompute` with a "
             "larger --max_bad_fraction."
+            + (f" Bad samples have {', '.join(others)}: captions there need --caption_key." if others else "")
         )
 
 
@@ -257,7 +277,9 @@ class Decoded(NamedTuple):
     bad: list[tuple[str, str]]  # (reason, key) of the others
 
 
-def _embed(todo: list[Shard], folder: Path, encoder: ClipEncoder, batch_size: int, *, quiet: bool) -> None:
+def _embed(
+    todo: list[Shard], folder: Path, encoder: ClipEncoder, caption_key: str, batch_size: int, *, quiet: bool
+) -> None:
     """Embed shards under a progress bar."""
     seen, begin = 0, time.perf_counter()
     columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("shards, {task.fields[rate]}"))
@@ -269,7 +291,8 @@ def _embed(todo: list[Shard], folder: Path, encoder: ClipEncoder, batch_size: in
             seen += images
             progress.update(task, rate=f"{seen / (time.perf_counter() - begin):,.0f} images/s")
 
-        for record, skipped in embed_shards(todo, folder, encoder, batch_size=batch_size, advance=advance):
+        embedded = embed_shards(todo, folder, encoder, caption_key=caption_key, batch_size=batch_size, advance=advance)
+        for record, skipped in embedded:
             for reason, keys in skipped.items():
                 few = ", ".join(keys[:3])
                 log.warning("%s: skipped %d sample(s), %s: %s", record.shard, len(keys), reason, few)
@@ -277,7 +300,13 @@ def _embed(todo: list[Shard], folder: Path, encoder: ClipEncoder, batch_size: in
 
 
 def embed_shards(
-    shards: Iterable[Shard], folder: Path, encoder: ClipEncoder, *, batch_size: int, advance: Advance
+    shards: Iterable[Shard],
+    folder: Path,
+    encoder: ClipEncoder,
+    *,
+    caption_key: str = "",
+    batch_size: int,
+    advance: Advance,
 ) -> Iterator[tuple[ShardRecord, Skipped]]:
     """Embed shards into their files, reading the next and writing the last one meanwhile.
 
@@ -287,33 +316,36 @@ def embed_shards(
         shards: shards to embed.
         folder: the store's folder.
         encoder: CLIP, on the device that shall do the work.
+        caption_key: place of the captions, see ``index_shard``.
         batch_size: images, or captions, at a time.
         advance: told the number of images of each batch, good or bad.
 
     Yields:
         Records that are written, each with the keys of its bad samples by reason.
     """
-    fingerprint = encoder.fingerprint
+    made_by = {"clip": encoder.fingerprint, "caption_key": caption_key}
     written: list[Future[tuple[ShardRecord, Skipped]]] = []
-    read = _ahead(_read(shards, folder / INCOMING, encoder.image_size, batch_size), DEPTH)
+    read = _ahead(_read(shards, folder / INCOMING, caption_key, encoder.image_size, batch_size), DEPTH)
     with ThreadPoolExecutor(1) as writer, closing(read) as events:
         for opened in events:
             assert isinstance(opened, Opened)
             batches = iter(lambda: next(events), None)  # of this shard: None ends them
             contents = embed_shard(opened, batches, encoder, batch_size, advance)  # type: ignore[arg-type]
-            written.append(writer.submit(_write, opened, contents, folder, fingerprint))
+            written.append(writer.submit(_write, opened, contents, folder, made_by))
             if len(written) > 1:
                 yield written.pop(0).result()
         for last in written:
             yield last.result()
 
 
-def _read(shards: Iterable[Shard], incoming: Path, size: int, batch_size: int) -> Iterator[Opened | Decoded | None]:
+def _read(
+    shards: Iterable[Shard], incoming: Path, caption_key: str, size: int, batch_size: int
+) -> Iterator[Opened | Decoded | None]:
     """Yield each shard, its batches, and None after the last of them."""
     for shard in shards:
         opened_ns, mark = time.time_ns(), shard.stamp().mark
         with shard.fetched(incoming) as path:
-            index = index_shard(path)
+            index = index_shard(path, caption_key)
             yield Opened(shard, opened_ns, path.stat().st_size, mark, sha256(path), index)
             for batch in decode_entries(path, index.entries, size, batch_size):
                 good = [(entry, image) for entry, image in batch if isinstance(image, Tensor)]
@@ -397,7 +429,7 @@ def _half(values: Tensor, shard: Shard) -> np.ndarray:
     return half.numpy()
 
 
-def _write(opened: Opened, contents: Contents, folder: Path, fingerprint: str) -> tuple[ShardRecord, Skipped]:
+def _write(opened: Opened, contents: Contents, folder: Path, made_by: dict[str, str]) -> tuple[ShardRecord, Skipped]:
     features, file = contents.features, features_file(folder, opened.shard)
     record = ShardRecord(
         shard=opened.shard.name,
@@ -406,13 +438,14 @@ def _write(opened: Opened, contents: Contents, folder: Path, fingerprint: str) -
         source_sha256=opened.sha256,
         file=file.name,
         sha256=contents.checksum(),
-        clip=fingerprint,
         images=len(features.image_embed),
         splits=np.bincount(features.split, minlength=len(Split)).tolist(),
         captions=len(features.text_embed),
         dtype=str(features.image_embed.dtype),
         skipped={reason: len(keys) for reason, keys in contents.skipped.items()},
         version=tool_version(),
+        others=opened.samples.others,
+        **made_by,
     )
     write_features(file, contents, record, opened.opened_ns)
     return record, contents.skipped

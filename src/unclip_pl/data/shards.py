@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unclip_pl.data.transforms import BadSample, load_square
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import require_unpacked
+from unclip_pl.files import EDGES, clean_lines, require_unpacked
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or JSON member
@@ -296,6 +296,7 @@ class ShardIndex(NamedTuple):
 
     entries: list[Entry]
     skipped: dict[str, list[str]]
+    others: list[str]  # suffixes and JSON fields of samples without image or caption, the most frequent first
 
 
 def split_of_file(name: str) -> Split | None:
@@ -315,12 +316,20 @@ def encode_text(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def index_shard(path: Path) -> ShardIndex:
+def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
     """Find where each sample of a shard lies, and read its captions.
 
     Members are grouped like webdataset does, at the first dot of the base name. Which samples are skipped, and why,
     depends on the shard's bytes alone. A tar that breaks off gives what lies before the break; a file that is no tar
     gives nothing. Both are named as "broken tar".
+
+    Without a ``caption_key`` the lines of ``key.txt`` are the captions, and where there are none ``captions`` or
+    ``caption`` of ``key.json``. Where both say the same, the JSON tells where one caption ends and the next begins.
+
+    Args:
+        path: tar.
+        caption_key: suffix of the captions' files, such as ``.caption``, or field of ``key.json``, such as ``prompt``;
+            ``json`` for its usual fields. A file goes before a field of the same name.
 
     Raises:
         InputError: the tar is compressed, or a pointer of git-lfs.
@@ -343,21 +352,54 @@ def index_shard(path: Path) -> ShardIndex:
             continue
         groups[key][suffix] = span
 
-    entries, split = [], split_of_file(path.name)
+    entries, split, differing, others = [], split_of_file(path.name), 0, Counter[str]()
     with path.open("rb") as file:
         for key, members in groups.items():
+            json_span = members.get("json", NOWHERE)
+            meta = parse_json(read_span(file, *json_span)) if 0 < json_span.size <= MAX_TEXT else {}
             try:
                 if _UNSAFE.search(key):
                     raise BadSample("unsafe name")
                 image = _image(members)
-                captions = _captions(file, members)
+                captions, differs = _captions(file, members, meta, caption_key)
             except BadSample as reason:
                 skipped[str(reason)].append(key)
+                if str(reason) in ("no image", "no caption"):
+                    others.update(_names(members, meta))
                 continue
-            json_span = members.get("json", NOWHERE)
+            differing += differs
             entries.append(Entry(key, image, json_span, captions, split_of_key(key) if split is None else split))
+    if differing:
+        log.warning(
+            "%s: %d of %d samples have another caption in the json than in the .txt, which is taken (see caption_key).",
+            path.name, differing, len(entries),
+        )  # fmt: skip
     entries.sort(key=lambda entry: entry.split)  # each split is one run of rows, which two numbers describe
-    return ShardIndex(entries, dict(skipped))
+    return ShardIndex(entries, dict(skipped), [name for name, _ in others.most_common(12)])
+
+
+def _names(members: dict[str, Span], meta: dict[str, Any]) -> list[str]:
+    """Return where a sample's captions, or an image of another name, may be."""
+    fields = [name for name, value in meta.items() if _listed(value)]
+    return [f".{suffix}" for suffix in members if suffix not in (*IMAGE_SUFFIXES, "json", "txt")] + fields
+
+
+def no_samples(source: str, count: int, skipped: Mapping[str, int], others: Iterable[str]) -> InputError:
+    """Return the error of a source without a usable sample.
+
+    Args:
+        source: shards.
+        count: number of shards.
+        skipped: number of bad samples by reason.
+        others: places of what may be captions, see :class:`ShardIndex`.
+    """
+    named = ", ".join(f"{reason}: {number}" for reason, number in skipped.items()) or "they are empty"
+    places = ", ".join(dict.fromkeys(others))
+    return InputError(
+        f"Expected images with captions in {source}. Got no usable sample in {count} shard(s) ({named}): give key.png, "
+        ".jpg or .webp, with key.txt or key.json beside it"
+        + (f", or set caption_key to where the captions are. The samples also have {places}." if places else ".")
+    )
 
 
 class _Header(tarfile.TarInfo):
@@ -421,30 +463,41 @@ def _image(members: dict[str, Span]) -> Span:
     return found
 
 
-def _captions(file: BinaryIO, members: dict[str, Span]) -> list[str]:
-    """Read ``captions`` or ``caption`` of ``key.json``, else the lines of ``key.txt``."""
-    span = members.get("json", NOWHERE)
-    captions = _listed(read_span(file, *span)) if 0 < span.size <= MAX_TEXT else []
-    if "txt" in members and not captions:
-        if members["txt"].size > MAX_TEXT:
-            raise BadSample("caption too long")
-        try:
-            captions = read_span(file, *members["txt"]).decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise BadSample("undecodable caption") from error
-    captions = list(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))
-    if not captions:
+def _captions(file: BinaryIO, members: dict[str, Span], meta: dict[str, Any], key: str) -> tuple[list[str], bool]:
+    """Read a sample's captions, and say whether its text and its JSON differ, see :func:`index_shard`."""
+    suffix = key.lower().removeprefix(".") or "txt"
+    is_file = suffix in members and suffix != "json"
+    fields = ("captions", "caption") if key in ("", "json", ".json") else (key,)
+    listed = [] if is_file and key else next(filter(None, (_listed(meta.get(field)) for field in fields)), [])
+    try:
+        written = _lines(file, members[suffix]) if is_file else []
+    except BadSample:
+        if not listed:
+            raise
+        written = []
+    if not listed and not written:
         raise BadSample("no caption")
-    return captions
+    spelled = list(dict.fromkeys(line for caption in listed for line in clean_lines(caption)))
+    differs = bool(listed) and bool(written) and spelled != written
+    return (written if differs or not listed else listed), differs
 
 
-def _listed(data: bytes) -> list[str]:
-    meta = parse_json(data)
-    found = meta.get("captions") or meta.get("caption")
-    found = [found] if isinstance(found, str) else found
+def _lines(file: BinaryIO, span: Span) -> list[str]:
+    if span.size > MAX_TEXT:
+        raise BadSample("caption too long")
+    try:
+        return list(dict.fromkeys(clean_lines(read_span(file, *span).decode("utf-8"))))
+    except UnicodeDecodeError as error:
+        raise BadSample("undecodable caption") from error
+
+
+def _listed(value: object) -> list[str]:
+    """Return the captions in a JSON field: a text, or a list of texts."""
+    found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(caption, str) for caption in found):
         return []
-    return [caption.encode("utf-8", "replace").decode() for caption in found]  # JSON can spell half a character
+    texts = (caption.encode("utf-8", "replace").decode().strip(EDGES) for caption in found)  # half a character: "?"
+    return list(dict.fromkeys(filter(None, texts)))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class ShardRecord(NamedTuple):
     skipped: dict[str, int]  # bad samples by reason; their keys are in the file's header
     version: str  # of unclip_pl
     format: int = FORMAT
+    caption_key: str = ""  # see `index_shard`
+    others: list[str] = []  # see `ShardIndex`
 
     @classmethod
     def parse(cls, values: dict[str, Any], path: Path) -> "ShardRecord":
@@ -148,6 +150,16 @@ def require_one_clip(store: Path, records: Iterable[ShardRecord], fingerprint: s
         raise InputError(
             f"Embeddings in {store} were made by CLIP {foreign[0]!r}, but this run uses {fingerprint!r}. Run "
             "`unclip precompute` with another --store for it (and name that as data.store), or change the clip."
+        )
+
+
+def require_caption_key(store: Path, records: Iterable[ShardRecord], caption_key: str) -> None:
+    """Raise InputError where captions in the store were found at another ``caption_key``, see ``index_shard``."""
+    foreign = sorted({record.caption_key for record in records} - {caption_key})
+    if foreign:
+        raise InputError(
+            f"Captions in {store} were read with caption_key {foreign[0]!r}, but this run uses {caption_key!r}: set "
+            f"data.caption_key to {foreign[0]!r}, or run `unclip precompute --caption_key '{caption_key}'`."
         )
 
 

@@ -125,7 +125,7 @@ def read_run(root: Path) -> RunDescription:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
     try:
-        content = expanded(json.loads(path.read_text(encoding="utf-8")))
+        content = expanded(json.loads(path.read_bytes()))
         description: RunDescription = parser.instantiate(parser.parse_object({"run": content})).run
     except Exception as error:
         moved = moved_in(str(error))
@@ -141,7 +141,7 @@ def base_hash(root: Path) -> str:
     Args:
         root: folder of a run.
     """
-    content = expanded(json.loads((root / RUN).read_text(encoding="utf-8")))
+    content = expanded(json.loads((root / RUN).read_bytes()))
     shared = [content.get(name) for name in ("clip", "judge", "decoder")]
     files = sorted(name for name in texts_in(shared) if name and (root / name).is_file())
     return hashlib.sha256("".join(sha256(root / name) for name in files).encode()).hexdigest()[:12]

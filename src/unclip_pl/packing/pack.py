@@ -23,7 +23,7 @@ from PIL import Image
 from unclip_pl.data.shards import MAX_IMAGE, MAX_TEXT, encode_text
 from unclip_pl.data.transforms import BadSample, Encoding, center_square, decode_image, scale_shorter, suffix_of
 from unclip_pl.errors import InputError
-from unclip_pl.files import replacing, write_text
+from unclip_pl.files import EDGES, replacing, write_text
 from unclip_pl.packing.samples import Picture, Sample
 
 _FORMAT: dict[Encoding, str] = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -298,7 +298,7 @@ def _members(sample: Sample, form: Form) -> list[tuple[str, bytes]]:
 
 def _captions(captions: list[str]) -> list[str]:
     """Return the usable captions, a line each."""
-    lines = list(dict.fromkeys(" ".join(text.split()) for text in captions))
+    lines = list(dict.fromkeys(" ".join(text.strip(EDGES).split()) for text in captions))
     good = [line for line in lines if line and not re.search("[\ud800-\udfff]", line)]
     if not good:
         raise BadSample("undecodable caption" if any(lines) else "no caption")
