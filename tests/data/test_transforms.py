@@ -5,12 +5,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
 from unclip_pl.data import transforms
-from unclip_pl.data.transforms import BadSample, center_square, decode_image, load_square, to_pixels
+from unclip_pl.data.transforms import BadSample, center_square, decode_image, load_square, to_pixels, without_metadata
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -96,6 +96,80 @@ def test_one_pixel_is_an_image() -> None:
     assert (
         load_square(encoded(Image.new("RGB", (1, 1), "teal")), 16) == torch.tensor([0, 128, 128])[:, None, None]
     ).all()
+
+
+def chunked(kind: bytes, body: bytes, *, crc: int | None = None, last: bool = False) -> bytes:
+    """A red PNG with one more chunk, behind its header or before its end."""
+    data, chunk = encoded(Image.new("RGB", (8, 8), "red")), kind + body
+    check = zlib.crc32(chunk) if crc is None else crc
+    place = len(data) - 12 if last else 33
+    return data[:place] + struct.pack(">I", len(body)) + chunk + struct.pack(">I", check) + data[place:]
+
+
+def segmented(*segments: tuple[int, bytes]) -> bytes:
+    """A red JPEG with more segments behind its first."""
+    data = encoded(Image.new("RGB", (8, 8), "red"), "JPEG")
+    more = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
+    return data[:20] + more + data[20:]
+
+
+def webp(kind: bytes, body: bytes) -> bytes:
+    """A red WebP with one more chunk."""
+    data = encoded(Image.new("RGB", (8, 8), "red"), "WEBP", lossless=True, exif=b"Exif\0\0junkjunk")
+    data = data[:12] + data[12:].replace(b"EXIF", b"JUNK") + kind + struct.pack("<I", len(body)) + body
+    return data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+
+
+LARGE = zlib.compress(b"a node " * 300_000)
+JUNK_EXIF = b"\0\x08\0\x02\x01\x12\0\x03"
+GOOD_METADATA_GONE_BAD = {
+    "EXIF of a PNG": chunked(b"eXIf", JUNK_EXIF),
+    "large text": chunked(b"zTXt", b"workflow\0\0" + LARGE),
+    "large text at the end": chunked(b"zTXt", b"workflow\0\0" + LARGE, last=True),
+    "large international text": chunked(b"iTXt", b"workflow\0\1\0\0\0" + LARGE),
+    "large profile": chunked(b"iCCP", b"wide\0\0" + LARGE),
+    "broken profile": chunked(b"iCCP", b"wide\0\0" + b"no zlib"),
+    "checksum of a text": chunked(b"tEXt", b"a\0b", crc=1),
+    "cut physical size": chunked(b"pHYs", b"\0"),
+    "EXIF of a JPEG": segmented((0xE1, b"Exif\0\0junkjunk")),
+    "cut EXIF of a JPEG": segmented((0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\x09")),
+    "cut application data": segmented((0xED, b"Photoshop 3.0\0" + b"8BIM\x04\x04")),
+    "profile in pieces": segmented((0xE2, b"ICC_PROFILE\0\1"), (0xE2, b"ICC_PROFILE\0")),
+    "index of more pictures": segmented((0xE2, b"MPF\0MM\0*\0\0\0\x08\0\x09")),
+    "EXIF of a WebP": encoded(Image.new("RGB", (8, 8), "red"), "WEBP", lossless=True, exif=b"Exif\0\0junkjunk"),
+    "unknown chunk of a WebP": webp(b"ABCD", b"12"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*MPO")
+@pytest.mark.parametrize("name", GOOD_METADATA_GONE_BAD)
+def test_only_pixels_make_an_image_undecodable(name: str) -> None:
+    pixels = np.asarray(decode_image(GOOD_METADATA_GONE_BAD[name])).astype(int)
+    assert np.abs(pixels - (255, 0, 0)).max() <= 2
+
+
+def test_metadata_that_is_left_out_takes_no_orientation_with_it() -> None:
+    wide = Image.new("RGB", (8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind, junk in (("PNG", chunked(b"zTXt", b"a\0\0" + LARGE)[33:-12]), ("JPEG", b"")):
+        data = encoded(wide, kind, exif=exif)
+        data = data[:33] + junk[: junk.index(b"IDAT") - 4] + data[33:] if junk else data
+        assert decode_image(data).size == (4, 8)
+        assert decode_image(without_metadata(data)).size == (4, 8)
+
+
+def test_an_image_without_metadata_is_the_same() -> None:
+    """The bytes of every kind of file are cut at the right places."""
+    picture = Image.effect_noise((40, 30), 90).convert("RGBA")
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for kind, options in (("PNG", {}), ("JPEG", {"comment": b"x"}), ("JPEG", {"progressive": True}), ("WEBP", {})):
+        image = picture if kind != "JPEG" else picture.convert("CMYK")
+        data = encoded(image, kind, icc_profile=icc, **options)
+        bare = without_metadata(data)
+        assert len(bare) < len(data) - len(icc) // 4
+        assert decode_image(bare).tobytes() == decode_image(data).tobytes()
+        assert without_metadata(bare) == bare
 
 
 @pytest.mark.parametrize(

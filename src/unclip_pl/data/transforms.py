@@ -2,11 +2,13 @@
 
 import io
 import re
+import struct
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 Encoding = Literal["png", "jpg", "webp"]
@@ -16,6 +18,20 @@ _MAGIC: dict[Encoding, re.Pattern[bytes]] = {
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "jpg": re.compile(rb"\xff\xd8\xff"),
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
+
+#: Chunks on which pixels depend, and the EXIF tag: in a PNG the critical ones, which have a capital first.
+_PNG_PIXELS = re.compile(rb"[A-Z]|tRNS|acTL|fcTL|fdAT|eXIf")
+_WEBP_PIXELS = re.compile(rb"VP8|ALPH|ANIM|ANMF|EXIF")
+#: What makes a picture upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 #: More pixels than this are taken for a decompression bomb: 8,192 × 8,192.
@@ -53,18 +69,90 @@ def decode_image(data: bytes) -> Image.Image:
 
 def decode_upright(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Decode like :func:`decode_image`, but files of any of some formats that Pillow knows."""
+    with opened(data, formats) as image:
+        return _rgb(_upright(image))
+
+
+def opened(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Open an image file and decode it. Metadata that Pillow refuses is left out: no pixel depends on it.
+
+    Raises:
+        BadSample: a damaged image, or one of more than ``MAX_PIXELS`` pixels.
+        MemoryError: this machine has no room for it.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:  # by the header, before anything is unpacked
-                raise BadSample("image too large")
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+        return _loaded(data, formats)
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("image too large") from error
     except Exception as error:  # damaged files raise errors from OSError to struct.error inside Pillow
-        raise BadSample("undecodable image") from error
+        bare = without_metadata(data)
+        if bare == data:
+            raise BadSample("undecodable image") from error
+        return opened(bare, formats)
+
+
+def _loaded(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > MAX_PIXELS:  # by the header, before anything is unpacked
+        raise BadSample("image too large")
+    image.load()
+    return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1, upright, where there is none that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # junk raises errors from SyntaxError to struct.error inside Pillow
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(orientation_of(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return a PNG, JPEG or WebP file without what no pixel depends on; the EXIF tag stays. Others stay as they are."""
+    if _MAGIC["png"].match(data):
+        return data[:8] + b"".join(_chunks(data, 8, 8, 4, ">I", _PNG_PIXELS, 0))
+    if _MAGIC["webp"].match(data):
+        kept = b"".join(_chunks(data, 12, 8, 0, "<I", _WEBP_PIXELS, 1))
+        return b"RIFF" + struct.pack("<I", len(kept) + 4) + data[8:12] + kept
+    return b"".join(_segments(data)) if _MAGIC["jpg"].match(data) else data
+
+
+def _chunks(
+    data: bytes, at: int, head: int, tail: int, size: str, kept: re.Pattern[bytes], padded: int
+) -> Iterator[bytes]:
+    """Yield the chunks whose name is kept. It stands behind the chunk's size in a PNG, before it in a WebP."""
+    name, length = (4, 0) if size == ">I" else (0, 4)
+    while at + head <= len(data):
+        (count,) = struct.unpack_from(size, data, at + length)
+        end = at + head + count + (count & padded) + tail
+        if kept.match(data, at + name):
+            yield data[at:end]
+        at = end
+    yield data[at:]
+
+
+def _segments(data: bytes) -> Iterator[bytes]:
+    """Yield a JPEG's segments without comments and application data; JFIF's, EXIF's and Adobe's own stay."""
+    yield data[:2]
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the start of the scan
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        marker = data[at + 1]
+        is_exif = marker == 0xE1 and data[at + 4 : at + 8] == b"Exif"
+        if not (0xE0 <= marker <= 0xEF or marker == 0xFE) or marker in (0xE0, 0xEE) or is_exif:
+            yield data[at:end]
+        at = end
+    yield data[at:]
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,5 @@
 """Open image files, and draw labelled grids."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -10,11 +9,11 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from unclip_pl.data.transforms import BadSample, center_square, decode_upright, to_pixels
+from unclip_pl.data.transforms import BadSample, center_square, decode_upright, opened, orientation_of, to_pixels
 from unclip_pl.errors import InputError
 from unclip_pl.files import replacing
 
@@ -54,8 +53,8 @@ def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
         image = center_square(decode_upright(data, FORMATS), size)
     except BadSample as error:
         raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}. Convert it.") from error
-    with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-        return np.array(image), _changes(header, size)
+    with opened(data, FORMATS) as picture:
+        return np.array(image), _changes(picture, size)
 
 
 def _changes(header: Image.Image, size: int) -> str:
@@ -65,7 +64,7 @@ def _changes(header: Image.Image, size: int) -> str:
         said.append(f"{header.mode} to RGB" + (", transparency over white" if header.has_transparency_data else ""))
     if getattr(header, "n_frames", 1) > 1:
         said.append("first frame")
-    if header.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if orientation_of(header) != 1:
         said.append("turned upright")
     if header.width != header.height:
         said.append(f"cut to its central square of {min(header.size)}")
