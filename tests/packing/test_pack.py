@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -214,6 +215,68 @@ def test_folder_with_table(tmp_path: Path, suffix: str, delimiter: str) -> None:
     ]
     with pytest.raises(ValueError, match=r"Expected a column 'image'.*Got file, text.*--image_column"):
         table_samples(str(tmp_path), str(table), image_column="image", caption_column="text")
+
+
+@pytest.mark.parametrize(
+    ("there", "row"),
+    [
+        ("images/a.png", "images\\a.png"),
+        ("images/a.png", ".\\Images\\A.PNG "),
+        ("\u00e9.png", "e\u0301.png"),
+        ("e\u0301/x.png", "\u00e9/x.png"),
+        ("a.JPG", "a.jpg"),
+        ("Stra\u00dfe.png", "STRASSE.png"),
+    ],
+)
+def test_names_of_other_systems_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str, row: str
+) -> None:
+    """Backslashes, another case and the other Unicode form, where exactly one file fits."""
+    path = tmp_path / "in" / there
+    path.parent.mkdir(parents=True)
+    path.write_bytes(png("teal"))
+    (tmp_path / "t.csv").write_bytes(f"image,caption\r\n{row},a square\r\n".encode("utf-8-sig"))
+    words = ["pack", "folder", "--images", str(tmp_path / "in"), "--table", str(tmp_path / "t.csv")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "1 file(s) are spelt otherwise" in capsys.readouterr().out
+    path.unlink()  # a shard stays when its images go
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_missing_file_comes_with_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name in ("b.png", "B.PNG", "sub/c.png", "d.PNG", "d.png"):
+        (tmp_path / "in" / name).write_bytes(png("teal"))
+    for rows, said in (
+        (["B.png"], "Of 'B.png' there is in .*in: 'B.PNG', 'b.png'"),  # two fit: neither is taken
+        (["sub/x.png"], "Of 'sub/x.png' there is in .*sub: 'c.png'"),
+        (["..\\in\\..\\t.csv"], "file outside the folder: 1"),
+    ):
+        (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{row},a square\n" for row in rows))
+        words = ["pack", "folder", "--images", str(tmp_path / "in"), "--table", str(tmp_path / "t.csv")]
+        assert main([*words, "--out", str(tmp_path / "out")]) == 1
+        assert re.search(said, capsys.readouterr().err)
+    samples = FileSamples(tmp_path / "in", [("d.png", "x"), ("d.PNG", "y")])
+    assert [sample.image for sample in samples] == [tmp_path / "in" / "d.png", tmp_path / "in" / "d.PNG"]
+    assert samples.remarks() == ""
+
+
+def test_a_subset_of_coco(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Captions of images that the file does not list are counted; a table program turns numbers into texts."""
+    content = {
+        "images": [{"id": "9", "file_name": "train\\A.JPG"}],
+        "annotations": [
+            {"image_id": 9, "caption": "one"},
+            {"image_id": 8, "caption": "?"},
+            {"image_id": 9, "caption": None},
+        ],
+    }
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.jpg").write_bytes(b"?")
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    (sample,) = coco_samples(str(tmp_path), str(tmp_path / "c.json"))
+    assert (sample.image, sample.captions) == (tmp_path / "train" / "a.jpg", ["one", ""])
+    assert "left aside 1 caption(s) of images that it does not list" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,10 @@ def _pack(
     for reason in sorted({reason for shard in done for reason in shard.skipped}):
         names = [name for shard in done for name in shard.skipped.get(reason, ())]
         print(f"skipped {len(names)}, {reason}: {', '.join(map(ascii, names[:3]))}{', …' if len(names) > 3 else ''}")
-    require_good(out, done, max_bad_fraction)
+    remarks = samples.remarks() if isinstance(samples, FileSamples) else ""
+    require_good(out, done, max_bad_fraction, remarks)
+    if remarks:
+        print(remarks)
     print(f"{sum(shard.samples for shard in done)} image(s) in {len(done)} shard(s): {Path(out) / split}-*.tar")
 
 

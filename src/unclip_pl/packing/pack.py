@@ -146,8 +146,8 @@ def read_packed(manifest: Path) -> dict[str, PackedShard]:
     return found
 
 
-def require_good(source: str, shards: Sequence[PackedShard], max_bad_fraction: float) -> None:
-    """Raise InputError where too many samples were bad, or no good one is left."""
+def require_good(source: str, shards: Sequence[PackedShard], max_bad_fraction: float, remarks: str = "") -> None:
+    """Raise InputError where too many samples were bad, or no good one is left, with further remarks."""
     reasons = Counter({reason: 0 for shard in shards for reason in shard.skipped})
     for shard in shards:
         reasons.update({reason: len(names) for reason, names in shard.skipped.items()})
@@ -155,14 +155,14 @@ def require_good(source: str, shards: Sequence[PackedShard], max_bad_fraction: f
     named = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     if good == 0:
         raise InputError(
-            f"Expected images with captions in {source}. Got none that is usable ({named or 'it is empty'}): "
-            "check the folder and the table."
+            f"Expected images with captions in {source}. Got none that is usable ({named or 'it is empty'}). "
+            f"{remarks}Check the folder and the table."
         )
     if bad > max_bad_fraction * (good + bad):
         raise InputError(
             f"{bad} of {good + bad} samples of {source} are bad ({named}), more than max_bad_fraction = "
-            f"{max_bad_fraction}. What is packed is kept, and its manifest names them: correct them, or run the same "
-            "command with a larger --max_bad_fraction."
+            f"{max_bad_fraction}. {remarks}What is packed is kept, and its manifest names them: correct them, or run "
+            "the same command with a larger --max_bad_fraction."
         )
 
 

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,8 @@ from unclip_pl.data.transforms import BadSample
 from unclip_pl.errors import InputError
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import HELD_OUT, Split, draw_attributes, render
+
+log = logging.getLogger(__name__)
 
 MAX_CELL = 2**24  # characters of one cell of a table: a quote that never closes may swallow so many
 
@@ -71,12 +77,14 @@ class FileSamples:
         self._captions: dict[str, list[str]] = {}
         for name, text in rows:
             self._captions.setdefault(name, []).append(text)
+        self._listed = cache(_spellings)
+        self._respelt, self._missing = 0, ""
 
     def __len__(self) -> int:
         return len(self._captions)
 
     def __iter__(self) -> Iterator[Sample]:
-        copies = Counter[str]()
+        copies, self._respelt, self._missing = Counter[str](), 0, ""
         for name, captions in self._captions.items():
             key = _key_of(name)
             copies[key] += 1
@@ -85,11 +93,49 @@ class FileSamples:
             extra = {"file": encode_text(name).decode("utf-8", "replace")}
             yield Sample(key + number, self._path(name), captions, extra)
 
+    def remarks(self) -> str:
+        """Say how many files were found under another spelling, and what is there in place of a missing one."""
+        said = f"{self._respelt} file(s) are spelt otherwise in the folder, and were used. " if self._respelt else ""
+        return said + self._missing
+
     def _path(self, name: str) -> Path | BadSample:
         path = Path(os.path.normpath(self.folder / name))
+        if not os.path.lexists(path):
+            path = Path(os.path.normpath(self.folder / name.strip().replace("\\", "/")))
         if path == self.folder:
             return BadSample("no file name")
-        return path if path.is_relative_to(self.folder) else BadSample("file outside the folder")
+        if not path.is_relative_to(self.folder):
+            return BadSample("file outside the folder")
+        return path if os.path.lexists(self.folder / name) else self._spelt_otherwise(path, name)
+
+    def _spelt_otherwise(self, wanted: Path, name: str) -> Path:
+        """Return the one file that fits but for case and Unicode form, or else the path that was asked for."""
+        path = self.folder
+        for part in wanted.relative_to(self.folder).parts:
+            there = self._listed(path)
+            fit = [part] if part in there.get(_folded(part), ()) else there.get(_folded(part), [])
+            if len(fit) != 1:
+                if not self._missing:
+                    few = sorted(fit or (each for names in there.values() for each in names))[:5]
+                    self._missing = f"Of {name!a} there is in {path}: {', '.join(map(ascii, few)) or 'nothing'}. "
+                return wanted
+            path /= fit[0]
+        self._respelt += 1
+        return path
+
+
+def _folded(name: str) -> str:
+    """Return what the spellings of a name have in common: Windows and macOS know neither case nor Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _spellings(folder: Path) -> dict[str, list[str]]:
+    """Return the names in a folder, by what their spellings have in common."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            found.setdefault(_folded(name), []).append(name)
+    return found
 
 
 def _key_of(name: str) -> str:
@@ -144,16 +190,21 @@ def coco_samples(folder: str, annotations: str) -> FileSamples:
     """
     try:
         content = json.loads(Path(annotations).read_bytes())
-        captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"].encode("utf-8", "replace").decode())
         names = {
-            image["id"]: str(image["file_name"]).encode("utf-8", "replace").decode() for image in content["images"]
+            str(image["id"]): str(image["file_name"]).encode("utf-8", "replace").decode() for image in content["images"]
         }
-        rows = [(names[image["id"]], text) for image in content["images"] for text in captions[image["id"]] or [""]]
+        captions: dict[str, list[str]] = {number: [] for number in names}
+        unknown = 0
+        for annotation in content["annotations"]:
+            text, found = (annotation["caption"] or "").encode("utf-8", "replace").decode(), str(annotation["image_id"])
+            unknown += found not in captions
+            captions.get(found, []).append(text)
+        rows = [(name, text) for number, name in names.items() for text in captions[number] or [""]]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(
             f"Expected COCO captions (images with id and file_name, annotations with image_id and caption) in "
             f"{annotations}. Got {type(error).__name__} ({str(error)[:300]}): give another file."
         ) from error
+    if unknown:
+        log.warning("%s: left aside %d caption(s) of images that it does not list.", annotations, unknown)
     return FileSamples(folder, rows)
