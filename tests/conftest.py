@@ -59,6 +59,16 @@ class InProcess:
         return self._status
 
 
+class Undrawn(InProcess):
+    """The same, but the comparison's stage draws no report: the recipe draws it at its end."""
+
+    def __init__(self, words: list[str], *_: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("draw", "summary", "log"):
+                patch.setattr(report, name, lambda *_: {})
+            super().__init__(words)
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages of recipes run in the test's own process."""
@@ -118,9 +128,7 @@ def mini_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mini"
     with alone(first.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
         if not first.is_dir():
-            patch.setattr(module, "Process", InProcess)
-            for name in ("draw", "summary", "log"):  # by the comparison's stage; the recipe draws its report at its end
-                patch.setattr(report, name, lambda *_: {})
+            patch.setattr(module, "Process", Undrawn)
             try:
                 os.chdir(ROOT)
                 reproduce(mini_stages(), str(first), compare=mini_compare(first))
