@@ -60,7 +60,7 @@ class InProcess:
 
 
 class Undrawn(InProcess):
-    """The same, but the comparison's stage draws no report: the recipe draws it at its end."""
+    """Runs a stage here, but leaves out the report of the comparison: the recipe draws it at its end."""
 
     def __init__(self, words: list[str], *_: object) -> None:
         with pytest.MonkeyPatch.context() as patch:

@@ -29,12 +29,12 @@ CLAUSES = re.compile(r"(What|Whether|How|Where|When|Which|Who|Whose|That|Whateve
 PARAMETER = re.compile(r"^ +(?:\*{0,2}\w+(?: \(.*?\))?): (?:of|that|as|by|whose|which) ", re.MULTILINE)
 #: Verbs with which an error tells its reader what to do.
 INSTRUCTIONS = re.compile(
-    r"(?:^|[.:;!?] |, or |\()`?(?:"
+    r"(?:^|…|[.:;!?] |, or |\()`?(?:"
     r"Add|Allow|Ask|Build|Call|Change|Check|Choose|Close|Combine|Commit|Convert|Copy|Correct|Create|Decode|Delete|Describe|Do|"
     r"Download|Draw|Drop|Encode|End|Export|Fill|Fit|Fix|Free|Get|Give|Go|Import|Install|Invert|Keep|Leave|List|Load|Look|"
     r"Lower|Make|Measure|Move|Name|Open|Pack|Pass|Pick|Precompute|Probe|Put|Raise|Read|Rebuild|Record|Reduce|Remove|Rename|"
     r"Repeat|Replace|Report|Rerun|Resize|Restore|Run|Sample|Save|See|Select|Send|Set|Shorten|Spell|Split|Start|State|Stop|"
-    r"Store|Switch|Take|Train|Try|Turn|Update|Upgrade|Use|Wait|Write"
+    r"Store|Switch|Take|Train|Try|Turn|Unpack|Update|Upgrade|Use|Wait|Write"
     r")\b",
     re.IGNORECASE,
 )

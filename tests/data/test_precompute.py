@@ -300,7 +300,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path: Path, clip: ClipSpe
 
 
 def test_another_caption_key_is_noticed(tmp_path: Path, clip: ClipSpec, caplog: pytest.LogCaptureFixture) -> None:
-    """By `unclip precompute`, which embeds again, and by a fit, which does not."""
+    """`unclip precompute` notices it and embeds again; a fit notices it and does not."""
     source, store = tmp_path / "source", str(tmp_path / "store")
     for name in ("train", "val"):
         write_shards(
