@@ -84,6 +84,20 @@ def test_draws_share_gradients_with_separate_calls(net: PriorTransformer) -> Non
         torch.testing.assert_close(a, b.grad)
 
 
+@pytest.mark.parametrize("text_states", [True, False])
+def test_one_pass_is_the_two(text_states: bool) -> None:
+    """Outputs and every gradient, captions of different lengths, float64."""
+    torch.manual_seed(1)
+    net = PriorTransformer(D, D, CONTEXT, width=16, layers=3, heads=2, text_states=text_states).double()
+    text, (x_t, index) = captions(5, 1, CONTEXT), noised(3, 1)
+    found = []
+    for out in (net(x_t, index, net.encode_prefix(text)), net.in_one_pass(x_t, index, text)):
+        net.zero_grad()
+        out.square().sum().backward()
+        found.append([out, *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
 def test_padding_and_cutting_change_nothing(net: PriorTransformer) -> None:
     text, (x_t, index) = captions(5, 2), noised(2, 2)
     expected = net(x_t, index, net.encode_prefix(text))

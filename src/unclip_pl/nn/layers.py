@@ -103,7 +103,10 @@ class Attention(nn.Module):
         elif past is not None and slot is not None:
             now = KeyValue(past.key.index_copy_(2, slot, key), past.value.index_copy_(2, slot, value))
         query = query[:, :, start:]
-        out = attend(query, *now, causal=True) if mask is None else attend(query, *now, mask[:, :, start:])
+        if mask is None:
+            out = attend(query, *now, causal=True)
+        else:
+            out = attend(query, *now, mask[:, :, start:] if mask.shape[-1] else None)
         return self.c_proj(out.transpose(1, 2).flatten(2)), now
 
 
@@ -176,8 +179,8 @@ class Transformer(nn.Module):
 
         Args:
             x: (B, L, width) tokens, positions already added.
-            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present. None is
-                causal: the present must then stand last, so not with ``slot``.
+            mask: (B or 1, 1, L, keys) bool, True where a query may look; ``keys`` counts past and present. One of no
+                keys hides nothing. None is causal: the present must then stand last, so not with ``slot``.
             past: keys and values of the tokens before, per layer. Without ``slot`` the present is appended to them.
             slot: (L,) int64, positions of ``past`` that the present overwrites in place, so that shapes stay static.
             start: first token that the top layer answers for: nobody reads the others, only their keys.

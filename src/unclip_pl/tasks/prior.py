@@ -72,13 +72,15 @@ class DiffusionPriorTask(EmbeddingTask):
         """
         draws = self.draws_per_caption
         z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
-        prefix = self.net.encode_prefix(text)
+        one_pass = draws == 1 and z_i.device.type == "cuda"
+        prefix = None if one_pass else self.net.encode_prefix(text)
         t = self.share(lambda n: self.diffusion.draw_t(n, z_i.device, generator), len(z_i) * draws)
         x0 = z_i.flatten(0, 1)  # (B·K, d)
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
-        F = self.net(x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws), prefix).flatten(0, 1)
-        return Draws(t, x0, x_t, F, self.diffusion.target(x0, eps, t))
+        noised, index = x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws)
+        F = self.net.in_one_pass(noised, index, text) if prefix is None else self.net(noised, index, prefix)
+        return Draws(t, x0, x_t, F.flatten(0, 1), self.diffusion.target(x0, eps, t))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the errors of older weights."""

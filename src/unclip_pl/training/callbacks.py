@@ -1,6 +1,5 @@
 """What Lightning's own callbacks leave to us: an average of the weights, a bar over the whole fit, grids of samples."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -166,7 +165,7 @@ class RecordedLoss(Callback):
 
     def __init__(self) -> None:
         self._seen = 0
-        self._replay: Callable[..., Tensor] | None = None
+        self._replay: Any = None  # a function of a batch's tensors
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of the Task's loss."""

@@ -32,7 +32,7 @@ from unclip_pl.training.private import shard_over_all_ranks
 #: Modules that are gathered, used and freed as one, and computed again in the backward pass.
 UNITS = (Block, Layer, ResBlock)
 #: Methods besides ``forward`` that use a network's weights.
-METHODS = ("encode_prefix", "encode_condition")
+METHODS = ("encode_prefix", "in_one_pass", "encode_condition")
 
 
 def units(net: nn.Module) -> Iterator[nn.Module]:
