@@ -4,20 +4,23 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from filelock import lock_descriptor
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
@@ -32,6 +35,12 @@ _STATE = "state_dict."
 _HOME = re.compile(r"^((?:--[\w.+-]+=)?(?:local-dir:)?)(~[^/\\]*)(?=[/\\]|$)")
 #: Space around a caption. Editors on Windows begin a file with a byte order mark.
 EDGES = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff"
+#: Types of the storages in a TorchScript archive.
+_STORAGES = {
+    **{"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64},
+    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
+    "Bool": torch.bool,
+}
 #: First bytes of files that stand in for another one: what they are, and what to do.
 _WRAPPED = (
     (rb"version https://git-lfs", "a pointer of git-lfs", "run `git lfs pull`"),
@@ -308,18 +317,119 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
     try:
         if is_checkpoint(path):
             return _from_tensors(_read_all(path, map_location))
-        check_archive(path)
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        checkpoint = load_plain(path, map_location=map_location, mmap=mmap)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"a {type(checkpoint).__name__} instead of a dictionary")
     except UnknownFormatError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise InputError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}: {reason:.200}): give another one."
-        ) from error
+        raise InputError(f"{path} is not a readable checkpoint ({why_not_plain(error)}): give another one.") from error
     return checkpoint
+
+
+def load_plain(path: str | Path, *, map_location: str = "cpu", mmap: bool = False) -> Any:
+    """Load weights as plain data, by anyone: tensors, NumPy's numbers and arrays, texts, and containers of them.
+
+    A TorchScript archive gives its tensors by name. Nothing in a file can run. Errors of a file that is damaged or
+    holds more are of many types; :func:`why_not_plain` puts them in words.
+
+    Args:
+        path: safetensors file, TorchScript archive, or file of ``torch.save``.
+        map_location: device of the tensors.
+        mmap: leave the tensors of a ``torch.save`` file in it until they are used.
+    """
+    require_unpacked(path, "weights")
+    with Path(path).open("rb") as file:
+        head = file.read(9)
+    if head[:2] == b"PK":
+        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            if data := next((name for name in archive.namelist() if name.endswith("/constants.pkl")), ""):
+                return _script_tensors(archive, data.removesuffix("constants.pkl"))
+    elif head[8:] == b"{":
+        return load_file(path, device=map_location)
+    with torch.serialization.safe_globals(_numpy_globals()):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+
+def why_not_plain(error: Exception) -> str:
+    """Say in words what kept :func:`load_plain` from reading a file."""
+    if isinstance(error, InputError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if found := re.search(r"(?:GLOBAL|global|class) ([A-Za-z_][\w.]+\.\w+)", text):
+        return (
+            f"it holds a {found[1]}, which may run code: where you trust its source, load it with weights_only=False, "
+            "and save its state_dict alone"
+        )
+    return f"{type(error).__name__}: {text.partition('. ')[0]:.200}"
+
+
+def _numpy_globals() -> list[Any]:
+    """Return what torch has to know to read NumPy's numbers and arrays, under the names of NumPy 1 and 2."""
+    kinds = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"]
+    makers = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
+    named = [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for maker in makers for core in ("core", "_core")]
+    return [np.dtype, np.ndarray, *kinds, *named]
+
+
+def _script_tensors(archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
+    """Return the tensors of a TorchScript archive by name, without running its code as ``torch.jit.load`` does."""
+
+    class Module:
+        """A module's attributes."""
+
+    def tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+        return storage.as_strided(size, stride, offset)
+
+    known = {("torch._utils", "_rebuild_tensor_v2"): tensor, ("collections", "OrderedDict"): OrderedDict}
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module.split(".")[0] == "__torch__":
+                return Module
+            if module == "torch" and name.removesuffix("Storage") in _STORAGES:
+                return _STORAGES[name.removesuffix("Storage")]
+            if module == "torch.jit._pickle":  # lists of one type
+                return lambda value, *_: value
+            if (module, name) in known:
+                return known[module, name]
+            raise pickle.UnpicklingError(f"class {module}.{name}")
+
+        def persistent_load(self, pid: Any) -> Tensor:
+            _, dtype, key, *_ = pid
+            data = bytearray(archive.read(f"{root}data/{key}"))
+            return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    def named(module: Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for name, value in vars(module).items():
+            if isinstance(value, Module):
+                yield from named(value, f"{prefix}{name}.")
+            elif isinstance(value, Tensor):
+                yield prefix + name, value
+
+    return dict(named(Reader(archive.open(f"{root}data.pkl")).load(), ""))
+
+
+def state_of(content: Any) -> dict[str, Tensor]:
+    """Return the weights in what a training wrote, without the prefixes of ``torch.compile`` and ``DataParallel``.
+
+    Args:
+        content: result of :func:`load_plain`.
+
+    Raises:
+        TypeError: it holds no weights by name.
+    """
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict):
+        raise TypeError(f"a {type(content).__name__} in place of weights by name")
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise TypeError("no weights by name")
+    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from unclip_pl.cli import main
 from unclip_pl.clip import ClipSpec
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.run import read_run
+from unclip_pl.interop.files import read_karlo
 from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
 
@@ -270,3 +271,18 @@ def test_a_prior_without_the_norm_is_refused(runs: tuple[Path, Path], tmp_path: 
     (tmp_path / "run.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="without CLIP's norm"):
         Unclip.load(tmp_path).generate(["a red star"])
+
+
+@pytest.mark.parametrize("name", ["fp16.safetensors", "fp16.bin", "bf16.safetensors"])
+def test_variants_in_half_precision_are_read_where_there_is_nothing_else(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"variant such as .*Got no such file: download"):
+        read_karlo([tmp_path])
+    weights = {"proj_in.weight": torch.ones(64, 2, dtype=torch.half)}
+    save = torch.save if name.endswith("bin") else save_file
+    save(weights, folder / f"diffusion_pytorch_model.{name}")
+    save_file(weights, folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    assert read_karlo([tmp_path]).parts["prior"].weights["proj_in.weight"].dtype == torch.half
+    save_file({"proj_in.weight": torch.ones(64, 2)}, folder / "diffusion_pytorch_model.safetensors")
+    assert read_karlo([tmp_path]).parts["prior"].weights["proj_in.weight"].dtype == torch.float32

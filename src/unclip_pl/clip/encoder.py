@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import zipfile
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
@@ -12,18 +11,19 @@ from typing import Any, Self
 
 import open_clip
 import torch
-from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import check_archive, is_checkpoint, read_checkpoint
+from unclip_pl.files import is_checkpoint, load_plain, read_checkpoint, state_of, why_not_plain
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
 
+#: What a TorchScript archive and OpenAI's weights hold besides parameters.
+_BESIDE = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 #: Messages that open_clip sends through the root logger, and that it raises or means as well.
 CHATTER = ("No pretrained weights loaded", "Failed to download weights")
 
@@ -45,7 +45,10 @@ def architecture(name: str) -> dict[str, Any]:
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist: give a local-dir: folder with an open_clip_config.json.")
-        return json.loads(path.read_bytes())["model_cfg"]
+        try:
+            return dict(json.loads(path.read_bytes())["model_cfg"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"Expected a JSON object with model_cfg in {path}. Got {error!r}: correct it.") from error
     config = open_clip.get_model_config(name)
     if config is None:
         raise InputError(f"Expected a CLIP that open_clip knows, or local-dir:PATH. Got {name!r}: correct clip.name.")
@@ -65,12 +68,18 @@ def build_clip(name: str, pretrained: str = "") -> Any:
     """
     architecture(name)
     if name.startswith("local-dir:"):
-        return open_clip.create_model(name, pretrained=pretrained or None)
+        try:
+            return open_clip.create_model(name, pretrained=pretrained or None)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"The CLIP {name} cannot be built ({type(error).__name__}: {reason:.300}): correct the folder."
+            ) from error
     if pretrained in open_clip.list_pretrained_tags_by_model(name):
         return _with_tag(name, pretrained)
     model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
     if pretrained:
-        _load_weights(model, pretrained)
+        _load_weights(model, name, pretrained)
     return model
 
 
@@ -86,26 +95,26 @@ def _with_tag(name: str, tag: str) -> Any:
         ) from error
 
 
-def _load_weights(model: nn.Module, path: str) -> None:
+def _load_weights(model: nn.Module, name: str, path: str) -> None:
     if not Path(path).is_file():
         raise MissingFileError(f"CLIP weights {path} do not exist: give an open_clip tag or a file.")
     try:
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        # open_clip's load_state_dict reads plain tensors only
-        state = read_checkpoint(path)["state_dict"] if is_checkpoint(path) else load_state_dict(path)
+        state = state_of(read_checkpoint(path) if is_checkpoint(path) else load_plain(path))
     except Exception as error:
-        raise InputError(
-            f"{path} holds no plain CLIP weights, or is damaged ({type(error).__name__}): give another file."
-        ) from error
+        raise InputError(f"{path} holds no plain CLIP weights ({why_not_plain(error)}): give another file.") from error
     if any(key.startswith("net.") for key in state):  # a checkpoint of ClipTask
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or key not in _BESIDE}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [(key, tuple(state[key].shape), tuple(own[key].shape)) for key in own.keys() & state.keys()]
+    other = [f"{key} of {there}, not {here}" for key, there, here in sorted(shapes) if there != here]
+    if missing or unexpected or other:
         raise InputError(
-            f"{path} does not fit this CLIP architecture ({len(missing)} keys missing: {missing[:3]}…, "
-            f"{len(unexpected)} unexpected: {unexpected[:3]}…): correct clip.name."
+            f"{path} does not fit the CLIP {name} ({len(missing)} keys missing: {missing[:3]}…, {len(unexpected)} "
+            f"unexpected: {unexpected[:3]}…, {len(other)} of another shape: {other[:3]}…): correct clip.name."
         )
+    model.load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ class ClipSpec:
 
     Args:
         name: architecture of open_clip, one of ours (``tiny-rn``, ``tiny-judge``, …), or ``local-dir:PATH``.
-        pretrained: open_clip tag, weights file or ``ClipTask`` checkpoint; empty means random weights.
+        pretrained: open_clip tag, weights file or ``ClipTask`` checkpoint; empty means random weights, the
+            same ones every time.
     """
 
     name: str
@@ -190,7 +200,10 @@ class ClipEncoder(nn.Module):
         self.embed_dim, self.text_width = spec.embed_dim, spec.text_width  # d, W
         self.context_length, self.image_size = spec.context_length, spec.image_size
         _require_clips_own_text(spec.name)
-        self.model = build_clip(spec.name, spec.pretrained)
+        with torch.random.fork_rng([], enabled=not spec.pretrained):
+            if not spec.pretrained:  # random weights, the same ones every time
+                torch.default_generator.manual_seed(0)
+            self.model = build_clip(spec.name, spec.pretrained)
         self.tokenizer = open_clip.get_tokenizer(spec.name)
         self.preprocess = Preprocess(self.model, spec.image_size)
         self.requires_grad_(False)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import require_unpacked, why_not_plain
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.generation.run import Parts, open_parts
@@ -238,7 +239,8 @@ def load_inception(path: str) -> nn.Module:
             "v0.2.0, or leave inception_weights empty and read fd_judge."
         )
     try:  # torch-fidelity unpickles any file: nothing but tensors may get there
+        require_unpacked(path, "weights")
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} holds no plain weights ({type(error).__name__}): download it again.") from error
+        raise InputError(f"{path} holds no plain weights ({why_not_plain(error)}): download it again.") from error
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)

@@ -1,16 +1,19 @@
 """Read Karlo's parts from its own checkpoints, or from a folder that diffusers' pipeline was saved in."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.files import load_plain, state_of, why_not_plain
 from unclip_pl.interop.layout import Layout, Weights, diffusers_prior, diffusers_unet, karlo_prior, karlo_unet
 from unclip_pl.interop.sizes import HEAD
+
+#: Weights in a folder of diffusers, perhaps of a variant such as half precision.
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(\.\w+)?\.(safetensors|bin)")
 
 
 class Part(NamedTuple):
@@ -65,7 +68,10 @@ def _file(path: Path) -> KarloFiles:
         if isinstance(content, list | tuple) and len(content) == 2 and all(isinstance(x, Tensor) for x in content):
             return KarloFiles({}, Statistics(*(x.float().flatten() for x in content)))
         raise _unknown(path)
-    state = content.get("state_dict", content)
+    try:
+        state = state_of(content)
+    except TypeError:
+        raise _unknown(path) from None
     if "model.clip_img_proj.weight" in state:
         return KarloFiles({"prior": Part(path, _below(state, "model"), karlo_prior())}, None)
     if "model.input_blocks.0.0.weight" in state:
@@ -100,24 +106,24 @@ def _folder(path: Path) -> KarloFiles:
 
 def _diffusers(folder: Path) -> Weights:
     """Read the weights that ``save_pretrained`` wrote."""
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _read(folder / name)
-    raise MissingFileError(f"No diffusion_pytorch_model.safetensors or .bin in {folder}: download the model again.")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [match for name in names if (match := _WEIGHTS.fullmatch(name))]
+    if not found:
+        raise MissingFileError(
+            f"Expected diffusion_pytorch_model.safetensors, .bin or a variant such as .fp16.safetensors in {folder}. "
+            f"Got {', '.join(sorted(names)[:5]) or 'no such file'}: download the model again."
+        )
+    first = min(found, key=lambda match: (match[1] or "", match[2] == "bin"))
+    return _read(folder / first[0])
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise MissingFileError(f"No file or folder at {path}: download Karlo first.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise InputError(
-            f"{path} holds no plain weights ({type(error).__name__}: {reason:.200}): download it again."
-        ) from error
+        raise InputError(f"{path} holds no plain weights ({why_not_plain(error)}): download it again.") from error
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> Weights:
