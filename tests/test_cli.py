@@ -158,15 +158,27 @@ def fit_words(mini_run: Path, out: Path) -> list[str]:
     return [*words, "--trainer.logger.init_args.save_dir", str(out)]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 143)])
 def test_a_signal_is_no_traceback(
-    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    if not hasattr(signal, name):
+        pytest.skip(f"{name} is not a signal of this system")
+    number, before = signal.Signals[name], signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("unclip_pl.cli.call", lambda *_: signal.raise_signal(number))
     assert main(["linear"]) == status
     assert "the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr("unclip_pl.cli.call", lambda *_: signal.raise_signal(signal.SIGHUP))
+    try:
+        assert main(["linear"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_without_a_bar(mini_run: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import sys
 import threading
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -81,7 +82,7 @@ NOISE = (
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived. Raised like an error, so that files being written are tidied up on the way out."""
+    """SIGTERM arrived, or the terminal was closed. An error, so that files being written are tidied up on the way."""
 
 
 class Parser(ArgumentParser):
@@ -137,6 +138,36 @@ def main(arguments: list[str] | None = None) -> int:
     return run(words, debug=debug)
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Answer SIGTERM, and a terminal that is closed, by an exception. Only the main thread may set handlers."""
+    own: dict[int, Any] = {signal.SIGTERM: _terminate}
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:  # `nohup` has it ignored
+        own[hang_up] = partial(_hang_up, [fd for fd in (1, 2) if os.isatty(fd)])
+    if threading.current_thread() is not threading.main_thread():
+        own = {}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def _hang_up(terminals: list[int], *_: Any) -> None:
+    """Go on as after SIGTERM. What is printed to a terminal that has gone would be an error before all is saved."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    signal.raise_signal(signal.SIGTERM)
+
+
+@_stoppable()
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command whose name is known; see :func:`main` for the exit status."""
     again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
@@ -144,7 +175,6 @@ def run(words: list[str], *, debug: bool = False) -> int:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     Parser.debug = debug
-    before = _on_sigterm(_terminate)
     try:
         dispatch(_checked(words))
     except SystemExit as stop:  # the parser has printed what was wrong, or the help
@@ -163,8 +193,6 @@ def run(words: list[str], *, debug: bool = False) -> int:
             said = f"Expected configs, tables and captions in UTF-8. Got another encoding: {said}."
         print(f"error: {said} {DEBUG_HINT}", file=sys.stderr)
         return 1
-    finally:
-        _on_sigterm(before)
     return 0
 
 
@@ -189,16 +217,6 @@ def _checked(words: list[str]) -> list[str]:
             with suppress(yaml.YAMLError):  # a text may begin so
                 parse_yaml(value, option)
     return words
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-def _on_sigterm(handler: Any) -> Any:
-    """Set the handler of SIGTERM and return the one before. Only the main thread may set it."""
-    in_main = threading.current_thread() is threading.main_thread()
-    return signal.signal(signal.SIGTERM, handler) if in_main else handler
 
 
 def dispatch(words: list[str]) -> None:

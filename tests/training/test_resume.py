@@ -29,6 +29,8 @@ PARTS = ("prior", "ar_prior", "decoder", "upsampler", "clip")
 #: Draws from the global generator inside the network, too.
 DROPOUT = {part: ["--model.init_args.net.init_args.dropout", "0.1"] for part in ("decoder", "upsampler")}
 STEPS = 13
+#: A closed terminal, where the system has a signal for it.
+HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
 #: What a checkpoint holds besides the run's state: times and paths.
 BESIDES = ("train_seconds", "callbacks", "config", "hyper_parameters")
 
@@ -164,8 +166,8 @@ def test_a_longer_run_is_what_it_would_have_been(small: Small, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("number", "status", "step"),
-    [(signal.SIGINT, 130, 9), (signal.SIGTERM, 143, 6), (signal.SIGTERM, 143, 8)],
-    ids=["ctrl-c", "at the end of an epoch", "inside a validation"],
+    [(signal.SIGINT, 130, 9), (HANG_UP, 143, 9), (signal.SIGTERM, 143, 6), (signal.SIGTERM, 143, 8)],
+    ids=["ctrl-c", "closed terminal", "at the end of an epoch", "inside a validation"],
 )
 def test_a_signal_ends_the_step_saves_and_says_where(
     number: signal.Signals,
