@@ -202,6 +202,25 @@ def expanded(node: Any) -> Any:
     return [expanded(value) for value in node] if isinstance(node, list) else node
 
 
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse numbers that a diverged training leaves.
+
+    Args:
+        tensors: arrays by name.
+        what: their origin, for the error.
+
+    Raises:
+        InputError: one of them holds NaN or an infinite number.
+    """
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point() and not value.is_meta}
+    broken = [name for name, value in floats.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"Expected finite numbers in {what}. Got NaN or infinity in {broken[0]} and {len(broken) - 1} more: its "
+            "training diverged, or the file is damaged. Give another one, such as an earlier checkpoint."
+        )
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # the fast one, where it is built
     """YAML's loader of plain data, which refuses a key that occurs twice. YAML itself keeps the last one."""
 
@@ -503,11 +522,13 @@ def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: 
     if not Path(path).is_file():
         raise MissingFileError(f"No {what} at {path}: run `{command}` first.")
     try:
-        return _read_all(path, device, names)
+        content = _read_all(path, device, names)
     except UnknownFormatError:
         raise
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path} is damaged or holds no {what} ({error}): run `{command}` again.") from error
+    require_finite(content.tensors, str(path))
+    return content
 
 
 def _read_all(path: str | Path, device: str, names: Iterable[str] | None = None) -> Tensors:

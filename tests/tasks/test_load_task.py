@@ -149,7 +149,7 @@ def test_weights_of_another_network(mini_run: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["net"]["init_args"]["width"] = 96
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other\.ckpt does not fit its DiffusionPriorTask.*size mismatch"):
+    with pytest.raises(ValueError, match=r"other\.ckpt: The checkpoint is of another network.*size mismatch"):
         load_task(tmp_path / "other.ckpt", DiffusionPriorTask)
 
 

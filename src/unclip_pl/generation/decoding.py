@@ -132,9 +132,18 @@ class Decoder:
         return self.task.denoiser(image_embed, self.null_text(len(image_embed)), check_guidance(guidance))
 
     def enlarge(self, image: Tensor, *, generator: Streams | None = None) -> Tensor:
-        """Send pictures (B, 3, h, h) through the upsamplers, if there are any, and clamp them to [-1, 1]."""
+        """Send pictures (B, 3, h, h) through the upsamplers, if there are any, and clamp them to [-1, 1].
+
+        Raises:
+            InputError: a picture is not finite.
+        """
         for upsampler in self.upsamplers:
             image = upsampler.upsample(image, generator=generator)
+        if not image.isfinite().all():
+            raise InputError(
+                f"Expected pictures of finite numbers. Got NaN or infinity from the decoder {self.spec.checkpoint} or "
+                "what stands before it: train that part again, or sample in precision 32-true."
+            )
         return image.clamp(-1, 1)
 
     def null_text(self, n: int) -> TextFeatures:

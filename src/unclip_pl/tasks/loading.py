@@ -45,6 +45,8 @@ def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") ->
         rebuilt.load_state_dict(checkpoint["state_dict"])
         rebuilt.on_load_checkpoint(checkpoint)
         rebuilt.record = TrainingRecord(checkpoint["global_step"], rebuilt.train_samples, rebuilt.train_seconds)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(
