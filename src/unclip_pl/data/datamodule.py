@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,28 @@ class Batches(Dataset[Any]):
         return self.assemble(index)
 
 
+class FixedBatches(Dataset[Any]):
+    """The first batches of an order, the same in every epoch: what ``trainer.overfit_batches`` asks for.
+
+    Args:
+        assemble: function that makes a batch of its rows.
+        order: rows of all batches.
+        share: number of batches, or their share as a float.
+    """
+
+    def __init__(self, assemble: Callable[[RowBatch], Any], order: Sampler[RowBatch], share: float) -> None:
+        self.assemble = assemble
+        self.length = len(order)  # type: ignore[arg-type] # the Trainer takes the share of it once more
+        count = share if isinstance(share, int) else int(share * self.length)
+        self.rows = list(islice(order, count))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.assemble(self.rows[index])
+
+
 class ResumableLoader(DataLoader[Any]):
     """Loader with the methods by which Lightning knows that training goes on where it was cut.
 
@@ -49,11 +72,16 @@ class ResumableLoader(DataLoader[Any]):
         """Ignore a state."""
 
 
-def _loader(assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int) -> ResumableLoader:
+def _loader(
+    data: LightningDataModule, assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int
+) -> ResumableLoader:
+    trainer: Any = data.trainer
+    fixed = trainer is not None and trainer.state.fn == "fit" and trainer.overfit_batches > 0
+    share = trainer.overfit_batches if fixed and isinstance(sampler, BlockShuffleSampler) else 1.0
     return ResumableLoader(
-        Batches(assemble),
+        FixedBatches(assemble, sampler, share) if fixed else Batches(assemble),
         batch_size=None,
-        sampler=sampler,
+        sampler=None if fixed else sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -99,7 +127,7 @@ class ResumableDataModule(LightningDataModule):
         self._sampler = BlockShuffleSampler(
             blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **self._position
         )
-        return _loader(assemble, self._sampler, self.num_workers)
+        return _loader(self, assemble, self._sampler, self.num_workers)
 
 
 def _in_order(data: LightningDataModule, rows: np.ndarray, batch_size: int) -> EvaluationSampler:
@@ -222,7 +250,7 @@ class UnclipDataModule(ResumableDataModule):
                 f"Expected {split.name.lower()} images in {self.source}. Got none: pack some into shards called "
                 f"{split.name.lower()}-*.tar."
             )
-        return _loader(self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
+        return _loader(self, self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
 
     def _assemble(self) -> Callable[[RowBatch], Any]:
         """Return the store's method for the task's batch type."""
@@ -287,4 +315,4 @@ class PairDataModule(ResumableDataModule):
         rows = self.pairs.rows(Split.VAL)
         if not len(rows):
             return []
-        return _loader(self.pairs.batch, _in_order(self, rows, self.batch_size), self.num_workers)
+        return _loader(self, self.pairs.batch, _in_order(self, rows, self.batch_size), self.num_workers)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
+from unclip_pl.files import require_finite
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
 from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
@@ -142,19 +143,24 @@ class Task(LightningModule):
         """Stop the clock."""
         self.train_seconds += time.perf_counter() - self._started
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW with decay on matrices."""
+    def optimizer(self, *, fused: bool = True) -> torch.optim.Optimizer:
+        """Return AdamW with decay on matrices.
+
+        Args:
+            fused: compute a step as one kernel. Under float16's loss scale it would hide the gradients from clipping.
+        """
         spec = self.optimization
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer, and the schedule of its learning rate, which advances at every step."""
-        optimizer, total = self.optimizer(), self.trainer.estimated_stepping_batches
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer, total = self.optimizer(fused=not scaled), self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimization.factor(step, total))
         fresh = [dict(group) for group in optimizer.param_groups]
         self._configured = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in fresh]
@@ -190,15 +196,17 @@ class Task(LightningModule):
         """Load weights.
 
         Raises:
-            InputError: they are another network's.
+            InputError: they are another network's, or not finite.
         """
         try:
-            return super().load_state_dict(*args, **kwargs)
+            loaded = super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
             raise InputError(
                 f"The checkpoint is of another network. Give one that fits, or change model.net: "
                 f"{' '.join(str(error).split()):.400}"
             ) from error
+        require_finite(dict(self.named_parameters()), "the checkpoint")
+        return loaded
 
     def on_train_start(self) -> None:
         """Restore the config's learning rate, decay and betas, which a resumed checkpoint has overwritten."""
