@@ -1,14 +1,16 @@
 """What Lightning's own callbacks leave to us: an average of the weights, a bar over the whole fit, grids of samples."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -17,14 +19,18 @@ from torchvision.utils import make_grid
 from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import Block
 
+#: Steps of a GPU between two looks at the loss.
+LOOK = 50
+
 
 class WarmupEMA(Callback):
     """Exponential moving average of the weights, with decay min(d, (1 + n) / (10 + n)) after n updates.
 
     The average forgets early weights fast, so that short runs profit too. Validation and checkpoints use it: in a
     checkpoint ``state_dict`` holds the average, and ``current_model_state`` the weights that training goes on from.
-    Buffers (statistics, fingerprints) are not averaged. Every rank averages what it holds, so that a sharded network
-    costs one more copy of its shards. The file is the same with sharding and without.
+    Buffers (statistics, fingerprints) are not averaged. The average is in float32 also where the weights are not: in
+    bfloat16 it would not move. Every rank averages what it holds, so that a sharded network costs one more copy of its
+    shards. The file is the same with sharding and without.
 
     Lightning's ``WeightAveraging`` has no warm-up, waits for the GPU at every update, and does not work on shards.
 
@@ -36,9 +42,9 @@ class WarmupEMA(Callback):
         self.decay = decay
         self._average: list[Tensor] = []  # one tensor for each parameter, or for this rank's shard of it
         self._weights: list[Tensor] = []  # the network's own, listed once: walking its modules costs a step 1.5 ms
+        self._kept: list[Tensor] = []  # copies of the weights while the average is in their place
         self._updates = 0
         self._step = 0
-        self._swapped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the weights at hand; after a checkpoint was loaded, only follow the network to its device."""
@@ -46,7 +52,7 @@ class WarmupEMA(Callback):
         if self._average:
             self._average = [mine.to(weight.device) for mine, weight in zip(self._average, self._weights, strict=True)]
         else:
-            self._average = [weight.clone() for weight in self._weights]
+            self._average = [weight.to(torch.float32, copy=True) for weight in self._weights]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Move the average after every optimizer step."""
@@ -58,7 +64,10 @@ class WarmupEMA(Callback):
     def update(self) -> None:
         """Move the average towards the weights."""
         decay = warmup_decay(self.decay, self._updates) if self._updates else 0.0
-        torch._foreach_lerp_(self._average, self._weights, 1 - decay)
+        weights = self._weights
+        if any(weight.dtype != torch.float32 for weight in weights[:1]):  # bf16-true, 64-true
+            weights = [weight.float() for weight in weights]
+        torch._foreach_lerp_(self._average, weights, 1 - decay)
         self._updates += 1
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,12 +77,12 @@ class WarmupEMA(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the weights back."""
-        if self._swapped:
+        if self._kept:
             self._swap(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the weights back where a validation was cut: a checkpoint may be about to be written."""
-        if self._swapped:
+        if self._kept:
             self._swap(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,17 +99,19 @@ class WarmupEMA(Callback):
         if not self._average:
             return
         checkpoint["current_model_state"] = checkpoint["state_dict"]
+        names = [name for name, _ in pl_module.named_parameters()]
         self._swap(pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()  # gathered: a copy
         else:
-            checkpoint["state_dict"] = {k: v.to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
+            state = pl_module.state_dict() | dict(zip(names, self._average, strict=True))  # in float32
+            checkpoint["state_dict"] = {k: v.to("cpu", copy=True) for k, v in state.items()}
         self._swap(pl_module)
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._updates)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the average, which Lightning has loaded into the network, and load the weights."""
-        self._average = [weight.clone() for weight in local_parameters(pl_module)]
+        self._average = [weight.to(torch.float32, copy=True) for weight in local_parameters(pl_module)]
         self._step = checkpoint["global_step"]
         if "current_model_state" in checkpoint:
             self._updates = int(checkpoint["averaging_state"]["n_averaged"])
@@ -112,11 +123,10 @@ class WarmupEMA(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
-        for weight, average in zip(local_parameters(pl_module), self._average, strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
-        self._swapped = not self._swapped
+        weights, others = local_parameters(pl_module), self._kept or self._average
+        self._kept = [] if self._kept else [weight.clone() for weight in weights]
+        for weight, other in zip(weights, others, strict=True):
+            weight.copy_(other)
 
 
 def local_parameters(module: nn.Module) -> list[Tensor]:
@@ -128,6 +138,66 @@ def local_parameters(module: nn.Module) -> list[Tensor]:
 def warmup_decay(decay: float, updates: int) -> float:
     """Return the decay of an average that was updated that many times: min(decay, (1 + n) / (10 + n))."""
     return min(decay, (1 + updates) / (10 + updates))
+
+
+class FiniteLoss(Callback):
+    """Ends a fit whose loss became NaN or infinite, and lets no checkpoint of such weights be written.
+
+    A GPU counts such losses by itself, and is asked every :data:`LOOK` steps: no other step waits for it. Under
+    float16 some steps overflow until the loss scale fits, and are skipped; there, all :data:`LOOK` must be bad.
+    """
+
+    def __init__(self) -> None:
+        self._bad: Tensor | int = 0
+        self._seen = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Count, and look at the count where it is time.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if loss is None:
+            return
+        self._bad = self._bad + ~loss.detach().isfinite()
+        self._seen += 1
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if self._seen < (LOOK if scaled or loss.is_cuda else 1):
+            return
+        bad = int(self._bad)
+        self._stop_if(bad == self._seen if scaled else bad > 0, trainer)
+        self._bad = self._seen = 0
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are not finite.
+
+        Raises:
+            InputError: there are such weights.
+        """
+        whole = [weight.isfinite().all() for weight in local_parameters(pl_module) if weight.numel()]
+        self._stop_if(not torch.stack(whole).all(), trainer)
+
+    def _stop_if(self, wrong: bool, trainer: Trainer) -> None:
+        if not trainer.strategy.reduce_boolean_decision(wrong, all=False):
+            return
+        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        kept = f"{last} is from before" if last and Path(last).is_file() else "no checkpoint was written before"
+        raise InputError(
+            f"Expected a finite loss. Got NaN or infinity by step {trainer.global_step}: training diverged; {kept}. "
+            "Lower model.init_args.optimization.lr, lengthen its warmup_steps, or set trainer.gradient_clip_val."
+        )
+
+
+class TimeLimit(Timer):
+    """Ends a fit by ``trainer.max_time``, counted from this start. Lightning's Timer counts over all resumptions."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Ignore the time of earlier starts."""
 
 
 class CompiledBlocks(Callback):
@@ -252,7 +322,9 @@ class StepProgressBar(TQDMProgressBar):
 
 
 class SampleGrid(Callback):
-    """Draws images for the first validation pairs, always from the same noise, into TensorBoard.
+    """Draws images for the first validation pairs, always from the same noise, into every logger that takes pictures.
+
+    Such loggers are TensorBoard's, and those with a method ``log_image(key, images, step)``.
 
     Args:
         every_n_steps: number of optimizer steps between two grids; drawn at the validation that follows.
@@ -272,6 +344,12 @@ class SampleGrid(Callback):
         """
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError("SampleGrid draws on one rank, which holds only a shard of the network. Leave it out.")
+        if not any(_takes_pictures(logger) for logger in trainer.loggers):
+            names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
+            rank_zero_warn(
+                f"SampleGrid draws nothing, since {names} takes no pictures. Add a TensorBoardLogger, "
+                "or leave SampleGrid out."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the next grid."""
@@ -288,12 +366,22 @@ class SampleGrid(Callback):
         if batch_idx or trainer.sanity_checking or trainer.global_step < self._next:
             return
         self._next = trainer.global_step + self.every_n_steps
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+        loggers: list[Any] = [logger for logger in trainer.loggers if _takes_pictures(logger)]
+        if not loggers or not trainer.is_global_zero:
             return
         few = first(batch, self.num)
         images = torch.cat([few.image, pl_module.draw(few, torch.Generator().manual_seed(0))])
         grid = make_grid(images.float().cpu().add(1).div(2), nrow=self.num)
-        trainer.logger.experiment.add_image("samples (true above, drawn below)", grid, trainer.global_step)
+        title = "samples (true above, drawn below)"
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(title, grid, trainer.global_step)
+            else:
+                logger.log_image(title, [grid], step=trainer.global_step)
+
+
+def _takes_pictures(logger: Any) -> bool:
+    return isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
 
 
 def first(batch: Any, n: int) -> Any:

@@ -3,13 +3,16 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,8 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import expanded, read_checkpoint
-from unclip_pl.training.callbacks import StepProgressBar
+from unclip_pl.files import expanded, read_checkpoint, read_yaml
+from unclip_pl.tasks import Task
+from unclip_pl.training.callbacks import FiniteLoss, StepProgressBar, TimeLimit
 from unclip_pl.training.private import ConfiguredCLI
 from unclip_pl.training.resume import CheckpointFiles, ExactResume, Signals
 
@@ -52,6 +56,7 @@ class UnclipCLI(ConfiguredCLI):
         parser_class: type[LightningArgumentParser] = LightningArgumentParser,
         run: bool = True,
     ) -> None:
+        self.words = args
         super().__init__(
             model_class,
             data_class,
@@ -83,22 +88,56 @@ class UnclipCLI(ConfiguredCLI):
         return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what makes runs exact to resume, and our progress bar unless the config has one or wants none."""
+        """Add what makes runs exact to resume, and our progress bar unless the config has one or wants none.
+
+        Raises:
+            InputError: the Trainer refuses its settings.
+        """
         settings = (self.config_init[self.subcommand] if self.subcommand else self.config_init).trainer
         own = settings.callbacks or []
+        refuse_tools(settings.barebones, own)
         bar = settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in own)
         self.signals = Signals()
-        self.trainer_defaults["callbacks"] = [ExactResume(), self.signals, *([StepProgressBar()] if bar else [])]
+        added = [ExactResume(), self.signals, FiniteLoss(), *([StepProgressBar()] if bar else [])]
+        limit = [TimeLimit(settings.max_time, "step", verbose=False)] if settings.max_time else []
+        self.trainer_defaults["callbacks"] = added + limit
         plugins = settings.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, CheckpointFiles()]
-        trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(plugins=plugins, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"Expected settings that Lightning's Trainer takes. Correct them: {error}") from error
         only_plain(trainer.strategy)
+        if 0 < trainer.overfit_batches < 1:
+            trainer.limit_val_batches = 1.0  # such a share of a small split may be less than one batch
         return trainer
 
+    def before_fit(self) -> None:
+        """Name the callbacks that a later config has dropped."""
+        kept = {_class_name(one) for one in self.config[self.subcommand].trainer.callbacks or []}
+        dropped = [name for name in dict.fromkeys(callbacks_in(self.words)) if name not in kept]
+        if dropped:
+            rank_zero_only(print)(
+                f"warning: {' and '.join(dropped)} will not run, since a later `callbacks:` replaces the list. Write "
+                "`callbacks+:` (on the command line `--trainer.callbacks+=…`) to add to it.",
+                file=sys.stderr,
+            )
+
+    def before_validate(self) -> None:
+        """Say that weights are random, where nothing was loaded."""
+        config = self.config[self.subcommand]
+        if isinstance(self.model, Task) and not config.ckpt_path:
+            rank_zero_only(print)(
+                "warning: these are the scores of untrained, random weights. Give a checkpoint as --ckpt_path FILE.",
+                file=sys.stderr,
+            )
+
+    before_test = before_predict = before_validate
+
     def fit(self, **kwargs: Any) -> None:
-        """Train. A run that is stopped by a signal prints the checkpoint to go on from.
+        """Train. A run that is stopped early prints why, and the checkpoint to go on from.
 
         Raises:
             SIGTERMException: SIGTERM arrived; everything is saved.
@@ -107,16 +146,75 @@ class UnclipCLI(ConfiguredCLI):
         before = signal.getsignal(signal.SIGTERM)
         try:
             self.trainer.fit(**kwargs)
+            if why := early_end(self.trainer):
+                self._say_stopped(why)
         except SIGTERMException:
-            last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-            saved = f"{last} goes on from there (--ckpt_path)" if last and Path(last).is_file() else "nothing is saved"
-            rank_zero_only(print)(f"stopped at step {self.trainer.global_step}: {saved}.", file=sys.stderr)
+            self._say_stopped(f"stopped at step {self.trainer.global_step}")
             if self.signals.ctrl_c:
                 raise KeyboardInterrupt from None
             raise
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
+
+    def _say_stopped(self, why: str) -> None:
+        last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        saved = f"{last} goes on from there (--ckpt_path)" if last and Path(last).is_file() else "nothing is saved"
+        rank_zero_only(print)(f"{why}: {saved}.", file=sys.stderr)
+
+
+def early_end(trainer: Any) -> str:
+    """Return what ended a fit before its last step or epoch, and where; empty where nothing did."""
+    if trainer.fast_dev_run or 0 <= trainer.max_steps <= trainer.global_step:
+        return ""
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return ""
+    why = "stopped"
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) < 0:
+            why = f"stopped by max_time (time limit) after {timedelta(seconds=round(callback.time_elapsed()))}"
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            why = f"stopped by EarlyStopping on {callback.monitor}"
+    return f"{why}, step {trainer.global_step:,}" + (f" of {trainer.max_steps:,}" if trainer.max_steps > 0 else "")
+
+
+def callbacks_in(words: list[str]) -> Iterator[str]:
+    """Yield the class names of the callbacks in the config files of a command line."""
+    for before, word in pairwise(["", *words]):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if option not in ("--config", "--trainer") or not Path(value).is_file():
+            continue
+        content = read_yaml(Path(value))
+        settings = content.get("trainer") if option == "--config" else content
+        for key in ("callbacks", "callbacks+"):
+            named = (settings or {}).get(key) or []
+            yield from map(_class_name, named if isinstance(named, list) else [named])
+
+
+def _class_name(callback: Any) -> str:
+    return str(callback if isinstance(callback, str) else callback["class_path"]).rpartition(".")[2]
+
+
+#: Tools of Lightning that change what our tasks and data do not have, and what to do instead.
+TOOLS = {
+    "LearningRateFinder": "try some values of model.init_args.optimization.lr in short fits",
+    "BatchSizeFinder": "try some values of data.init_args.batch_size with --trainer.max_steps 20",
+}
+
+
+def refuse_tools(barebones: bool, callbacks: list[Any]) -> None:
+    """Refuse what Lightning would fail at later.
+
+    Raises:
+        InputError: there is such a tool among the callbacks, or ``barebones`` is on.
+    """
+    for name in {type(callback).__name__ for callback in callbacks} & TOOLS.keys():
+        raise InputError(f"Expected callbacks that work with our tasks. Got {name}: leave it out, and {TOOLS[name]}.")
+    if barebones:
+        raise InputError(
+            "Expected trainer.barebones false, since a fit logs and saves. Got true: add "
+            "unclip_pl.training.profile.StageProfile to the callbacks to measure speed."
+        )
 
 
 def only_plain(strategy: Strategy) -> None:

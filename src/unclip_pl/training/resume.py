@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ class CheckpointFiles(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
             if path.is_file():
                 _keep(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, and its folder where that is empty: ``val/loss`` in a file's name makes one."""
+        super().remove_checkpoint(path)
+        with suppress(OSError):
+            Path(path).parent.rmdir()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         """Return the checkpoint, or the one before where this one is damaged.

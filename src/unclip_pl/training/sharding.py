@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from unclip_pl.files import read_checkpoint
+from unclip_pl.errors import InputError
+from unclip_pl.files import read_checkpoint, require_finite
 from unclip_pl.nn.layers import Block
 from unclip_pl.nn.unet_blocks import Layer, ResBlock
 from unclip_pl.training.private import shard_over_all_ranks
@@ -60,7 +61,15 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard the network before the optimizer is made of its parameters."""
+        """Shard the network before the optimizer is made of its parameters.
+
+        Raises:
+            InputError: the precision is another one.
+        """
+        if trainer.precision not in ("32-true", "bf16-mixed"):
+            raise InputError(
+                f"Expected precision 32-true or bf16-mixed for FullySharded. Got {trainer.precision}: change it."
+            )
         assert self.lightning_module is not None
         net: Any = self.lightning_module.net
         if not isinstance(net, FSDPModule):
@@ -87,6 +96,8 @@ class FullySharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
         """Load a checkpoint of a run with or without sharding. Every rank reads the file and keeps its shards."""
         loaded = read_checkpoint(self.broadcast(checkpoint_path), mmap=True)
+        parameters = {name for name, _ in self._module.named_parameters()}
+        require_finite({k: v for k, v in loaded["state_dict"].items() if k in parameters}, str(checkpoint_path))
         everything = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self._module, loaded["state_dict"], options=everything)
         for optimizer, saved in zip(self.optimizers, loaded.get("optimizer_states", []), strict=False):
