@@ -387,7 +387,7 @@ def why_not_plain(error: Exception) -> str:
 def _numpy_globals() -> list[Any]:
     """Return what torch has to know to read NumPy's numbers and arrays, under the names of NumPy 1 and 2."""
     kinds = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"]
-    makers = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
+    makers: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
     named = [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for maker in makers for core in ("core", "_core")]
     return [np.dtype, np.ndarray, *kinds, *named]
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import is_checkpoint, load_plain, read_checkpoint, state_of, why_not_plain
+from unclip_pl.files import is_checkpoint, load_plain, read_checkpoint, require_finite, state_of, why_not_plain
 from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def _load_weights(model: nn.Module, name: str, path: str) -> None:
             f"{path} does not fit the CLIP {name} ({len(missing)} keys missing: {missing[:3]}…, {len(unexpected)} "
             f"unexpected: {unexpected[:3]}…, {len(other)} of another shape: {other[:3]}…): correct clip.name."
         )
+    require_finite({key: state[key] for key, _ in model.named_parameters()}, path)  # masks hold infinities
     model.load_state_dict(state)
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -429,7 +429,7 @@ def _half(values: Tensor, shard: Shard) -> np.ndarray:
     return half.numpy()
 
 
-def _write(opened: Opened, contents: Contents, folder: Path, made_by: dict[str, str]) -> tuple[ShardRecord, Skipped]:
+def _write(opened: Opened, contents: Contents, folder: Path, made_by: dict[str, Any]) -> tuple[ShardRecord, Skipped]:
     features, file = contents.features, features_file(folder, opened.shard)
     record = ShardRecord(
         shard=opened.shard.name,
