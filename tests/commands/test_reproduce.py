@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
 from unclip_pl.__main__ import main
 from unclip_pl.commands import launch
@@ -24,6 +25,16 @@ from unclip_pl.files import alone, write_json
 from unclip_pl.generation.provenance import stage_records
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+
+def test_specs_of_upsamplers_reach_the_runs_description_as_plain_data() -> None:
+    """The parser would build a solver that stands under ``class_path``, which no JSON holds."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(reproduce)
+    recipe = yaml.safe_load(Path("configs/reproduce/emoji-64px.yaml").read_text())
+    parsed = parser.instantiate_classes(parser.parse_object(recipe))
+    described = module.describe_run(parsed.compare, parsed.upsamplers)
+    assert described["decoder"]["init_args"]["upsamplers"] == recipe["upsamplers"]
 
 
 class Journal:

@@ -39,7 +39,7 @@ def reproduce(
     source: str = "{run}/data",
     *,
     compare: str | None = None,
-    upsamplers: list[dict[str, Any]] | None = None,
+    upsamplers: list[dict] | None = None,  # dict[str, Any] would have the parser build what stands under class_path
     base: str = "",
     base_recipe: str = "",
     results: str = "",

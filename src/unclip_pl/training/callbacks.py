@@ -41,7 +41,7 @@ class WarmupEMA(Callback):
     def __init__(self, decay: ClosedUnitInterval = 0.9999) -> None:
         self.decay = decay
         self._average: list[Tensor] = []  # one tensor for each parameter, or for this rank's shard of it
-        self._weights: list[Tensor] = []  # the network's own, listed once: walking its modules costs a step 1.5 ms
+        self._weights: list[Tensor] = []  # the network's own, listed once: walking its modules costs a step 0.5 ms
         self._kept: list[Tensor] = []  # copies of the weights while the average is in their place
         self._updates = 0
         self._step = 0
