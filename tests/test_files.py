@@ -117,3 +117,12 @@ def test_an_unknown_format_is_said_in_one_line(tmp_path: Path) -> None:
     write_tensors(path, {"mean": torch.ones(3)}, {"format": "9", "checkpoint": "{}"})
     with pytest.raises(InputError, match="Got '9'"):
         read_checkpoint(path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "codec.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        read_tensors(path, ["x"], what="codec", command="unclip codec")
+    with pytest.raises(InputError, match="git lfs pull"):
+        read_checkpoint(path)

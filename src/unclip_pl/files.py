@@ -41,9 +41,11 @@ _STORAGES = {
     **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
     "Bool": torch.bool,
 }
+#: First bytes of a pointer that git-lfs leaves in a file's place.
+LFS = b"version https://git-lfs"
 #: First bytes of files that stand in for another one: what they are, and what to do.
 _WRAPPED = (
-    (rb"version https://git-lfs", "a pointer of git-lfs", "run `git lfs pull`"),
+    (LFS, "a pointer of git-lfs", "run `git lfs pull`"),
     (rb"\x1f\x8b", "compressed with gzip", "unpack it with gunzip"),
     (rb"BZh[1-9]1AY&SY", "compressed with bzip2", "unpack it with bunzip2"),
     (rb"\xfd7zXZ\0", "compressed with xz", "unpack it with unxz"),
@@ -522,6 +524,7 @@ def read_tensors(path: str | Path, names: Iterable[str], *, what: str, command: 
     if not Path(path).is_file():
         raise MissingFileError(f"No {what} at {path}: run `{command}` first.")
     try:
+        require_unpacked(path, what)
         content = _read_all(path, device, names)
     except UnknownFormatError:
         raise

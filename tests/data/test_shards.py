@@ -124,6 +124,7 @@ def test_what_may_be_captions_is_listed(tmp_path: Path) -> None:
     }
     index = index_shard(write_tar(tmp_path / "x.tar", members))
     assert sorted(index.others) == [".cap", ".input.png", "prompt", "tags"]
+    assert index_shard(tmp_path / "x.tar", "PROMPT").others.count(".txt") == 1
     assert str(no_samples("s", 1, {"no caption": 2}, index.others)).endswith(
         "The samples also have prompt, tags, .cap, .input.png."
     )

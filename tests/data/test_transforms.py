@@ -177,6 +177,7 @@ def test_an_image_without_metadata_is_the_same() -> None:
     [
         (b"", "empty image file"),
         (b"not an image", "no PNG, JPEG or WebP image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "pointer of git-lfs"),
         (encoded(Image.new("RGB", (4, 4)), "GIF"), "no PNG, JPEG or WebP image"),
         (encoded(Image.new("RGB", (4, 4)), "TIFF"), "no PNG, JPEG or WebP image"),
         (encoded(Image.new("RGB", (64, 64)))[:60], "undecodable image"),

@@ -235,10 +235,11 @@ def test_names_of_other_systems_are_found(
     path = tmp_path / "in" / there
     path.parent.mkdir(parents=True)
     path.write_bytes(png("teal"))
-    (tmp_path / "t.csv").write_bytes(f"image,caption\r\n{row},a square\r\n".encode("utf-8-sig"))
+    (tmp_path / "t.csv").write_bytes(f"\ufeffimage, caption\r\n{row},\ufeffa square\r\n".encode("utf-8-sig"))
     words = ["pack", "folder", "--images", str(tmp_path / "in"), "--table", str(tmp_path / "t.csv")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     assert "1 file(s) are spelt otherwise" in capsys.readouterr().out
+    assert index_shard(tmp_path / "out" / "data-000000.tar").entries[0].captions == ["a square"]
     path.unlink()  # a shard stays when its images go
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
 

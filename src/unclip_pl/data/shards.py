@@ -365,7 +365,7 @@ def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
             except BadSample as reason:
                 skipped[str(reason)].append(key)
                 if str(reason) in ("no image", "no caption"):
-                    others.update(_names(members, meta))
+                    others.update(_names(members, meta, caption_key))
                 continue
             differing += differs
             entries.append(Entry(key, image, json_span, captions, split_of_key(key) if split is None else split))
@@ -378,10 +378,12 @@ def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
     return ShardIndex(entries, dict(skipped), [name for name, _ in others.most_common(12)])
 
 
-def _names(members: dict[str, Span], meta: dict[str, Any]) -> list[str]:
+def _names(members: dict[str, Span], meta: dict[str, Any], caption_key: str) -> list[str]:
     """Return where a sample's captions, or an image of another name, may be."""
-    fields = [name for name, value in meta.items() if _listed(value)]
-    return [f".{suffix}" for suffix in members if suffix not in (*IMAGE_SUFFIXES, "json", "txt")] + fields
+    known = (*IMAGE_SUFFIXES, "json") if caption_key else (*IMAGE_SUFFIXES, "json", "txt")
+    return [f".{suffix}" for suffix in members if suffix not in known] + [
+        n for n, text in meta.items() if _listed(text)
+    ]
 
 
 def no_samples(source: str, count: int, skipped: Mapping[str, int], others: Iterable[str]) -> InputError:

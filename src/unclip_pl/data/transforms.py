@@ -11,6 +11,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from unclip_pl.files import LFS
+
 Encoding = Literal["png", "jpg", "webp"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -53,7 +55,7 @@ def suffix_of(data: bytes) -> Encoding:
     for suffix, magic in _MAGIC.items():
         if magic.match(data):
             return suffix
-    raise BadSample("no PNG, JPEG or WebP image")
+    raise BadSample("pointer of git-lfs" if data.startswith(LFS) else "no PNG, JPEG or WebP image")
 
 
 def decode_image(data: bytes) -> Image.Image:

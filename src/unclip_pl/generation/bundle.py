@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import replacing, require_format
+from unclip_pl.files import replacing, require_format, require_unpacked
 from unclip_pl.tasks.loading import check_classes
 
 #: Version of the layout described here.
@@ -55,6 +55,7 @@ def unpack(bundle: Path, folder: Path) -> None:
             ours.
     """
     try:
+        require_unpacked(bundle, "a bundle")
         with zipfile.ZipFile(bundle) as archive:
             _check_members(archive.infolist(), bundle)
             require_format(json.loads(archive.read(NOTES)).get("format"), FORMAT, bundle)

@@ -19,6 +19,7 @@ from PIL import Image
 from unclip_pl.data.shards import encode_text
 from unclip_pl.data.transforms import BadSample
 from unclip_pl.errors import InputError
+from unclip_pl.files import EDGES
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import HELD_OUT, Split, draw_attributes, render
 
@@ -164,7 +165,7 @@ def _table_rows(table: str, image_column: str, caption_column: str) -> Iterator[
     with Path(table).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.DictReader(file, delimiter="\t" if table.lower().endswith(".tsv") else ",")
         try:
-            columns = rows.fieldnames or []
+            columns = rows.fieldnames = [column.strip(EDGES) for column in rows.fieldnames or []]
             for column in (image_column, caption_column):
                 if column not in columns:
                     raise InputError(
