@@ -377,11 +377,11 @@ def why_not_plain(error: Exception) -> str:
     """Say in words what kept :func:`load_plain` from reading a file."""
     if isinstance(error, InputError):
         return str(error)
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
     if found := re.search(r"(?:GLOBAL|global|class) ([A-Za-z_][\w.]+\.\w+)", text):
         return (
-            f"it holds a {found[1]}, which may run code: where you trust its source, load it with weights_only=False, "
-            "and save its state_dict alone"
+            f"it holds a {found[1]}, which is no plain data: where you trust its source, load it with "
+            "weights_only=False, and save its state_dict alone"
         )
     return f"{type(error).__name__}: {text.partition('. ')[0]:.200}"
 

@@ -100,6 +100,7 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
     assert found(str(folder)) == ["all [1].tar", *names]
     for pattern in ("train-*.tar", "train-{000..001}.tar", "train-00[01].tar"):
         assert found(str(folder / pattern)) == found(f"file://{folder / pattern}") == names
+    assert found(str(folder / "all [1]*.tar")) == ["all [1].tar"]
     for name in ("train-000.tar", "all [1].tar"):
         assert found(str(folder / name)) == [name]
     (tmp_path / "part-{0..1}").mkdir()

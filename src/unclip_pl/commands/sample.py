@@ -10,7 +10,6 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from unclip_pl.commands.studio import RunOptions, Studio
 from unclip_pl.errors import InputError
-from unclip_pl.files import EDGES, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +118,8 @@ def _layout(
 
 def _texts(captions: list[str], prompts: str, from_embedding: str) -> list[str]:
     """Return the captions, and those of a text file, one a line; empty lines do not count."""
+    from unclip_pl.files import EDGES, read_lines
+
     captions = [caption.strip(EDGES) for caption in captions]
     if not prompts:
         if not captions and not from_embedding:

@@ -215,7 +215,8 @@ def _local_matches(path: Path) -> Sequence[str]:
         return _tars([str(found) for found in path.iterdir() if not found.is_dir()], str(path))
     root, pattern = _rooted(path)
     if has_magic(pattern):
-        found = [str(root / name) for name in glob(pattern, root_dir=root)]
+        names = glob(pattern, root_dir=root) or glob(pattern.replace("[", "[[]"), root_dir=root)
+        found = [str(root / name) for name in names]
         return _tars(found, str(path)) or found
     if pattern:
         raise MissingFileError(f"Shard {path} does not exist: correct the source, or make the shard.")
