@@ -183,6 +183,17 @@ def test_max_time_counts_this_start_and_says_that_it_ended_the_fit(
     assert not TimeLimit(duration={"seconds": 1}).state_dict()
 
 
+def test_a_finished_fit_says_that_nothing_is_left(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = small("prior", tmp_path, STOP, "1")
+    assert main(["fit", *line]) == 0
+    assert "stopped" not in (said := capsys.readouterr().err)
+    assert "nothing left" not in said
+    assert main(["fit", *line, "--ckpt_path", str(next(tmp_path.rglob("last.ckpt")))]) == 0
+    assert "nothing left to train at step 1" in capsys.readouterr().err
+
+
 def test_callbacks_that_a_later_config_drops_are_named(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

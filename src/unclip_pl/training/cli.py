@@ -148,6 +148,8 @@ class UnclipCLI(ConfiguredCLI):
             self.trainer.fit(**kwargs)
             if why := early_end(self.trainer):
                 self._say_stopped(why)
+            elif not self.trainer.callback_metrics:
+                self._say_stopped(f"nothing left to train at step {self.trainer.global_step:,}, see trainer.max_steps")
         except SIGTERMException:
             self._say_stopped(f"stopped at step {self.trainer.global_step}")
             if self.signals.ctrl_c:
