@@ -12,6 +12,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.p
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from unclip_pl import report
 from unclip_pl.cli import NOISE, main
@@ -37,6 +38,12 @@ SHRINK = {
         "--model.init_args.grid_rows 2 --model.init_args.resamples 20"
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every test speak as the first of several processes, also after one that was the second."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 #: From the ground up. Packages in one row do not know each other.
 LAYERS = [
     {"errors", "moved"},
-    {"files", "streams", "types"},
+    {"files", "settings", "streams", "types"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"data"},

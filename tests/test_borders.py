@@ -7,8 +7,8 @@ import pytest
 
 from unclip_pl.cli import main
 from unclip_pl.errors import InputError
-from unclip_pl.files import expanded, parse_yaml, read_yaml
 from unclip_pl.generation.run import name_run
+from unclip_pl.settings import expanded, parse_yaml, read_yaml
 
 
 @pytest.fixture

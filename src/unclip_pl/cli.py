@@ -7,7 +7,6 @@
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from jsonargparse import ArgumentParser
 
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.moved import moved_in
+from unclip_pl.settings import expanded, parse_yaml, read_yaml
 
 TRAINER = {
     "fit": "train a part: --config configs/{clip,prior,ar_prior,decoder,upsampler}/*.yaml",
@@ -203,10 +203,6 @@ def _checked(words: list[str]) -> list[str]:
         InputError: a key occurs twice.
         yaml.YAMLError: a config is no YAML.
     """
-    if not any(re.search(r"~|=?[{[]|\.ya?ml$|^--config", word) for word in words):
-        return words
-    from unclip_pl.files import expanded, parse_yaml, read_yaml  # imports torch
-
     words = expanded(words)
     for before, word in pairwise(["", *words]):
         option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
@@ -260,8 +256,6 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
     if shared is not None:
         parser.add_class_arguments(shared)
     parser.add_function_arguments(entry, skip={*positional, SHARED} if shared else set(positional), sub_configs=True)
-    from unclip_pl.files import expanded
-
     given = vars(parser.instantiate(expanded(parser.parse_args(_spelt_out(words, entry)))))
     given.pop("config", None)
     if shared is not None:

@@ -63,12 +63,14 @@ def test_a_copy_in_half_precision_keeps_the_fingerprint(weights: dict[str, torch
 
 
 def test_random_weights_are_the_same_every_time() -> None:
-    """A fit builds its CLIP more than once; other random draws go on as they would have."""
-    before = torch.get_rng_state()
-    one = ClipSpec("tiny-rn").load()
-    assert torch.get_rng_state().equal(before)
+    """A fit builds its CLIP more than once, and draws other numbers after it as it did when each was another one."""
     torch.manual_seed(5)
+    one = ClipSpec("tiny-rn").load()
+    after = torch.get_rng_state()
     assert ClipSpec("tiny-rn").load().fingerprint == one.fingerprint
+    torch.manual_seed(5)
+    build_clip("tiny-rn")
+    assert torch.get_rng_state().equal(after)
 
 
 @pytest.mark.parametrize("other", ["tiny-judge", "tiny-rn-24"])

@@ -204,9 +204,12 @@ def test_unknown_needs(tmp_path: Path) -> None:
         reproduce({"a": make("a", needs=["z"])}, str(tmp_path))
 
 
-def test_a_stage_writes_what_it_declares(journal: Journal) -> None:
-    with pytest.raises(InputError, match="correct its `out:`"):
+def test_a_stage_writes_what_it_declares(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
         reproduce({"a": Stage("make --out {run}/b", "{run}/a")}, str(journal.run))
+    assert stop.value.code == 1
+    assert "correct its `out:`" in capsys.readouterr().err
+    assert not stage_records(journal.run)["a"]["done"]
 
 
 def test_the_whole_recipe_leaves_a_run_and_a_report(mini_run: Path) -> None:
@@ -561,3 +564,13 @@ def test_a_fit_on_two_processes_leaves_the_other_stages_to_one(
     assert logs["data"].count("image(s) in") == 1
     assert not (tmp_path / "run/replaced").exists()
     assert all(record["done"] for record in stage_records(tmp_path / "run").values())
+
+
+def test_a_recipe_that_makes_shards_leaves_those_of_the_user_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "train-000000.tar").write_bytes(b"")
+    stages = {"data": Stage("pack shapes --out {out}", "{source}")}
+    with pytest.raises(InputError, match=r"makes its own shards.*leave --source out"):
+        reproduce(stages, str(tmp_path / "run"), str(mine))
+    assert (mine / "train-000000.tar").is_file()

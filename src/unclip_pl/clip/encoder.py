@@ -201,10 +201,12 @@ class ClipEncoder(nn.Module):
         self.embed_dim, self.text_width = spec.embed_dim, spec.text_width  # d, W
         self.context_length, self.image_size = spec.context_length, spec.image_size
         _require_clips_own_text(spec.name)
-        with torch.random.fork_rng([], enabled=not spec.pretrained):
-            if not spec.pretrained:  # random weights, the same ones every time
+        # A random model moves the global generator on. Fits that build one for its tokenizer draw their weights after it.
+        self.model = build_clip(spec.name, spec.pretrained)
+        if not spec.pretrained:
+            with torch.random.fork_rng([]):  # the same random weights every time
                 torch.default_generator.manual_seed(0)
-            self.model = build_clip(spec.name, spec.pretrained)
+                self.model = build_clip(spec.name)
         self.tokenizer = open_clip.get_tokenizer(spec.name)
         self.preprocess = Preprocess(self.model, spec.image_size)
         self.requires_grad_(False)

@@ -13,11 +13,12 @@ from torch import Tensor
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
-from unclip_pl.files import expanded, is_checkpoint, read_checkpoint, write_checkpoint, write_json
+from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json
 from unclip_pl.generation.bundle import write_bundle
 from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
 from unclip_pl.generation.provenance import commit, stage_records
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
+from unclip_pl.settings import expanded
 
 #: What sampling needs of a checkpoint, beside its weights.
 KEPT = ("hyper_parameters", "global_step", "train_samples", "train_seconds", "posterior_mse")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import expanded, read_yaml, sha256
+from unclip_pl.files import sha256
 from unclip_pl.generation.provenance import STAGES, stage_records
+from unclip_pl.settings import expanded, read_yaml
 
 #: The stage that makes the run which a recipe builds on.
 BASE = "base"

@@ -1,4 +1,7 @@
-"""``unclip reproduce``: a recipe's stages in order, each once and each as a process of its own."""
+"""``unclip reproduce``: a recipe's stages in order, each once and each as a process of its own.
+
+Which stages have work to do is decided in :mod:`unclip_pl.commands.plan`.
+"""
 
 import json
 import os
@@ -24,8 +27,9 @@ from unclip_pl.commands.launch import Process
 from unclip_pl.commands.plan import Recipe, Stage, digest
 from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.errors import InputError
-from unclip_pl.files import alone, previous_of, read_yaml, sha256, write_json, write_text
+from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
 from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.settings import read_yaml
 
 #: File in the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
@@ -68,6 +72,7 @@ def reproduce(
     places |= {"{base}": str(Path(base)) if base else "", "{results}": results, "{precision}": precision()}
     shards = "" if source.startswith(("{run}", "{base}")) else _contents(list_shards(source), Path(run), not dry_run)
     recipe = Recipe(stages, places, base_recipe, shards)
+    _check_source(stages, Path(places["{source}"]), Path(run))
     if dry_run:
         _show(recipe, recipe.plan(only), only)
         return
@@ -174,18 +179,19 @@ class Master:
         _, record, started = self.running[name]
         record["seconds"] += time.perf_counter() - started
         record["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record["done"] = status == 0
+        out = self.recipe.out(name)
+        record["done"] = status == 0 and out.exists()
         self._write(name, record)
         del self.running[name]
         self._lock(name).unlink(missing_ok=True)
         if status:
             log = self.recipe.notes(name) / f"{name}.log"
             print(f"Stage {name!r} ended with status {status}; its output: {log}.", file=sys.stderr)
-        elif not self.recipe.out(name).exists():
-            raise InputError(f"Stage {name!r} did not write {self.recipe.out(name)}: correct its `out:` in the recipe.")
+        elif not record["done"]:
+            print(f"error: stage {name!r} did not write {out}: correct its `out:` in the recipe.", file=sys.stderr)
         else:
             _say(self._title(name, f"{record['seconds']:.0f} s"))
-        return status
+        return status or int(not record["done"])
 
     def _lock(self, name: str) -> Path:
         """Return the file that a stage's process locks. The run's folder exists: `only_one` has made it."""
@@ -200,6 +206,19 @@ class Master:
 
     def _title(self, name: str, text: str) -> str:
         return f"{_number(self.recipe, name)}: {text}"
+
+
+def _check_source(stages: Mapping[str, Stage], source: Path, run: Path) -> None:
+    """Keep a recipe that makes its own shards away from the user's.
+
+    Raises:
+        InputError: it would write them outside its run.
+    """
+    if any(stage.out == "{source}" for stage in stages.values()) and not source.resolve().is_relative_to(run.resolve()):
+        raise InputError(
+            f"This recipe makes its own shards. Expected --source inside {run}. Got {source}: leave --source out, or "
+            "use a recipe that reads shards, such as configs/reproduce/emoji.yaml."
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ What it writes is small enough to be committed, and enough for every interval, w
 no network is asked again. A comparison is a study of one cell, which has every prior.
 """
 
+import math
 import time
 from itertools import chain
 from pathlib import Path
@@ -314,8 +315,8 @@ class Cell(LightningModule):
 
     def _trained(self, name: str) -> Path:
         """Return the folder of the fit whose checkpoint a prior reads."""
-        checkpoint = getattr(self.priors[name], "checkpoint", "")
-        return (self.weights / checkpoint).parent.parent
+        path = self.weights / getattr(self.priors[name], "checkpoint", "")
+        return path.parent.parent if path.parent.name == "checkpoints" else self.weights
 
     def _score(self, arms: dict[str, dict[str, Any]], heldout: Heldout, drawn: Drawn) -> None:
         """Add the scores of pictures to the arms."""
@@ -412,7 +413,7 @@ def shown_rows(metadata: list[dict[str, Any]], rows: int, licenses: list[str] | 
 def _plain(node: Any) -> Any:
     """Return tensors as lists of numbers of few digits, and what is not finite as None."""
     if isinstance(node, Tensor):
-        return [None if value != value else float(f"{value:.{DIGITS}g}") for value in node.double().tolist()]
+        return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in node.double().tolist()]
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
-    return None if isinstance(node, float) and node != node else node
+    return None if isinstance(node, float) and not math.isfinite(node) else node

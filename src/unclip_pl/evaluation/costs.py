@@ -14,8 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip_pl.files import read_yaml
 from unclip_pl.generation.priors import Prior
+from unclip_pl.settings import read_yaml
 from unclip_pl.tasks import Task
 from unclip_pl.types import PriorBatch
 

@@ -13,11 +13,12 @@ import torch
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import expanded, sha256, write_json
+from unclip_pl.files import sha256, write_json
 from unclip_pl.generation.bundle import read_notes, unpack
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.moved import moved_in
+from unclip_pl.settings import expanded
 
 #: File that describes a run, in its folder.
 RUN = "run.json"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import MEASURES
-from unclip_pl.files import read_yaml
+from unclip_pl.settings import read_yaml
 
 HOLDS, FAILS, OPEN, UNMEASURED = "holds", "does not hold", "cannot be told", "not measured"
 #: A study's own table of claims, in its folder.

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import expanded, read_checkpoint, read_yaml
+from unclip_pl.files import read_checkpoint
+from unclip_pl.settings import expanded, read_yaml
 from unclip_pl.tasks import Task
 from unclip_pl.training.callbacks import FiniteLoss, StepProgressBar, TimeLimit
 from unclip_pl.training.private import ConfiguredCLI
