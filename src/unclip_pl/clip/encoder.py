@@ -201,7 +201,7 @@ class ClipEncoder(nn.Module):
         self.embed_dim, self.text_width = spec.embed_dim, spec.text_width  # d, W
         self.context_length, self.image_size = spec.context_length, spec.image_size
         _require_clips_own_text(spec.name)
-        # A random model moves the global generator on. Fits that build one for its tokenizer draw their weights after it.
+        # A random model moves the global generator on: a fit that builds one for its tokenizer draws its weights later.
         self.model = build_clip(spec.name, spec.pretrained)
         if not spec.pretrained:
             with torch.random.fork_rng([]):  # the same random weights every time

@@ -30,7 +30,10 @@ from unclip_pl.types import PriorBatch, TextFeatures
 
 @dataclass(frozen=True)
 class PriorSpec(ABC):
-    """The settings of a prior, as configs and ``run.json`` name them. Subclass it to add a prior of your own."""
+    """The settings of a prior, as configs and ``run.json`` name them.
+
+    Subclass it to add a prior of your own; ``examples/noisy_linear.py`` is a complete one.
+    """
 
     @abstractmethod
     def load(self, root: Path, device: str = "cpu") -> "Prior":
