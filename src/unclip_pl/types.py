@@ -19,7 +19,7 @@ class TextFeatures(NamedTuple):
     """Frozen CLIP's features of B captions. Padding (``mask`` False) stands at the end and must change no output."""
 
     tokens: Tensor  # (B, L) int64, BPE ids; 0 where padded
-    states: Tensor  # (B, L, W) token states after the final LayerNorm
+    states: Tensor  # (B, L, W) token states after the final LayerNorm; W is 0 where the data leave them out
     mask: Tensor  # (B, L) bool, True on real tokens
     embed: Tensor  # (B, d) z_t
 
@@ -31,6 +31,10 @@ class TextFeatures(NamedTuple):
     def rows(self, index: Tensor | slice) -> "TextFeatures":
         """Return the captions that ``index`` selects, as it would from a tensor's first dimension."""
         return TextFeatures(*(part[index] for part in self))
+
+    def without_states(self) -> "TextFeatures":
+        """Return z_t alone: no tokens, no states, L = 0."""
+        return TextFeatures(self.tokens[:, :0], self.states[:, :0], self.mask[:, :0], self.embed)
 
     def repeat(self, n: int) -> "TextFeatures":
         """Return each caption ``n`` times in a row: B·n captions."""

@@ -11,7 +11,15 @@ from unclip_pl.clip.encoder import ClipEncoder
 from unclip_pl.data import store as store_module
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
-from unclip_pl.data.store import EmbeddingStore, pack_texts, unpack_texts
+from unclip_pl.data.store import (
+    EmbeddingStore,
+    pack_texts,
+    read_contents,
+    read_manifest,
+    unpack_texts,
+    write_features,
+    write_manifest,
+)
 
 SAMPLES = {"t": 50, "v": 6, "h": 7}
 
@@ -156,3 +164,30 @@ def test_images_in_memory_equal_those_on_disk_and_are_decoded_once(
     for rows in ([5, 2, 5, 40], [2, 40, 41]):
         assert torch.equal(kept.upsampler_batch(first(rows)).image, without.upsampler_batch(first(rows)).image)
     assert len(decoded) == 4 + 7  # rows 2, 5, 40, 41 once; each of the seven places without a memory
+
+
+def test_a_store_may_leave_out_token_states(store: Path, source: Path, tmp_path: Path) -> None:
+    """All else is the same. A store that mixes both kinds is refused."""
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    records = {}
+    for name, record in read_manifest(copy).items():
+        path = copy / record.file
+        contents = read_contents(path)
+        bare = contents.features.text_states[:, :0]
+        contents = contents._replace(features=contents.features._replace(text_states=bare))
+        records[name] = record._replace(states=False, sha256=contents.checksum())
+        write_features(path, contents, records[name], path.stat().st_mtime_ns)
+    write_manifest(copy, records.values())
+    whole, without = (EmbeddingStore(path, str(source), image_size=32) for path in (store, copy))
+    assert (whole.has_states, without.has_states) == (True, False)
+    rows = first([60, 3, 21])
+    expected, found = whole.prior_batch(rows), without.prior_batch(rows)
+    assert found.text.states.shape == (*expected.text.states.shape[:2], 0)
+    assert torch.equal(found.image_embed, expected.image_embed)
+    for one, other in zip(found.text, expected.text, strict=True):
+        assert one is found.text.states or torch.equal(one, other)
+    heldout = next(record for name, record in read_manifest(store).items() if "heldout" in name)
+    shutil.copy(store / heldout.file, copy / heldout.file)
+    write_manifest(copy, [*(record for record in records.values() if record.shard != heldout.shard), heldout])
+    with pytest.raises(ValueError, match="token states of some shards and not of others"):
+        EmbeddingStore(copy, str(source), image_size=32)

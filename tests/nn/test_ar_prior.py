@@ -51,9 +51,12 @@ class OwnHeads(CodeHead):
 PARTS = [(FourierCodeEmbedding, SharedHead), (FourierCodeEmbedding, CosineHead), (Tables, OwnHeads)]
 
 
-def build(embedding: type = FourierCodeEmbedding, head: type = SharedHead) -> ARPriorTransformer:
+def build(
+    embedding: type = FourierCodeEmbedding, head: type = SharedHead, *, text_states: bool = True
+) -> ARPriorTransformer:
     torch.manual_seed(0)
-    return sharpened(ARPriorTransformer(D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, embedding, head).double())
+    sizes = (D, W, CONTEXT, N, BUCKETS, DOTS, 16, 3, 2, embedding, head)
+    return sharpened(ARPriorTransformer(*sizes, text_states=text_states).double())
 
 
 def sharpened(net: ARPriorTransformer) -> ARPriorTransformer:
@@ -355,3 +358,24 @@ def test_a_code_teaches_its_neighbours() -> None:
 def test_errors(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Expected temperature|Expected unconditional, the empty caption"):
         build().generate(captions(2), values_of=VALUES_OF, **bad)
+
+
+def test_without_text_states_z_t_alone_speaks() -> None:
+    """The rest is the same network: a whole one that is given no tokens agrees."""
+    whole, alone = build(), build(text_states=False)
+    text, (dot, codes) = captions(4, 2, 6), tokens(3)
+    bare = text.without_states()
+    for a, b in zip(run(alone, text, dot, codes), run(whole, bare, dot, codes), strict=True):
+        torch.testing.assert_close(a, b)
+    options = {"values_of": VALUES_OF, "guidance": 2.0}
+    drawn = [
+        net.generate(given, unconditional=given.rows(slice(1)), generator=torch.Generator().manual_seed(0), **options)
+        for net, given in ((alone, text), (whole, bare))
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_a_text_encoder_reads_tokens() -> None:
+    encoder = TextTransformer(8, 1, 2, CONTEXT, 20)
+    with pytest.raises(ValueError, match=r"Expected text_states with a text_encoder\. Got false"):
+        ARPriorTransformer(D, W, CONTEXT, N, width=16, layers=1, heads=2, text_encoder=encoder, text_states=False)

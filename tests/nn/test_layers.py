@@ -175,3 +175,18 @@ def test_errors() -> None:
     text = TextFeatures(torch.zeros(1, 4).long(), torch.zeros(1, 4, 4), torch.ones(1, 4).bool(), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="context_length = 3"):
         net.prefix_tokens(text)
+
+
+def test_states_that_the_data_leave_out_are_not_missed_in_silence() -> None:
+    """Data without token states have width 0: who reads them says so, who does not works as ever."""
+    sizes = {"context_length": 3, "suffix_length": 1, "width": 8, "layers": 1, "heads": 1}
+    with pytest.raises(ValueError, match=r"no token states: set .*text_states to false"):
+        PrefixTransformer(4, 0, **sizes)
+    torch.manual_seed(0)
+    whole = TextFeatures(torch.ones(2, 2).long(), torch.randn(2, 2, 4), torch.ones(2, 2).bool(), torch.randn(2, 4))
+    left_out = whole._replace(states=whole.states[..., :0])
+    reader, other = PrefixTransformer(4, 4, **sizes), PrefixTransformer(4, 4, **sizes, text_states=False)
+    with pytest.raises(ValueError, match=r"Expected token states of width 4\. Got 0"):
+        reader.prefix_tokens(reader.seen(left_out))
+    assert torch.equal(other.prefix_tokens(other.seen(left_out)), other.prefix_tokens(other.seen(whole)))
+    assert PrefixTransformer(4, 0, **sizes, text_states=False).prefix_tokens(whole.without_states()).shape == (2, 1, 8)

@@ -70,3 +70,12 @@ def test_text_longer_than_the_context_is_an_error(transformer: TextTransformer) 
     text = make_text([13])
     with pytest.raises(ValueError, match="context_length=12"):
         transformer(text.tokens, text.mask)
+
+
+def test_the_null_caption_leaves_out_what_the_captions_leave_out() -> None:
+    text = TextFeatures(torch.ones(3, 2).long(), torch.zeros(3, 2, 0), torch.ones(3, 2).bool(), torch.randn(3, 4))
+    null = TextFeatures(torch.zeros(1, 2).long(), torch.randn(1, 2, 5), torch.ones(1, 2).bool(), torch.randn(1, 4))
+    mixed = mix_text(text, null, torch.tensor([True, False, True]))
+    assert mixed.states.shape == (3, 2, 0)
+    assert torch.equal(mixed.embed[1], null.embed[0])
+    assert not mixed.tokens[1].any()

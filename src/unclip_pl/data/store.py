@@ -4,6 +4,9 @@ A store is a folder: one safetensors file for each source shard, ``manifest.json
 the statistics that ``EmbeddingSpace`` reads. Rows count the images of all shards, sorted by shard name; within a shard
 train stands before val before held-out. A row's caption is chosen by its draw: ``draw % captions``.
 
+A store may leave out the token states, which take most of its bytes: their width W is 0 then, in its files and in its
+batches.
+
 Legend: N images, M distinct captions, P (image, caption) pairs, T text tokens of all captions, d CLIP's embedding
 dimension, W its text width. Ragged values lie end to end, with offsets: item i is ``values[offsets[i]:offsets[i+1]]``.
 """
@@ -68,6 +71,7 @@ class ShardRecord(NamedTuple):
     format: int = FORMAT
     caption_key: str = ""  # see `index_shard`
     others: list[str] = []  # see `ShardIndex`
+    states: bool = True  # False where the token states are left out
 
     @classmethod
     def parse(cls, values: dict[str, Any], path: Path) -> "ShardRecord":
@@ -171,7 +175,7 @@ class ShardFeatures(NamedTuple):
 
     image_embed: np.ndarray  # (N, d) float16
     text_embed: np.ndarray  # (M, d) float16
-    text_states: np.ndarray  # (T, W) float16, real tokens only
+    text_states: np.ndarray  # (T, W) float16, real tokens only; W is 0 where they are left out
     text_tokens: np.ndarray  # (T,) int32
     text_offsets: np.ndarray  # (M + 1,) int64, into the T tokens
     caption_rows: np.ndarray  # (P,) int32, into the M captions
@@ -373,8 +377,18 @@ class EmbeddingStore:
 
     @property
     def embed_dim(self) -> int:
-        """Width d of the embeddings."""
+        """Width d of the image embeddings."""
         return self.features(0).image_embed.shape[1]
+
+    @property
+    def text_embed_dim(self) -> int:
+        """Width of the text embeddings: d, unless two models made the two sides."""
+        return self.features(0).text_embed.shape[1]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the captions' token states are there."""
+        return self.records[0].states
 
     @property
     def statistics(self) -> Path:
@@ -401,7 +415,7 @@ class EmbeddingStore:
         for first, stop in zip(*blocks, strict=True):
             rows = np.arange(first, stop)
             parts = self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64)))
-            text = np.empty((len(rows), self.embed_dim), np.float16)
+            text = np.empty((len(rows), self.text_embed_dim), np.float16)
             for part in parts:
                 text[part.where] = part.features.text_embed[part.captions]
             yield self._image_embed(parts, len(rows)), torch.from_numpy(text).float()
@@ -468,7 +482,7 @@ class EmbeddingStore:
         mask = position < length[:, None]  # (B, L)
         width = self.features(0).text_states.shape[1]
         tokens, states = np.zeros(mask.shape, np.int64), np.zeros((*mask.shape, width), np.float32)
-        embed = np.empty((size, self.embed_dim), np.float16)
+        embed = np.empty((size, self.text_embed_dim), np.float16)
         for part in parts:
             row, column = mask[part.where].nonzero()
             source = first[part.where][row] + column
@@ -547,6 +561,11 @@ class EmbeddingStore:
                 )
         found = [records[shard.name] for shard in self.shards]
         require_one_clip(self.path, found, found[0].clip)
+        if len({record.states for record in found}) > 1:
+            raise InputError(
+                f"{self.path} holds the token states of some shards and not of others: run `unclip precompute` with "
+                "another --store."
+            )
         return found
 
 
@@ -568,6 +587,7 @@ def _check(path: Path, record: ShardRecord, features: ShardFeatures) -> None:
         and captions + 1 == len(features.text_offsets) == len(features.captions_offsets)
         and features.caption_offsets[-1] == len(features.caption_rows)
         and features.text_offsets[-1] == len(features.text_states) == len(features.text_tokens)
+        and record.states == (features.text_states.shape[1] > 0)
         and all(_ascends(getattr(features, name)) for name in features._fields if name.endswith("_offsets"))
         and _lies_in(features.caption_rows, captions)
         and _lies_in(features.image_size, record.source_size)

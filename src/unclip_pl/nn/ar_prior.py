@@ -184,6 +184,10 @@ class ARPriorTransformer(PrefixTransformer):
         head: class of the way out; it gets width, code_length and buckets from here.
         text_encoder: text transformer that reads token ids and is trained along (the paper's, 2048 × 24); None takes
             the states of frozen CLIP.
+        text_states: read the caption's token states; false leaves z_t alone.
+
+    Raises:
+        InputError: ``text_encoder`` has nothing to read, since ``text_states`` is false.
     """
 
     def __init__(
@@ -200,10 +204,14 @@ class ARPriorTransformer(PrefixTransformer):
         code_embedding: Callable[[int, int, int], CodeEmbedding] = FourierCodeEmbedding,
         head: Callable[[int, int, int], CodeHead] = SharedHead,
         text_encoder: TextTransformer | None = None,
+        text_states: bool = True,
     ) -> None:
         if text_encoder is not None:
+            if not text_states:
+                raise InputError("Expected text_states with a text_encoder. Got false: leave one of them out.")
             text_width = text_encoder.width
-        super().__init__(embed_dim, text_width, context_length, code_length, width, layers, heads)
+        sizes = (code_length, width, layers, heads)
+        super().__init__(embed_dim, text_width, context_length, *sizes, text_states=text_states)
         self.text_encoder = text_encoder
         self.code_length = code_length
         self.buckets = buckets
@@ -227,6 +235,7 @@ class ARPriorTransformer(PrefixTransformer):
             codes: (B, n) int64.
             values: (B, n) bucket values of the codes at unit variance.
         """
+        text = self.seen(text)
         prefix = self.prefix_tokens(text)
         position = torch.arange(self.code_length, device=codes.device)
         code_tokens = self.code_embedding(codes[:, :-1], values[:, :-1], position[:-1])
@@ -239,6 +248,7 @@ class ARPriorTransformer(PrefixTransformer):
 
     def encode_prefix(self, text: TextFeatures) -> tuple[Tensor, Prefix]:
         """Return the output at z_t, (B, width), and the captions' keys and values."""
+        text = self.seen(text)
         tokens = self.prefix_tokens(text)
         keys = F.pad(text.mask, (0, 1), value=True)
         hidden, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1] - 1)

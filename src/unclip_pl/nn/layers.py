@@ -197,16 +197,20 @@ class PrefixTransformer(nn.Module):
     """A causal transformer over [text states …, z_t, suffix …]: the common part of the two priors.
 
     z_t and the suffix keep their position slots (``context_length`` and on) wherever the text is cut, so neither
-    cutting nor padding changes an output. Every caption has at least one real token, and padding stands at its end.
+    cutting nor padding changes an output. Padding stands at a caption's end.
 
     Args:
         embed_dim: d of CLIP.
-        text_width: W of CLIP's text tower.
+        text_width: W of CLIP's text tower; 0 for data without token states.
         context_length: number of tokens of the longest text.
         suffix_length: number of tokens after z_t.
         width: width of the residual stream, independent of CLIP's.
         layers: number of blocks.
         heads: number of attention heads.
+        text_states: read the token states; false leaves z_t alone.
+
+    Raises:
+        InputError: token states are to be read, and the data have none.
     """
 
     def __init__(
@@ -218,11 +222,19 @@ class PrefixTransformer(nn.Module):
         width: int,
         layers: int,
         heads: int,
+        *,
+        text_states: bool = True,
     ) -> None:
         super().__init__()
+        if text_states and not text_width:
+            raise InputError(
+                "The data have no token states: set model.init_args.net.init_args.text_states to false, and z_t alone "
+                "is read."
+            )
         self.embed_dim = embed_dim
         self.context_length = context_length
-        self.text_enc_proj = nn.Linear(text_width, width)
+        self.text_states = text_states
+        self.text_enc_proj = nn.Linear(text_width, width) if text_width else None
         self.text_emb_proj = nn.Linear(embed_dim, width)
         self.positional_embedding = nn.Parameter(torch.empty(1, context_length + 1 + suffix_length, width))
         self.transformer = Transformer(width, layers, heads)
@@ -235,6 +247,10 @@ class PrefixTransformer(nn.Module):
         """Positions of the tokens after z_t, (1, suffix_length, width)."""
         return self.positional_embedding[:, self.context_length + 1 :]
 
+    def seen(self, text: TextFeatures) -> TextFeatures:
+        """Return what the network reads of B captions."""
+        return text if self.text_states else text.without_states()
+
     def token_states(self, text: TextFeatures) -> Tensor:
         """Return the states of every token, (B, L, text_width): frozen CLIP's."""
         return text.states
@@ -243,7 +259,7 @@ class PrefixTransformer(nn.Module):
         """Return [text states …, z_t] with their positions, (B, L + 1, width).
 
         Raises:
-            InputError: the text is longer than ``context_length``.
+            InputError: the text is longer than ``context_length``, or its states are left out.
         """
         length = text.states.shape[1]
         if length > self.context_length:
@@ -251,9 +267,18 @@ class PrefixTransformer(nn.Module):
                 f"Expected at most context_length = {self.context_length} text tokens. Got {length}: shorten captions."
             )
         positions = self.positional_embedding
-        states = self.text_enc_proj(self.token_states(text)) + positions[:, :length]
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
-        return torch.cat([states, z_t], dim=1)
+        if self.text_enc_proj is None:
+            return z_t
+        states = self.token_states(text)
+        if states.shape[2] != (text_width := self.text_enc_proj.in_features):
+            if length:
+                raise InputError(
+                    f"Expected token states of width {text_width}. Got {states.shape[2]}: give data with them, or "
+                    "train with model.init_args.net.init_args.text_states set to false."
+                )
+            states = states.new_zeros(len(states), 0, text_width)
+        return torch.cat([self.text_enc_proj(states) + positions[:, :length], z_t], dim=1)
 
     def causal_prefix(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
         """Return the same tokens with each z_t right behind its text's last real one, and their mask (B, L + 1).

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, sinusoidal
-from unclip_pl.nn.text import without_states
 from unclip_pl.types import TextFeatures
 
 
@@ -35,9 +34,8 @@ class PriorTransformer(PrefixTransformer):
         heads: int = 32,
         text_states: bool = True,
     ) -> None:
-        super().__init__(embed_dim, text_width, context_length, 3, width, layers, heads)
+        super().__init__(embed_dim, text_width, context_length, 3, width, layers, heads, text_states=text_states)
         self.width = width
-        self.text_states = text_states
         self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.clip_img_proj = nn.Linear(embed_dim, width)
         self.prd_emb = nn.Parameter(torch.empty(1, 1, width))
@@ -46,9 +44,7 @@ class PriorTransformer(PrefixTransformer):
 
     def encode_prefix(self, text: TextFeatures) -> Prefix:
         """Return the keys and values of B captions, z_t scaled like z_i, for any number of calls and draws."""
-        if not self.text_states:
-            text = without_states(text)
-        tokens, mask = self.causal_prefix(text)
+        tokens, mask = self.causal_prefix(self.seen(text))
         _, layers = self.transformer(tokens, None, start=tokens.shape[1])
         return Prefix(layers, mask)
 
@@ -88,8 +84,7 @@ class PriorTransformer(PrefixTransformer):
             index: (B, 1) 0-based timesteps.
             text: B captions, z_t scaled like z_i.
         """
-        if not self.text_states:
-            text = without_states(text)
+        text = self.seen(text)
         time = self.time_embed(sinusoidal(index, self.width).to(x_t.dtype))
         own = torch.cat([time, self.clip_img_proj(x_t), self.prd_emb.expand_as(time)], dim=1) + self.suffix_positions
         tokens = torch.cat([self.prefix_tokens(text), own], dim=1)  # (B, L + 4, width)

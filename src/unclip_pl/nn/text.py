@@ -15,7 +15,12 @@ from unclip_pl.types import TextFeatures
 
 
 def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatures:
-    """Return the captions where ``keep`` (B,) bool is True and the null caption (B = 1) elsewhere; L is the longer."""
+    """Return the captions where ``keep`` (B,) bool is True and the null caption (B = 1) elsewhere; L is the longer.
+
+    Where the captions come without token states, so does the null caption.
+    """
+    if not text.states.shape[2]:
+        null = null._replace(states=null.states[..., :0])
     length = max(text.mask.shape[1], null.mask.shape[1])
     text, null = text.pad(length), null.pad(length)
     row = keep[:, None]
@@ -25,11 +30,6 @@ def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatur
         mask=torch.where(row, text.mask, null.mask),
         embed=torch.where(row, text.embed, null.embed),
     )
-
-
-def without_states(text: TextFeatures) -> TextFeatures:
-    """Return z_t alone: no tokens, no states, L = 0."""
-    return TextFeatures(text.tokens[:, :0], text.states[:, :0], text.mask[:, :0], text.embed)
 
 
 class EncodedText(NamedTuple):
