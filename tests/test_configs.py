@@ -22,6 +22,7 @@ SLURM = "configs/trainer/slurm.yaml"
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = ("prior", "ar_prior", "decoder", "upsampler")
 TRAINING = [CONFIGS / part / "tiny.yaml" for part in PARTS]
+TRAINING += [CONFIGS / part / "karlo-tiny.yaml" for part in ("clip", "prior")]
 TRAINING += [CONFIGS / "clip" / f"{name}.yaml" for name in ("emoji", "emoji-judge", "tiny", "tiny-judge")]
 WHOLE = [*CONFIGS.glob("evaluate/*.yaml"), *CONFIGS.glob("predict/*.yaml")]
 WHOLE = sorted(path for path in WHOLE if path.stem != "cascade")  # needs upsamplers: tests/evaluation/test_cascade.py
@@ -37,6 +38,7 @@ def test_a_tiny_config_trains_and_reloads(path: Path, mini_run: Path, tmp_path: 
     if path.parent.name != "clip":
         clip = f"{mini_run}/clip/checkpoints/last.ckpt"
         words += ["--data.init_args.store", f"{mini_run}/store", "--data.init_args.clip.pretrained", clip]
+        words += ["--data.init_args.clip.name", "tiny-rn"]
     if path.parent.name == "ar_prior":
         words += ["--model.init_args.codec", f"{mini_run}/codec.safetensors"]
     cli = build(words)

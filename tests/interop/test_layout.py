@@ -1,14 +1,18 @@
 """With another library's weights our networks are that library's; nothing of a checkpoint goes unnoticed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from unclip_pl.clip import ClipSpec
 from unclip_pl.interop.layout import diffusers_prior, diffusers_unet, karlo_prior, karlo_unet, load_weights
+from unclip_pl.interop.sizes import HEAD, decoder_sizes, prior_sizes, upsampler_sizes
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet, UpsamplerUNet
+from unclip_pl.settings import read_yaml
 from unclip_pl.types import TextFeatures
 
 D, CONTEXT_WIDTH = 24, 20
@@ -104,6 +108,32 @@ def test_upsampler_is_diffusers(size: dict[str, Any], reference: Any) -> None:
     x = torch.randn(2, 6, 32, 16, generator=generator())
     index = torch.tensor([0.0, 832.0])
     torch.testing.assert_close(ours(x, index), theirs(x, index).sample, **SAME)
+
+
+def test_the_small_karlo_is_diffusers(reference: Any) -> None:
+    """Every tensor of `*/karlo-tiny.yaml` has its place in diffusers' modules, whose shapes tell the config's sizes."""
+    clip = ClipSpec("karlo-tiny")
+    assert clip.embed_dim == clip.text_width  # one number in diffusers
+
+    def sizes(part: str) -> dict[str, Any]:
+        return read_yaml(Path("configs") / part / "karlo-tiny.yaml")["model"]["init_args"]["net"]["init_args"]
+
+    prior, decoder, upsampler = (sizes(part) for part in ("prior", "decoder", "upsampler"))
+    theirs = reference.prior(prior["heads"], HEAD, prior["layers"], clip.embed_dim, clip.context_length).state_dict()
+    channels = [[net["channels"] * mult for mult in net["channel_mult"]] for net in (decoder, upsampler)]
+    blocks = decoder["res_blocks"]
+    two = reference.decoder(channels[0], blocks, embed_dim=clip.embed_dim, context_width=decoder["context_width"])
+    both = two[0].state_dict() | two[1].state_dict()
+    large = reference.upsampler(channels[1], upsampler["res_blocks"]).state_dict()
+    cases = [
+        (prior, theirs, diffusers_prior(prior["heads"]), prior_sizes, PriorTransformer),
+        (decoder, both, diffusers_unet(HEAD), decoder_sizes, UNet),
+        (upsampler, large, diffusers_unet(HEAD), upsampler_sizes, UpsamplerUNet),
+    ]
+    for ours, weights, layout, sizes_of, network in cases:
+        found = sizes_of(weights, layout)
+        assert ours.items() <= (found | {"dropout": 0.0}).items()  # which no shape tells
+        load_weights(network(**found), weights, layout)
 
 
 def weights_of(net: torch.nn.Module) -> list[Tensor]:
