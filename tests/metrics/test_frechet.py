@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from unclip_pl.metrics.frechet import FrechetDistance, frechet_distance, frechet_interval, frechet_resamples
+from unclip_pl.metrics.frechet import (
+    FrechetDistance,
+    frechet_distance,
+    frechet_interval,
+    frechet_resamples,
+    without_bias,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +152,16 @@ def test_interval_shrinks_with_the_root_of_the_captions() -> None:
 def test_interval_refuses_unequal_counts() -> None:
     with pytest.raises(ValueError, match=r"'ar' of shape \(100, 4\)"):
         frechet_interval(features(100, 4), {"ar": features(90, 4)})
+
+
+def test_a_distance_without_its_bias_is_zero_on_average_between_samples_of_one_distribution() -> None:
+    found = []
+    for seed in range(30):
+        real, fake = features(2, 200, 4, seed=seed)
+        found.append(frechet_resamples(real, {"": fake}, 30, generator=torch.Generator().manual_seed(seed))[""])
+    plain = torch.stack(found)
+    corrected = without_bias(plain)
+    assert corrected.shape == plain.shape
+    torch.testing.assert_close(corrected[:, 1:], plain[:, 1:])
+    assert corrected[:, 0].mean().abs() < 0.25 * plain[:, 0].mean()
+    assert without_bias(torch.zeros(4)).tolist() == [0] * 4

@@ -46,6 +46,7 @@ from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.generation.run import RUN, base_hash
 from unclip_pl.metrics.attributes import stated_match
 from unclip_pl.metrics.frechet import frechet_resamples
+from unclip_pl.metrics.kernel import kernel_values
 from unclip_pl.metrics.neighbours import neighbour_values
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
@@ -257,7 +258,7 @@ class Cell(LightningModule):
         few = heldout.text.rows(slice(n))
         chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
         many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
-        drawers = {name: prior for name, prior in self._parts.priors.items() if chosen and not prior.reference}
+        drawers = {name: prior for name, prior in self._parts.priors.items() if chosen and not prior.needs_image}
         kept = range(self.grid_many * self.diversity_samples)
         rank, world = self.global_rank, self.trainer.world_size
         options = {"batch_size": self.batch_size, "seed": self.seed, "rank": rank, "world_size": world}
@@ -293,18 +294,19 @@ class Cell(LightningModule):
         """Return every arm with its settings, its costs and its scores without a decoder."""
         true = F.normalize(heldout.image_embed, dim=-1)
         distances = frechet_resamples(true, samples, self.resamples, generator=self._resampler())
+        kernels = kernel_values(true, samples)
         pairs = PriorBatch(heldout.image_embed.to(self.device), heldout.text.to(self.device))
         stated = stated_indices(heldout.captions) if self._probe is not None else None
         arms: dict[str, dict[str, Any]] = {}
         for name, prior in self._parts.priors.items():
             values = embedding_values(samples[name], heldout.image_embed, heldout.text.embed)
+            values["embed_kid"] = kernels[name]
             if self._probe is not None and stated is not None:
                 read = [stated_match(self._probe.read(z), stated) for z in samples[name]]
                 values["probe_match"] = torch.stack(read).mean(0)
             arms[name] = {
                 "values": {},
-                "resamples": {"embed_fd": distances[name]}
-                | {key: resampled_means(x, self.resamples, generator=self._resampler()) for key, x in values.items()},
+                "resamples": {"embed_fd": distances[name]} | {key: self._resampled(x) for key, x in values.items()},
                 "class": type(prior).__name__,
                 "reference": prior.reference,
                 **costs_of(prior, self._costs[name], pairs),
@@ -323,6 +325,7 @@ class Cell(LightningModule):
         n = len(next(iter(drawn.views.values())).judge)
         real, stated = heldout.judge_image[:n], stated_indices(heldout.captions[:n])
         fd_judge = self._distances(real, drawn.views)
+        kernels = kernel_values(real, {name: view.judge for name, view in drawn.views.items()})
         for name, view in drawn.views.items():
             values = caption_scores(view, real, heldout.judge_text[:n], stated)
             values |= neighbour_values(real, view.judge)._asdict()
@@ -332,7 +335,7 @@ class Cell(LightningModule):
             if name in drawn.many:
                 values |= diversity_scores(drawn.many[name], drawn.captions, self.diversity_samples)
             arms[name]["values"] = values
-            arms[name]["resamples"]["fd_judge"] = fd_judge[name]
+            arms[name]["resamples"] |= {"fd_judge": fd_judge[name], "kid_judge": self._resampled(kernels[name])}
 
     def _distances(self, real: Tensor, views: dict[str, View]) -> dict[str, Tensor]:
         """Return the Fréchet distance of each view's pictures and its resamples, (1 + R,)."""
@@ -397,6 +400,9 @@ class Cell(LightningModule):
     def _base(self) -> str:
         """Return the hash of what all cells of a study share; before a run is described, that is its CLIP."""
         return base_hash(self.run) if (self.run / RUN).is_file() else self._parts.clip.fingerprint
+
+    def _resampled(self, values: Tensor) -> Tensor:
+        return resampled_means(values, self.resamples, generator=self._resampler())
 
     def _resampler(self) -> torch.Generator:
         """Return a generator that draws the same captions in every cell, for any training seed."""

@@ -59,8 +59,10 @@ class Prior(ABC):
     keeps_norm: bool = False
     #: Fingerprint of the CLIP whose embeddings it draws; empty if it works with any CLIP.
     fingerprint: str = ""
-    #: Whether it looks at the true embedding, and so contends with no other prior.
+    #: Whether it looks at the truth, and so contends with no other prior.
     reference: bool = False
+    #: Whether it needs the true embedding itself, so that a caption alone has no sample.
+    needs_image: bool = False
     #: The codec that its embeddings pass through, if there is one.
     codec: EmbeddingCodec | None = None
     #: The trained Task behind it, if there is one.
@@ -345,6 +347,7 @@ class TrueEmbedding(Prior):
     """The image's own z_i."""
 
     reference = True
+    needs_image = True
 
     def __init__(self, spec: PriorSpec, *, keeps_norm: bool = False) -> None:
         super().__init__(spec)

@@ -21,6 +21,7 @@ from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.evaluation.measures import MEASURES, plain, within_shares
 from unclip_pl.evaluation.sheet import FORMAT
 from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples
+from unclip_pl.metrics.frechet import without_bias
 from unclip_pl.metrics.interval import Interval, mean_interval, sign_test
 
 #: Below a study's folder: its cells, and what was chosen on validation data.
@@ -33,9 +34,14 @@ COSTS = (
     "parameters", "training_steps", "training_samples", "training_seconds", "training_flops", "evaluations",
     "flops_per_embedding", "seconds_per_embedding",
 )  # fmt: skip
+#: Fréchet distances, which stand in reports without their bias as well.
+BIASED = ("fd_judge", "embed_fd")
+#: What the name of such a distance ends with.
+CORRECTED = "_corrected"
 #: Measures whose paired differences are reported.
 DIFFERENCES = (
-    "fd_judge", "embed_fd", "stated_match", "clip_score", "residual", "diversity_gap", "vendi", "recall", "cos_true",
+    "fd_judge", "fd_judge_corrected", "kid_judge", "embed_fd", "embed_fd_corrected", "embed_kid", "stated_match",
+    "clip_score", "residual", "diversity_gap", "vendi", "recall", "cos_true",
 )  # fmt: skip
 
 Arm = dict[int, dict[str, Any]]  # training seed → what its cell says of the arm
@@ -393,4 +399,7 @@ def _read_cell(path: Path) -> dict[str, Any]:
         raise InputError(
             f"Expected a cell of format {FORMAT} in {path}. Got {got}: measure it again with this version."
         )
+    for arm in cell["arms"].values():
+        distances = {name: torch.tensor(arm["resamples"][name]) for name in BIASED if name in arm["resamples"]}
+        arm["resamples"] |= {f"{name}{CORRECTED}": without_bias(x).tolist() for name, x in distances.items()}
     return cell | {"file": path.name}
