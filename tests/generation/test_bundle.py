@@ -15,7 +15,7 @@ from unclip_pl.cli import main
 from unclip_pl.files import read_checkpoint
 from unclip_pl.generation import bundle as bundles
 from unclip_pl.generation import run as runs
-from unclip_pl.generation.bundle import NOTES, unpack
+from unclip_pl.generation.bundle import NOTES, read_notes, unpack
 from unclip_pl.generation.manipulation import Manipulator
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.run import base_hash, find_run, read_run
@@ -110,6 +110,15 @@ def test_a_study_s_base_is_a_run_again(mini_run: Path, tmp_path: Path, capsys: p
     images = [Unclip.load(root).generate(["a ring"], prior="linear").images for root in (mini_run, run)]
     torch.testing.assert_close(*images, rtol=0, atol=0.01)
     assert base_hash(run) == base_hash(find_run(bundle)) != base_hash(mini_run)
+
+
+def test_a_bundle_of_an_unpacked_bundle_says_the_same(bundle: Path, tmp_path: Path) -> None:
+    assert main(["unbundle", str(bundle), str(tmp_path / "run")]) == 0
+    assert main(["bundle", str(tmp_path / "run"), "--out", str(tmp_path / "again.zip")]) == 0
+    first, second = (zipfile.ZipFile(path) for path in (bundle, tmp_path / "again.zip"))
+    assert first.namelist() == second.namelist()
+    told = [json.loads(archive.read(NOTES)) | {"bundled": ""} for archive in (first, second)]
+    assert told[0] == told[1]
 
 
 def test_others_may_read_it(bundle: Path, tmp_path: Path) -> None:
@@ -217,3 +226,19 @@ def test_one_run_at_a_time(mini_run: Path, tmp_path: Path, capsys: pytest.Captur
 def test_the_first_bar_does_not_wait_for_torch() -> None:
     code = "import sys, unclip_pl.commands.sample, unclip_pl.commands.edit; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BASES = sorted((Path(__file__).parents[2] / "results").glob("*/base.zip"))
+
+
+@pytest.mark.parametrize("path", BASES, ids=lambda path: path.parent.name)
+def test_a_committed_base_has_all_that_a_study_measures_with(path: Path) -> None:
+    assert path.stat().st_size <= 25e6
+    root = find_run(path)
+    base = read_run(root)
+    assert base.judge is not None
+    for file in (base.clip.pretrained, base.judge.pretrained, base.decoder.checkpoint, "codec.safetensors"):
+        assert (root / file).is_file()
+    told = read_notes(root)
+    assert told["commits"]
+    assert {"clip", "judge", "decoder"} <= told["recipe"].keys()

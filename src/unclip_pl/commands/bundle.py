@@ -14,7 +14,7 @@ from unclip_pl.clip import ClipEncoder
 from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
 from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json
-from unclip_pl.generation.bundle import write_bundle
+from unclip_pl.generation.bundle import read_notes, write_bundle
 from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
 from unclip_pl.generation.provenance import commit, stage_records
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
@@ -49,7 +49,8 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
     places = {name: _within(name, number) for number, name in enumerate(names)}
     if for_study and (root / CODEC).is_file():
         places[CODEC] = CODEC
-    tokens = _tokens(run.clip.within(root).load(), root / run.store) if run.store else None
+    clip = run.clip.within(root)
+    tokens = _tokens(clip.load(), root / run.store) if run.store else read_notes(root).get("tokens")
     encoders = {spec.pretrained: spec for spec in (run.clip, run.judge) if spec is not None}
     with TemporaryDirectory() as folder:
         for name, place in places.items():
@@ -124,14 +125,16 @@ def _tokens(clip: ClipEncoder, store: Path) -> list[int] | None:
 
 
 def _provenance(root: Path) -> dict[str, Any]:
-    """Return where the weights come from, from the records of ``reproduce`` and of the comparison."""
-    stages = stage_records(root)
+    """Return where the weights come from: the notes of the bundle that the run was, and what was trained since."""
+    notes, stages = read_notes(root), stage_records(root)
     report = json.loads(path.read_text()) if (path := root / "report.json").is_file() else {}
+    commits = [*notes.get("commits", []), *(name for record in stages.values() for name in record["commits"])]
+    trained = sum(record["seconds"] for record in stages.values() if record["command"].startswith("fit "))
     return {
-        "run": root.resolve().name,
-        "commits": list(dict.fromkeys(name for record in stages.values() for name in record["commits"])),
-        "hardware": report.get("meta", {}).get("hardware", ""),
-        "seconds": sum(record["seconds"] for record in stages.values() if record["command"].startswith("fit ")),
-        "recipe": {name: f"unclip {record['command']}" for name, record in stages.items()},
+        "run": notes.get("run", root.resolve().name),
+        "commits": list(dict.fromkeys(commits)),
+        "hardware": report.get("meta", {}).get("hardware", notes.get("hardware", "")),
+        "seconds": notes.get("seconds", 0) + trained,
+        "recipe": notes.get("recipe", {}) | {name: f"unclip {record['command']}" for name, record in stages.items()},
         "bundled": commit(),
     }
