@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv quickstart notebooks bench test test-slow lint format clean
+.PHONY: help venv quickstart notebooks bench test test-slow test-oldest lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -44,6 +44,18 @@ test: venv lint ## what CI runs: ruff, mypy and the tests, on two cores
 test-slow: venv ## what takes longer
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ] # 5: no test is marked slow
 
+# uv can choose the oldest releases that pyproject.toml allows; pip cannot.
+OLDEST := .venv-oldest
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## the tests with the oldest releases of everything that the package needs
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile
+
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +66,4 @@ format: venv ## let ruff rewrite the layout
 	$(BIN)/ruff format .
 
 clean: ## the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

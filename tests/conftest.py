@@ -41,9 +41,9 @@ SHRINK = {
 
 
 @pytest.fixture(autouse=True)
-def _first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def _first_rank() -> None:
     """Let every test speak as the first of several processes, also after one that was the second."""
-    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
+    rank_zero_only.rank = 0  # for good: Lightning sets it once, at its import, which may happen in any test
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,9 +23,9 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.errors import InputError
 from unclip_pl.moved import moved_in
-from unclip_pl.settings import expanded, parse_yaml, read_yaml
+from unclip_pl.settings import expanded, find, no_config, parse_yaml, read_yaml
 
 TRAINER = {
     "fit": "train a part: --config configs/{clip,prior,ar_prior,decoder,upsampler}/*.yaml",
@@ -48,6 +48,7 @@ COMMANDS = {
     "bundle": "pack a run into one file, in half precision: unclip bundle RUN",
     "unbundle": "make a run of a bundle: unclip unbundle FILE RUN",
     "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
+    "configs": "list the configs of the package, or copy them to be edited: unclip configs copy FOLDER NAME…",
     "report": "draw a run's or a study's report again from what was measured",
 }
 
@@ -59,7 +60,13 @@ EXPECTED_NAME = "MisconfigurationException"
 DEBUG_HINT = "(--debug shows the traceback)"
 
 #: Parameters of commands that stand before the options, with their help.
-POSITIONAL = {"captions": "texts to draw", "paths": "files or folders to read", "pictures": "image files"}
+POSITIONAL = {
+    **{"captions": "texts to draw", "paths": "files or folders to read", "pictures": "image files"},
+    "names": "folder to write to, then names of configs; without names, all of them",
+}
+
+#: Options whose files are also found under ``./configs`` and in the package.
+SECTIONS = ("--config", "--model", "--data", "--trainer")
 
 #: Parameter of commands whose type is a dataclass: its fields are options like all others.
 SHARED = "options"
@@ -197,21 +204,28 @@ def run(words: list[str], *, debug: bool = False) -> int:
 
 
 def _checked(words: list[str]) -> list[str]:
-    """Return a command line with ``~`` replaced. Its configs are read, to find keys that occur twice.
+    """Return a command line with ``~`` replaced, and its configs by their paths: they may be named as in the package.
+
+    The configs are read, to find keys that occur twice.
 
     Raises:
+        MissingFileError: a config does not exist.
         InputError: a key occurs twice.
         yaml.YAMLError: a config is no YAML.
     """
     words = expanded(words)
-    for before, word in pairwise(["", *words]):
-        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
-        if Path(value).suffix in (".yaml", ".yml") or option == "--config":
-            if Path(value).is_file():
-                read_yaml(Path(value))
-        elif value.startswith(("{", "[")):
+    for place, (before, word) in enumerate(pairwise(["", *words])):
+        option, sign, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if value.startswith(("{", "[")):
             with suppress(yaml.YAMLError):  # a text may begin so
                 parse_yaml(value, option)
+        elif Path(value).suffix in (".yaml", ".yml") or (option == "--config" and value):
+            file = find(value) if option in SECTIONS else Path(value)
+            if file.is_file():
+                read_yaml(file)
+                words[place] = f"{option}{sign}{file}" if sign else str(file)
+            elif option in SECTIONS:
+                raise no_config(value)
     return words
 
 
@@ -230,18 +244,20 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
 
     Args:
         program: name of the program in the help.
-        entry: the function, or several by the word that picks one. A parameter of :data:`POSITIONAL` takes the words
-            that stand before the options.
+        entry: the function, or several by the word that picks one, the one without a word as "". A parameter of
+            :data:`POSITIONAL` takes the words that stand before the options.
         words: the rest of the command line.
 
     Raises:
         InputError: the word that picks one of several functions is missing or unknown.
     """
     if isinstance(entry, dict):
+        if "" in entry and (not words or words[0].startswith("--")) and words != ["--help"]:
+            return call(program, entry[""], words)
         if not words or words[0] not in entry:
-            names = ", ".join(entry)
+            names = ", ".join(filter(None, entry))
             if words and words[0] in ("-h", "--help"):
-                print(f"usage: {program} {{{names}}} [OPTIONS]   ({program} {next(iter(entry))} --help for more)")
+                print(f"usage: {program} {{{names}}} [OPTIONS]   ({program} {names.split(',')[0]} --help for more)")
                 return None
             raise InputError(
                 f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}. Add one."
@@ -271,11 +287,7 @@ def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
 
 
 def train(words: list[str]) -> Any:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` with LightningCLI. A comparison's report is drawn afterwards.
-
-    Raises:
-        MissingFileError: a config does not exist.
-    """
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with LightningCLI; draw a comparison's report afterwards."""
     from lightning import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser
 
@@ -285,11 +297,6 @@ def train(words: list[str]) -> Any:
         """Lightning's parser, with our errors."""
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    missing = [
-        words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config" and not Path(words[i + 1]).is_file()
-    ]
-    if missing:
-        raise MissingFileError(f"No config at {missing[0]}. Give a YAML file, such as those under configs/.")
     cli = UnclipCLI(LightningModule, LightningDataModule, args=words, parser_class=TrainerParser)
     folder = getattr(cli.model, "draws", None) if words[0] == "test" else None
     if folder is not None and cli.trainer.is_global_zero:

@@ -1,4 +1,5 @@
-"""Settings in the form that people write them: YAML without keys that occur twice, and ``~`` for the home folder.
+"""Settings in the form that people write them: YAML without keys that occur twice, ``~`` for the home folder, and the
+configs that the package brings.
 
 Nothing here imports torch, so that a command line is read at once.
 """
@@ -7,13 +8,21 @@ import io
 import os
 import re
 from argparse import Namespace
+from contextlib import suppress
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unclip_pl.errors import InputError
+from unclip_pl.errors import InputError, MissingFileError
+
+_INSIDE = Path(__file__).parent / "shipped"
+#: Folder of the ``configs`` and ``data/prompts`` of the package: inside it where it is installed, else the clone's top.
+SHIPPED = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2]
+#: Folders of what is found by its name.
+CONFIGS, PROMPTS = "configs", "data/prompts"
 
 #: A home folder at the beginning of a path, after the name of an option or the words that mark a local CLIP.
 _HOME = re.compile(r"^((?:--[\w.+-]+=)?(?:local-dir:)?)(~[^/\\]*)(?=[/\\]|$)")
@@ -33,6 +42,36 @@ def expanded(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: expanded(value) for key, value in node.items()}
     return [expanded(value) for value in node] if isinstance(node, list) else node
+
+
+def find(name: str | Path, folder: str = CONFIGS) -> Path:
+    """Return where a config lies: as written, else under ``./configs``, else in the package.
+
+    Args:
+        name: path of the config; without a leading ``configs/`` it is found, too.
+        folder: :data:`CONFIGS`, or :data:`PROMPTS` for files of captions, which are found in the same way.
+
+    Returns:
+        The file's path; ``name`` itself where there is none.
+    """
+    inside = Path(name)
+    with suppress(ValueError):
+        inside = inside.relative_to(folder)
+    return next(filter(Path.is_file, (Path(name), folder / inside, SHIPPED / folder / inside)), Path(name))
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs of the package, by name and in order: ``prior/tiny.yaml``."""
+    root = SHIPPED / CONFIGS
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
+
+
+def no_config(name: str | Path) -> MissingFileError:
+    """Return the error for a config that :func:`find` has not found. It has the nearest names."""
+    names = list(shipped_configs())
+    near = get_close_matches(Path(name).as_posix().removeprefix(f"{CONFIGS}/"), names, 3, 0.5)
+    named = f"name another file, perhaps {' or '.join(near)}" if near else "name another file"
+    return MissingFileError(f"No config at {name}, under ./{CONFIGS} or in the package: {named}. Run `unclip configs`.")
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # the fast one, where it is built

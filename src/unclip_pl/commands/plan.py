@@ -13,7 +13,7 @@ from typing import Any
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.files import sha256
 from unclip_pl.generation.provenance import STAGES, stage_records
-from unclip_pl.settings import expanded, read_yaml
+from unclip_pl.settings import expanded, find, read_yaml
 
 #: The stage that makes the run which a recipe builds on.
 BASE = "base"
@@ -155,7 +155,7 @@ class Recipe:
         found: dict[str, Any] = {}
         for before, path in pairwise(shlex.split(self.stages[name].run)):
             if before == "--config" and name != BASE:
-                file = Path(expanded(fill(path, self.places)))
+                file = find(expanded(fill(path, self.places)))
                 found[path] = fill(read_yaml(file), self._own(name)) if file.is_file() else None
         return found
 

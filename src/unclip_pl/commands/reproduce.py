@@ -29,7 +29,7 @@ from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
 from unclip_pl.generation.provenance import STAGES, commit
-from unclip_pl.settings import read_yaml
+from unclip_pl.settings import find, no_config, read_yaml
 
 #: File in the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
@@ -68,6 +68,8 @@ def reproduce(
         dry_run: say what would run, and why; write nothing.
         jobs: stages that run side by side where none needs the other. Each computes with its share of the threads.
     """
+    if compare and not find(compare).is_file():
+        raise no_config(compare)
     places = {"{run}": str(Path(run)), "{source}": str(Path(source.replace("{run}", str(Path(run)))))}
     places |= {"{base}": str(Path(base)) if base else "", "{results}": results, "{precision}": precision()}
     shards = "" if source.startswith(("{run}", "{base}")) else _contents(list_shards(source), Path(run), not dry_run)
@@ -256,7 +258,7 @@ def report(folder: Path, logs: Path | None) -> None:
 
 def describe_run(compare: str, upsamplers: list[dict[str, Any]]) -> dict[str, Any]:
     """Return ``run.json`` from the comparison's config: pictures and measurements come from the same priors."""
-    model = read_yaml(Path(compare))["model"]["init_args"]
+    model = read_yaml(find(compare))["model"]["init_args"]
     run = {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
     if upsamplers:
         run["decoder"]["init_args"]["upsamplers"] = upsamplers

@@ -10,6 +10,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from unclip_pl.commands.studio import RunOptions, Studio
 from unclip_pl.errors import InputError
+from unclip_pl.settings import PROMPTS, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,7 @@ def _texts(captions: list[str], prompts: str, from_embedding: str) -> list[str]:
         if not captions and not from_embedding:
             raise InputError('Expected a caption. Got none: write unclip sample "a large red star".')
         return captions
-    return [*captions, *read_lines(prompts, "prompts")]
+    return [*captions, *read_lines(find(prompts, PROMPTS), "prompts")]
 
 
 def _embeddings(studio: Studio, path: str) -> "Tensor":
