@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from unclip_pl.cli import main
-from unclip_pl.generation.pictures import CELL, GAP
+from unclip_pl.diffusion import DPMSolver, Heun
+from unclip_pl.generation.pictures import CELL, GAP, save_png, to_image
 from unclip_pl.generation.pipeline import Unclip
 
 
@@ -100,3 +101,40 @@ def test_embeddings_come_from_a_file(
     for fragment, words in refused.items():
         assert main(["sample", "--run", str(mini_run), *words]) == 1
         assert fragment in capsys.readouterr().err
+
+
+def test_another_solver_is_asked_for_and_noted(mini_run: Path, tmp_path: Path, run: Unclip) -> None:
+    words = ("a red star", "--num", "1", "--seed", "6")
+    given = ("--solver", "Heun", "--steps", "3", "--prior_solver", "DPMSolver", "--prior_steps", "5")
+    image = Image.open(drawn(mini_run, tmp_path / "one.png", *words, *given))
+    noted = {"solver": "Heun", "steps": "3", "prior_solver": "DPMSolver", "prior_steps": "5"}
+    assert noted.items() <= image.text.items()
+    own = run.generate(["a red star"], seed=6, sampler=Heun(3), prior_sampler=DPMSolver(5)).images
+    save_png(to_image(own[0]), tmp_path / "own.png", {})
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "own.png")))
+
+    steps = run.decoder.sampler.steps
+    fewer = Image.open(drawn(mini_run, tmp_path / "fewer.png", *words, "--steps", str(steps - 1)))
+    same = Image.open(drawn(mini_run, tmp_path / "same.png", *words, "--steps", str(steps)))
+    plain = Image.open(drawn(mini_run, tmp_path / "plain.png", *words))
+    assert np.array_equal(np.asarray(same), np.asarray(plain))
+    assert not np.array_equal(np.asarray(fewer), np.asarray(plain))
+    assert "solver" not in plain.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--prior", "linear", "--prior_steps", "5"), "Expected a prior that takes steps, for --prior_steps"),
+        (("--prior", "ar", "--prior_solver", "DDIM"), "Expected a prior with sampler, such as DiffusionPrior"),
+        (("--steps", "1001"), "Expected from 1 to 1000 steps, the training steps. Got 1001"),
+        (("--prior_solver", "Heun", "--from_embedding", "z.safetensors"), "Expected --from_embedding or settings of"),
+    ],
+)
+def test_a_solver_that_cannot_be_is_one_line(
+    words: tuple[str, ...], said: str, mini_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "a red star", "--run", str(mini_run), "--out", "x.png", *words]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert said in line
+    assert not Path("x.png").exists()

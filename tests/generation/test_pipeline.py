@@ -133,7 +133,10 @@ def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_ru
         DecoderSpec(checkpoint, 32).load(mini_run)  # the paper's sampler, for a tiny decoder
     with pytest.raises(ValueError, match="posterior_mse"):
         DecoderSpec(checkpoint, 32, Ancestral(4, "analytic")).load(mini_run)
-    DecoderSpec(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
+    decoder = DecoderSpec(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
+    z_i = torch.zeros(1, decoder.task.space.embed_dim)
+    with pytest.raises(ValueError, match="learned its variance"):
+        decoder.decode(z_i, decoder.null_text(1), sampler=Ancestral(4, "learned"))
 
 
 def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

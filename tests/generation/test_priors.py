@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral
+from unclip_pl.diffusion import Ancestral, DPMSolver, Heun
 from unclip_pl.generation.priors import (
     ARPriorSpec,
     DiffusionPrior,
@@ -107,7 +107,15 @@ def test_evaluations_follow_from_the_settings(task: DiffusionPriorTask) -> None:
     assert one.adjusted(candidates=3).evaluations == 15
     assert one.adjusted(guidance=2.0).evaluations == 10
     assert one.adjusted(guidance=2.0).adjusted(guidance=1.0, candidates=2).evaluations == 10
+    assert one.adjusted(guidance=2.0, sampler=Heun(4)).evaluations == 14
     assert one.evaluations == 5
+
+
+def test_another_solver_is_as_if_it_were_the_specs(task: DiffusionPriorTask) -> None:
+    other = DiffusionPrior(DiffusionPriorSpec("", DPMSolver(6), 1.0, 1), task)
+    assert torch.equal(draw(prior(task, 1.0).adjusted(sampler=DPMSolver(6)), captions(3)), draw(other, captions(3)))
+    with pytest.raises(ValueError, match="posterior_mse"):
+        prior(task, 1.0).adjusted(sampler=Ancestral(6, "analytic"))
 
 
 def test_best_of_keeps_the_largest_dot_product() -> None:

@@ -6,9 +6,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from unclip_pl.commands.studio import RunOptions, Studio
+from unclip_pl.commands.studio import CaptionOptions, Studio
 from unclip_pl.errors import InputError
 from unclip_pl.settings import PROMPTS, find
 
@@ -20,14 +20,10 @@ if TYPE_CHECKING:
 
 def sample(
     captions: list[str],
-    options: RunOptions,
+    options: CaptionOptions,
     *,
     prompts: str = "",
     num: PositiveInt = 4,
-    guidance: NonNegativeFloat | None = None,
-    prior: str = "diffusion",
-    prior_guidance: NonNegativeFloat | None = None,
-    candidates: PositiveInt | None = None,
     from_embedding: str = "",
     previews: NonNegativeInt = 0,
     labels: bool = False,
@@ -43,17 +39,13 @@ def sample(
         options: options that commands share.
         prompts: text file of more captions, one a line, such as data/prompts/shapes.txt.
         num: images per caption.
-        guidance: guidance scale of the decoder; without it the run's own. 1 is off.
-        prior: name of one of the run's priors.
-        prior_guidance: guidance scale of the prior; without it the run's own.
-        candidates: embeddings drawn for each image, of which the one nearest to the caption is kept.
         from_embedding: safetensors file of `unclip predict`, to draw without a prior, with no, one or N captions.
         previews: number of estimates of every image along the way, to show before it in its row.
         labels: write the labelled grid also for one image.
         batch_size: images drawn at once.
     """
     texts = _texts(captions, prompts, from_embedding)
-    if from_embedding and (candidates is not None or prior_guidance is not None):
+    if from_embedding and options.of_prior():
         raise InputError("Expected --from_embedding or settings of a prior. Got both: leave one out.")
     if Path(options.out).suffix not in ("", ".png"):
         raise InputError(f"Expected out to be a .png file, or a folder. Got {options.out}: change its ending.")
@@ -64,8 +56,8 @@ def sample(
             facts: dict[str, Any] = {"from_embedding": Path(from_embedding).name}
             draw = partial(studio.unclip.decode, z_i, texts)
         else:
-            facts = {"prior": prior, "prior_guidance": prior_guidance, "candidates": candidates}
-            draw = partial(studio.unclip.generate, texts, **facts)
+            facts = {"prior": options.prior, **options.of_prior()}
+            draw = partial(studio.unclip.generate, texts, **studio.prior_settings())
         studio.warn_of_unknown(texts)
         bar, seed = studio.bar("drawing", ways=-(-len(texts) * num // batch_size)), options.seed
         kept: dict[str, list[Tensor]] = {}
@@ -75,8 +67,8 @@ def sample(
             if done < total and done in (round(i / (previews + 1) * total) for i in range(1, previews + 1)):
                 kept.setdefault(f"step {done} of {total}", []).extend(x0.cpu())
 
-        images = draw(num=num, guidance=guidance, seed=seed, batch_size=batch_size, progress=progress).images
-        facts = {name: value for name, value in {"guidance": guidance, **facts}.items() if value is not None}
+        images = draw(num=num, seed=seed, batch_size=batch_size, progress=progress, **studio.decoder_settings()).images
+        facts = options.of_decoder() | facts
         _save(studio, texts, range(seed, seed + num), images, kept, facts, labels=labels)
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,9 +18,14 @@ from unclip_pl.errors import InputError, MissingFileError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unclip_pl.diffusion import Sampler
     from unclip_pl.generation.manipulation import Latent, Manipulator
     from unclip_pl.generation.pictures import Pictures, Row
     from unclip_pl.generation.pipeline import Unclip
+
+
+#: Classes of :mod:`unclip_pl.diffusion` that draw.
+Solver = Literal["Ancestral", "DDIM", "DPMSolver", "Heun"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,42 @@ class PictureOptions(RunOptions):
 
     steps: PositiveInt = 100
     guidance: NonNegativeFloat = 1.0
+
+
+@dataclass(frozen=True)
+class CaptionOptions(RunOptions):
+    """Options of every command that draws captions. What is left out, the run says.
+
+    Args:
+        guidance: guidance scale of the decoder; 1 is off.
+        solver: solver of the decoder, with the settings that its class has by default.
+        steps: number of times that the decoder's solver visits.
+        prior: name of one of the run's priors.
+        prior_guidance: guidance scale of the prior.
+        prior_solver: solver of a diffusion prior.
+        prior_steps: number of times that a diffusion prior's solver visits.
+        candidates: embeddings drawn for each image, of which the one nearest to the caption is kept.
+    """
+
+    guidance: NonNegativeFloat | None = None
+    solver: Solver | None = None
+    steps: PositiveInt | None = None
+    prior: str = "diffusion"
+    prior_guidance: NonNegativeFloat | None = None
+    prior_solver: Solver | None = None
+    prior_steps: PositiveInt | None = None
+    candidates: PositiveInt | None = None
+
+    def of_decoder(self) -> dict[str, Any]:
+        """Return the decoder's settings that were given."""
+        return self._given("guidance", "solver", "steps")
+
+    def of_prior(self) -> dict[str, Any]:
+        """Return the prior's settings that were given, beside its name."""
+        return self._given("prior_guidance", "prior_solver", "prior_steps", "candidates")
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Studio(AbstractContextManager["Studio"]):
@@ -120,6 +161,21 @@ class Studio(AbstractContextManager["Studio"]):
         bar = self.bar("inverting")
         return self.manipulator.invert(self.pictures.pixels, steps=steps, guidance=guidance, progress=bar)
 
+    def decoder_settings(self) -> dict[str, Any]:
+        """Return what the options ask of the decoder, as arguments of :meth:`Unclip.decode`."""
+        options = self.options
+        assert isinstance(options, CaptionOptions)
+        sampler = _sampler(self.unclip.decoder.sampler, options.solver, options.steps)
+        return {"guidance": options.guidance, "sampler": sampler}
+
+    def prior_settings(self) -> dict[str, Any]:
+        """Return what the options ask of the prior, as arguments of :meth:`Unclip.generate`."""
+        options = self.options
+        assert isinstance(options, CaptionOptions)
+        sampler = _sampler(self.unclip.prior(options.prior).sampler, options.prior_solver, options.prior_steps)
+        given = {"prior": options.prior, "prior_guidance": options.prior_guidance, "candidates": options.candidates}
+        return given | {"prior_sampler": sampler}
+
     def bar(self, what: str, *, ways: int = 1) -> Callable[[int, int, "Tensor"], None]:
         """Add a bar for so many ways through a solver's steps, and return what moves it."""
         task = self.bars.add_task(what, total=None)
@@ -167,6 +223,19 @@ class Studio(AbstractContextManager["Studio"]):
             facts = given | facts | {"seed": seed, "steps": steps, "guidance": guidance}
         save_png(grid(rows, columns), path or self.out, facts | self.origin)
         self.say(f"wrote {path or self.out}")
+
+
+def _sampler(own: "Sampler | None", solver: Solver | None, steps: int | None) -> "Sampler | None":
+    """Return the solver that was asked for; None for the run's own."""
+    if solver is not None:
+        from unclip_pl import diffusion
+
+        own = getattr(diffusion, solver)()
+    if steps is None:
+        return None if solver is None else own
+    if own is None:
+        raise InputError("Expected a prior that takes steps, for --prior_steps. Got one that takes none: leave it out.")
+    return own.with_steps(int(steps))
 
 
 def _check_files(paths: Sequence[str]) -> None:

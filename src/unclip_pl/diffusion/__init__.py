@@ -14,15 +14,17 @@ from unclip_pl.diffusion.process import (
     noise_like,
 )
 from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Posterior, Schedule, VariancePreserving
-from unclip_pl.diffusion.solvers import DDIM, Ancestral, Progress, Sampler, check_eta, time_grid
+from unclip_pl.diffusion.solvers import DDIM, Ancestral, DPMSolver, Heun, Progress, Sampler, check_eta, time_grid
 
 __all__ = [
     "DDIM",
     "Ancestral",
     "CosineSchedule",
+    "DPMSolver",
     "Denoise",
     "Denoised",
     "GaussianDiffusion",
+    "Heun",
     "Inversion",
     "LinearSchedule",
     "Posterior",

@@ -36,8 +36,9 @@ class Inversion:
         self.grid: Grid = grid
 
     def times(self, diffusion: GaussianDiffusion) -> list[float]:
-        """Return the times that it visits, from 1 down to the lowest level."""
-        times = torch.tensor(time_grid(self.steps, self.grid, diffusion.steps)[:-1], dtype=torch.float64, device="cpu")
+        """Return the times that it visits, from the first down to the lowest level."""
+        grid = time_grid(self.steps, self.grid, diffusion.steps, diffusion.schedule)[:-1]
+        times = torch.tensor(grid, dtype=torch.float64, device="cpu")
         return times[diffusion.schedule.alpha_sigma(times)[1] >= self.sigma_min].tolist()
 
     @torch.no_grad()

@@ -1,36 +1,44 @@
 """Solvers: from noise to data, given only `denoise(x_t, t) -> Denoised` and the diffusion of the network's training.
 
-To add one, derive from `Sampler` and write `sample`. The loop belongs to the solver, so it may keep older estimates
-(multistep) or look twice per step (Heun). A solver of one estimate per step derives from `FirstOrder`.
+To add one, derive from `Sampler` and write `sample`. The loop belongs to the solver, so it may look twice per step, as
+`Heun` does. A solver of one estimate per step derives from `OneLook`; `DPMSolver` is one that keeps the one before.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.process import Denoise, Denoised, GaussianDiffusion, noise_like
-from unclip_pl.diffusion.schedule import Schedule
+from unclip_pl.diffusion.schedule import CosineSchedule, Schedule
 from unclip_pl.errors import InputError
 from unclip_pl.streams import Streams
 
-Grid: TypeAlias = Literal["strided", "uniform"]
+Grid: TypeAlias = Literal["strided", "uniform", "karras"]
 Variance: TypeAlias = Literal["small", "large", "learned", "analytic"]
 Progress: TypeAlias = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
 
 
-def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
-    """Return the times that a solver of n steps visits, from 1 down, and 0 after them: n + 1 numbers.
+#: Highest noise level and exponent of the grid of Karras et al. (2022), table 1.
+TOP_LEVEL, RHO = 80.0, 7.0
+
+
+def time_grid(steps: int, grid: Grid, train_steps: int = 1000, schedule: Schedule | None = None) -> list[float]:
+    """Return the times that a solver of n steps visits, falling, and 0 after them: n + 1 numbers.
 
     Args:
         steps: n, the number of times.
-        grid: `strided`, the training indices round(i (T - 1) / (n - 1)), i < n, the paper's; or `uniform`, i / n.
+        grid: `strided`, the training indices round(i (T - 1) / (n - 1)), i < n, the paper's; `uniform`, i / n; both
+            begin at 1. Or `karras`, noise levels sigma / alpha whose 7th roots are evenly spaced, from 80, or the
+            schedule's highest, down to that of the first training time (Karras et al. 2022, eq. 5).
         train_steps: T, the number of training times; index k is the time (k + 1) / T.
+        schedule: schedule that `karras` takes the levels from; cosine when None.
 
     Raises:
         InputError: steps < 1, more steps than training steps, or an unknown grid.
@@ -39,12 +47,36 @@ def time_grid(steps: int, grid: Grid, train_steps: int = 1000) -> list[float]:
         raise InputError(f"Expected from 1 to {train_steps} steps, the training steps. Got {steps}: change steps.")
     if grid == "uniform":
         return [i / steps for i in range(steps, -1, -1)]
+    if grid == "karras":
+        return [*_karras_times(steps, train_steps, schedule or CosineSchedule()), 0.0]
     if grid != "strided":
-        raise InputError(f"Expected grid 'strided' or 'uniform'. Got {grid!r}: choose one of them.")
+        raise InputError(f"Expected grid 'strided', 'uniform' or 'karras'. Got {grid!r}: choose one of them.")
     # Stride first, as Karlo and diffusers do: the order decides which way a tie such as 499.5 goes.
     stride = (train_steps - 1) / (steps - 1) if steps > 1 else 0.0
     indices = [round(i * stride) for i in range(steps - 1)] + [train_steps - 1]
     return [(k + 1) / train_steps for k in reversed(indices)] + [0.0]
+
+
+def _karras_times(steps: int, train_steps: int, schedule: Schedule) -> list[float]:
+    def level(t: Tensor) -> Tensor:
+        alpha, sigma = schedule.alpha_sigma(t)
+        return sigma / alpha
+
+    above = torch.ones(steps, dtype=torch.float64, device="cpu")
+    below = above / train_steps
+    lowest, highest = level(below[0]).item(), min(TOP_LEVEL, level(above[0]).item())
+    roots = torch.linspace(highest ** (1 / RHO), lowest ** (1 / RHO), steps, dtype=torch.float64, device="cpu")
+    levels = roots**RHO
+    for _ in range(60):  # halves the bracket: a schedule need not know its inverse
+        middle = (below + above) / 2
+        low = level(middle) < levels
+        below, above = torch.where(low, middle, below), torch.where(low, above, middle)
+    return above.tolist()
+
+
+def first_of(x_T: Tensor, time: float, schedule: Schedule) -> Tensor:
+    """Return x at the first time, which is all noise: x_T itself where the schedule preserves the variance."""
+    return x_T * schedule.power(torch.tensor(time, dtype=torch.float64, device="cpu")).sqrt().item()
 
 
 def time_of(t: float, x: Tensor) -> Tensor:
@@ -53,7 +85,7 @@ def time_of(t: float, x: Tensor) -> Tensor:
 
 
 class Sampler(ABC):
-    """A solver: walks a grid of times from t = 1 to clean data.
+    """A solver: walks a grid of times from noise to clean data.
 
     Args:
         steps: number of times that it visits.
@@ -71,8 +103,19 @@ class Sampler(ABC):
         return self.steps
 
     def times(self, diffusion: GaussianDiffusion) -> list[float]:
-        """Return the times that it visits, from 1 down, and 0 after them."""
-        return time_grid(self.steps, self.grid, diffusion.steps)
+        """Return the times that it visits, falling, and 0 after them."""
+        return time_grid(self.steps, self.grid, diffusion.steps, diffusion.schedule)
+
+    def with_steps(self, steps: int) -> Self:
+        """Return the same solver with another number of steps.
+
+        Raises:
+            InputError: steps < 1.
+        """
+        time_grid(min(steps, 1000), self.grid)
+        other = copy.copy(self)
+        other.steps = steps
+        return other
 
     def check(self, diffusion: GaussianDiffusion, *, learns_variance: bool = False) -> None:
         """Refuse a network that was not trained for what the solver asks of it.
@@ -112,8 +155,8 @@ class Sampler(ABC):
 StepFunction: TypeAlias = Callable[[int, Tensor, Denoised, Streams | None], Tensor]
 
 
-class FirstOrder(Sampler):
-    """A solver of one estimate per time, whose steps see the latest one alone. The last estimate is the sample."""
+class OneLook(Sampler):
+    """A solver of one estimate per time. The last estimate is the sample."""
 
     @abstractmethod
     def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
@@ -132,7 +175,7 @@ class FirstOrder(Sampler):
     ) -> Tensor:
         """Draw data as `Sampler.sample` describes."""
         times = self.times(diffusion)
-        x_t, step = x_T, self.plan(times, diffusion)
+        x_t, step = first_of(x_T, times[0], diffusion.schedule), self.plan(times, diffusion)
         for i, t in enumerate(times[:-1]):
             ends = i + 1 == self.steps
             denoised = (last if ends and last is not None else denoise)(x_t, time_of(t, x_t))
@@ -142,7 +185,7 @@ class FirstOrder(Sampler):
         return x_t
 
 
-class Ancestral(FirstOrder):
+class Ancestral(OneLook):
     """Ho et al. (2020), algorithm 2, on any grid: draws x_s from q(x_s | x_t, x0) with the estimate for x0.
 
     Args:
@@ -217,7 +260,7 @@ def _posterior_mse(diffusion: GaussianDiffusion) -> Tensor:
     return c_t
 
 
-class DDIM(FirstOrder):
+class DDIM(OneLook):
     """Song et al. (2021), eq. 12 and 16, with the noise re-derived from the (clipped, guided) estimate of x0.
 
     Args:
@@ -243,6 +286,91 @@ class DDIM(FirstOrder):
             return x_s + std * noise_like(x_t, generator=generator) if self.eta > 0 else x_s
 
         return step
+
+
+class DPMSolver(DDIM):
+    """DPM-Solver++(2M), Lu et al. (2022), algorithm 2, and with eta = 1 its SDE form: of second order in the log-SNR.
+
+    A step is DDIM's with the estimate that the latest two, x0 and the one before, point to in the middle of the step:
+    x0 + h / (2 h_before) (x0 - x0_before), where h is the step in log(alpha / sigma).
+
+    Args:
+        steps: number of times that it visits, one network evaluation each.
+        eta: share of fresh noise: 0 is the ODE, 1 the SDE.
+        grid: spacing of the times, see `time_grid`.
+
+    Raises:
+        InputError: eta outside [0, 1], unknown grid, or steps < 1.
+    """
+
+    def __init__(self, steps: int = 15, eta: float = 0.0, grid: Grid = "strided") -> None:
+        super().__init__(steps, eta, grid)
+
+    def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
+        """Return the step, which keeps the estimate before."""
+        step = super().plan(times, diffusion)
+        alpha, sigma = diffusion.schedule.alpha_sigma(torch.tensor(times[:-1], dtype=torch.float64, device="cpu"))
+        h = (alpha / sigma).log().diff()
+        weights = [0.0, *(h[1:] / h[:-1] / 2).tolist()]
+        kept: list[Tensor] = []
+
+        def multistep(i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
+            x0 = denoised.x0
+            ahead = x0 + weights[i] * (x0 - kept.pop()) if kept else x0
+            kept.append(x0)
+            return step(i, x_t, Denoised(ahead), generator)
+
+        return multistep
+
+
+class Heun(Sampler):
+    """Karras et al. (2022), algorithm 1, with sigma(t) = t: the trapezoid rule in the noise level, two looks a step.
+
+    The last step looks once. In x / alpha, of noise level a = sigma / alpha, a step goes to level b by the mean of the
+    slopes (x / alpha - x0) / a at its two ends. That is DDIM's step with the estimate x0 + a / (2 b) (x0_end - x0). A
+    level much lower than the one before would blow up the difference, so the levels are always theirs.
+
+    Args:
+        steps: n, the number of times that it visits; 2 n - 1 network evaluations.
+
+    Raises:
+        InputError: steps < 1.
+    """
+
+    def __init__(self, steps: int = 14) -> None:
+        super().__init__(steps, "karras")
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations that one sample takes, without guidance."""
+        return 2 * self.steps - 1
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Denoise,
+        x_T: Tensor,
+        diffusion: GaussianDiffusion,
+        *,
+        last: Denoise | None = None,
+        generator: Streams | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw data as `Sampler.sample` describes."""
+        times = self.times(diffusion)[:-1]
+        alpha, sigma = diffusion.schedule.alpha_sigma(torch.tensor(times, dtype=torch.float64, device="cpu"))
+        levels, x_t = (sigma / alpha).tolist(), first_of(x_T, times[0], diffusion.schedule)
+        for i, (step, (a, b)) in enumerate(zip(ddim_path(diffusion.schedule, times), pairwise(levels), strict=True)):
+            x0 = denoise(x_t, time_of(times[i], x_t)).x0
+            guess = step.c_x0 * x0 + step.c_xt * x_t
+            x0_end = denoise(guess, time_of(times[i + 1], x_t)).x0
+            x_t = guess + step.c_x0 * a / b / 2 * (x0_end - x0)
+            if progress is not None:
+                progress(i + 1, self.steps, x0)
+        x0 = (denoise if last is None else last)(x_t, time_of(times[-1], x_t)).x0
+        if progress is not None:
+            progress(self.steps, self.steps, x0)
+        return x0
 
 
 class Step(NamedTuple):

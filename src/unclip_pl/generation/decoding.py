@@ -111,7 +111,16 @@ class Decoder:
         self.sampler = spec.sampler or Ancestral(250, "learned")
         self.task = task
         self.upsamplers = list(upsamplers)
-        self.sampler.check(task.diffusion, learns_variance=task.learns_variance)
+        self.check(self.sampler)
+
+    def check(self, sampler: Sampler) -> Sampler:
+        """Return a solver if this decoder can be drawn from with it.
+
+        Raises:
+            InputError: it asks for what the network was not trained for.
+        """
+        sampler.check(self.task.diffusion, learns_variance=self.task.learns_variance)
+        return sampler
 
     @property
     def needs_norm(self) -> bool:
@@ -157,6 +166,7 @@ class Decoder:
         text: TextFeatures,
         *,
         guidance: float | None = None,
+        sampler: Sampler | None = None,
         generator: Streams | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -166,13 +176,18 @@ class Decoder:
             image_embed: (B, d) z_i, raw or of unit norm.
             text: raw features of the captions, see :meth:`null_text`.
             guidance: scale for this call; None keeps the spec's.
+            sampler: solver for this call; None keeps the spec's.
             generator: source of the starting noise and of the noise of stochastic samplers.
             progress: function that is called after every step of the first stage.
+
+        Raises:
+            InputError: the guidance is negative, or the network was not trained for that solver.
         """
         device, n = image_embed.device, len(image_embed)
         scale = self.spec.guidance if guidance is None else check_guidance(guidance)
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.spec.precision == "bf16-mixed"):
             denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.spec.drop_embedding)
-            image = self.sampler.sample(denoise, x_T, self.task.diffusion, generator=generator, progress=progress)
+            solver = self.sampler if sampler is None else self.check(sampler)
+            image = solver.sample(denoise, x_T, self.task.diffusion, generator=generator, progress=progress)
             return self.enlarge(image, generator=generator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.clip import ClipEncoder
-from unclip_pl.diffusion import check_guidance
+from unclip_pl.diffusion import Sampler, check_guidance
 from unclip_pl.errors import InputError
 from unclip_pl.generation.bundle import read_notes
 from unclip_pl.generation.decoding import Decoder, Progress
@@ -114,8 +114,10 @@ class Unclip:
         num: int = 1,
         prior: str = "diffusion",
         prior_guidance: float | None = None,
+        prior_sampler: Sampler | None = None,
         candidates: int | None = None,
         guidance: float | None = None,
+        sampler: Sampler | None = None,
         seed: int = 0,
         batch_size: int = 64,
         progress: Progress | None = None,
@@ -127,8 +129,10 @@ class Unclip:
             num: images per caption.
             prior: name of one of the run's priors.
             prior_guidance: guidance scale of the prior; None keeps the run's.
+            prior_sampler: solver of the prior; None keeps the run's.
             candidates: embeddings drawn for each image, the one nearest to its caption kept; None keeps the run's.
             guidance: guidance scale of the decoder; None keeps the run's.
+            sampler: solver of the decoder; None keeps the run's.
             seed: seed of every caption's first image; the next image has the next seed, and depends on it alone.
             batch_size: images drawn at once.
             progress: called after every step of the decoder, for each batch.
@@ -139,11 +143,12 @@ class Unclip:
         if not captions or num < 1:
             raise InputError(f"Expected a caption and num >= 1. Got {len(captions)} and {num}: ask for an image.")
         check_guidance(self.decoder.spec.guidance if guidance is None else guidance)
-        chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates)
+        self.decoder.check(sampler or self.decoder.sampler)
+        chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates, sampler=prior_sampler)
         text, seeds = self.clip.describe(list(captions)).repeat(num), _seeds(seed, num) * len(captions)
         batches = _batches(len(seeds), batch_size)
         z_i = [chosen.embed(text.rows(rows), generator=_streams(seeds[rows], "prior")) for rows in batches]
-        return self._decode(torch.cat(z_i), text, seeds, guidance, batch_size, progress)
+        return self._decode(torch.cat(z_i), text, seeds, guidance, sampler, batch_size, progress)
 
     def decode(
         self,
@@ -152,6 +157,7 @@ class Unclip:
         *,
         num: int = 1,
         guidance: float | None = None,
+        sampler: Sampler | None = None,
         seed: int = 0,
         batch_size: int = 64,
         progress: Progress | None = None,
@@ -163,6 +169,7 @@ class Unclip:
             captions: one caption for all embeddings, or B.
             num: images per embedding.
             guidance: guidance scale of the decoder; None keeps the run's.
+            sampler: solver of the decoder; None keeps the run's.
             seed: seed of every embedding's first image.
             batch_size: images drawn at once.
             progress: called after every step of the decoder, for each batch.
@@ -180,7 +187,7 @@ class Unclip:
         check_norm(TrueEmbedding(TrueEmbeddingSpec(), keeps_norm=not unit), self.decoder)
         text = self.clip.describe(list(captions) * (b // len(captions)))
         z_i = image_embed.to(self.device).repeat_interleave(num, dim=0)
-        return self._decode(z_i, text.repeat(num), _seeds(seed, num) * b, guidance, batch_size, progress)
+        return self._decode(z_i, text.repeat(num), _seeds(seed, num) * b, guidance, sampler, batch_size, progress)
 
     def _decode(
         self,
@@ -188,6 +195,7 @@ class Unclip:
         text: TextFeatures,
         seeds: list[int],
         guidance: float | None,
+        sampler: Sampler | None,
         batch_size: int,
         progress: Progress | None,
     ) -> Generation:
@@ -196,6 +204,7 @@ class Unclip:
                 z_i[rows],
                 text.rows(rows),
                 guidance=guidance,
+                sampler=sampler,
                 generator=_streams(seeds[rows], "decoder"),
                 progress=progress,
             )

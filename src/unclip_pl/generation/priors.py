@@ -65,6 +65,8 @@ class Prior(ABC):
     needs_image: bool = False
     #: The codec that its embeddings pass through, if there is one.
     codec: EmbeddingCodec | None = None
+    #: The solver that draws it, if there is one.
+    sampler: Sampler | None = None
     #: The trained Task behind it, if there is one.
     task: EmbeddingTask | None = None
 
@@ -90,18 +92,22 @@ class Prior(ABC):
         """Draw one z_i for each pair of a batch, (B, d). A reference may look at the true embedding here."""
         return self.embed(batch.text, generator=generator)
 
-    def adjusted(self, *, guidance: float | None = None, candidates: int | None = None) -> Self:
+    def adjusted(
+        self, *, guidance: float | None = None, candidates: int | None = None, sampler: Sampler | None = None
+    ) -> Self:
         """Return a prior with the same weights and other settings.
 
         Args:
             guidance: new guidance scale; None keeps the present one.
             candidates: new number of embeddings to draw per caption, of which the best by z_i·z_t is kept; None keeps
                 the present one.
+            sampler: new solver; None keeps the present one.
 
         Raises:
             InputError: a value is out of range, or this prior has no such setting.
         """
-        given = {name: x for name, x in {"guidance": guidance, "candidates": candidates}.items() if x is not None}
+        settings = {"guidance": guidance, "candidates": candidates, "sampler": sampler}
+        given = {name: x for name, x in settings.items() if x is not None}
         missing = given.keys() - {field.name for field in fields(self.spec)}
         if missing:
             raise InputError(
@@ -156,6 +162,7 @@ class DiffusionPrior(Prior):
 
     spec: DiffusionPriorSpec
     task: DiffusionPriorTask
+    sampler: Sampler
 
     def __init__(self, spec: DiffusionPriorSpec, task: DiffusionPriorTask) -> None:
         super().__init__(spec)
@@ -169,6 +176,16 @@ class DiffusionPrior(Prior):
                 "Leave keep_norm out, or train with scaling 'standardize' or 'raw'."
             )
         self.sampler.check(task.diffusion)
+
+    def adjusted(
+        self, *, guidance: float | None = None, candidates: int | None = None, sampler: Sampler | None = None
+    ) -> Self:
+        """Return a prior with the same weights and other settings, see :meth:`Prior.adjusted`."""
+        other = super().adjusted(guidance=guidance, candidates=candidates, sampler=sampler)
+        if sampler is not None:
+            sampler.check(self.task.diffusion)
+            other.sampler = sampler
+        return other
 
     @property
     def evaluations(self) -> int:
