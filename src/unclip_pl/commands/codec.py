@@ -11,10 +11,10 @@ from unclip_pl.nn.codec import EmbeddingCodec, Spacing
 
 
 def codec(
-    source: str,
     store: str,
     out: str,
     *,
+    source: str = "",
     code_length: PositiveInt | None = None,
     buckets: PositiveInt = 1024,
     dot_buckets: PositiveInt = 256,
@@ -23,15 +23,15 @@ def codec(
     """Fit PCA and buckets to the training split's embeddings, and print their loss on validation embeddings.
 
     Args:
-        source: shards that the store was made of.
         store: folder of the embeddings.
         out: safetensors file to write.
+        source: shards that the store was made of, where not all of the store is to be used.
         code_length: principal axes to keep; without it, the fewest that lose less than 1 % of held-out variance.
         buckets: buckets of each axis (paper: 1,024).
-        dot_buckets: buckets of the dot-product token.
+        dot_buckets: buckets of the dot-product token; 1 leaves it out.
         spacing: buckets of equal counts (quantile) or equal widths (uniform).
     """
-    embeddings = EmbeddingStore(store, source, image_size=1)
+    embeddings = EmbeddingStore(store, source)
     fitted = EmbeddingCodec.fit(
         lambda: embeddings.embed_chunks(Split.TRAIN),
         fingerprint=embeddings.fingerprint,

@@ -11,17 +11,17 @@ from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.nn.ridge import fit_ridge, save_linear_prior
 
 
-def linear(source: str, store: str, out: str, *, ridge: NonNegativeFloat = 1e-2) -> None:
+def linear(store: str, out: str, *, source: str = "", ridge: NonNegativeFloat = 1e-2) -> None:
     """Fit ridge regression from z_t to z_i on the training split, in closed form.
 
     Args:
-        source: shards that the store was made of.
         store: folder of the embeddings.
         out: safetensors file to write.
+        source: shards that the store was made of, where not all of the store is to be used.
         ridge: penalty, in units of the text embeddings' mean variance per coordinate.
     """
     started = time.perf_counter()
-    embeddings = EmbeddingStore(store, source, image_size=1)
+    embeddings = EmbeddingStore(store, source)
     image, text = zip(*embeddings.embed_chunks(Split.TRAIN), strict=True)
     weight, bias = fit_ridge(torch.cat(text), torch.cat(image), ridge)
     seconds = time.perf_counter() - started

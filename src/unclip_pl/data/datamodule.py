@@ -145,7 +145,102 @@ def _launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-class UnclipDataModule(ResumableDataModule):
+class StoreDataModule(ResumableDataModule):
+    """Batches of an embedding store.
+
+    The task chooses the batch by its class attribute ``batch_type``.
+
+    Args:
+        store: folder of the embeddings.
+        batch_size: images per rank and step in training.
+        eval_batch_size: images per rank and step in validation, test and prediction; None is ``batch_size``.
+        num_workers: processes that assemble batches; 0 is this one.
+        seed: base seed of the order, and of the caption that an image gets in an epoch.
+    """
+
+    def __init__(self, store: str, batch_size: int, eval_batch_size: int | None, num_workers: int, seed: int) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.store = store
+        self.eval_batch_size = eval_batch_size or batch_size
+
+    @cached_property
+    def embeddings(self) -> EmbeddingStore:
+        """The opened store, without pictures."""
+        return EmbeddingStore(self.store)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Load shuffled training rows, one caption of each per epoch."""
+        return self._training(self.embeddings.blocks(Split.TRAIN), self._assemble())
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Load validation rows in order with their first captions; no loader where the source has none."""
+        return self._evaluation(Split.VAL) if self.embeddings.count(Split.VAL) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Load held-out rows in order with their first captions."""
+        return self._evaluation(Split.HELDOUT)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Load held-out rows in order with their first captions."""
+        return self._evaluation(Split.HELDOUT)
+
+    def _evaluation(self, split: Split) -> DataLoader[Any]:
+        rows = self.embeddings.rows(split)
+        if not len(rows):
+            raise InputError(
+                f"Expected {split.name.lower()} images in {self.store}. Got none: pack some into shards called "
+                f"{split.name.lower()}-*.tar, or import more."
+            )
+        return _loader(self, self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
+
+    def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
+        """Return the store's method for each type of batch that there is data for."""
+        return {PriorBatch: self.embeddings.prior_batch}
+
+    def _assemble(self) -> Callable[[RowBatch], Any]:
+        """Return the store's method for the task's batch type."""
+        task = self.trainer.lightning_module if self.trainer else None
+        makers, wanted = self._makers(), getattr(task, "batch_type", None)
+        if wanted not in makers:
+            names = ", ".join(kind.__name__ for kind in makers)
+            raise InputError(
+                f"Expected {type(task).__name__}.batch_type to be one of {names}, which {type(self).__name__} makes. "
+                f"Got {wanted!r}: give another task, or other data."
+            )
+        return makers[wanted]
+
+
+class EmbeddingDataModule(StoreDataModule):
+    """Embeddings alone, for priors: any finished store, whose pictures and CLIP need not be here.
+
+    Such are the stores of ``unclip import embeddings``.
+
+    Args:
+        store: folder of the embeddings.
+        batch_size: pairs per rank and step in training.
+        eval_batch_size: pairs per rank and step in validation, test and prediction; None is ``batch_size``.
+        num_workers: processes that assemble batches; 0 is this one, and enough.
+        seed: base seed of the order, and of the caption that an image gets in an epoch.
+
+    Raises:
+        MissingFileError: no finished store there.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        batch_size: PositiveInt = 256,
+        eval_batch_size: PositiveInt | None = None,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        super().__init__(store, batch_size, eval_batch_size, num_workers, seed)
+        self.embed_dim, self.text_embed_dim = self.embeddings.embed_dim, self.embeddings.text_embed_dim
+        self.text_width, self.context_length = self.embeddings.text_shape
+        self.statistics = str(self.embeddings.statistics)
+
+
+class UnclipDataModule(StoreDataModule):
     """Frozen CLIP features, and the images where the task wants them.
 
     The task chooses the batch: its class attribute ``batch_type`` is PriorBatch, DecoderBatch, UpsamplerBatch or
@@ -176,15 +271,14 @@ class UnclipDataModule(ResumableDataModule):
         image_size: PositiveInt | None = None,
         caption_key: str = "",
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(store, batch_size, eval_batch_size, num_workers, seed)
         self.prepare_data_per_node = False  # one store, on a file system that all nodes see
         self.source = source
-        self.store = store
         self.caption_key = caption_key
         self.clip = clip
-        self.eval_batch_size = eval_batch_size or batch_size
         self.image_size = image_size or clip.image_size
         self.embed_dim, self.text_width, self.context_length = clip.embed_dim, clip.text_width, clip.context_length
+        self.text_embed_dim = clip.embed_dim
 
     @property
     def statistics(self) -> str:
@@ -199,7 +293,7 @@ class UnclipDataModule(ResumableDataModule):
 
     @cached_property
     def embeddings(self) -> EmbeddingStore:
-        """The opened store."""
+        """The opened store, with the pictures of its source."""
         return EmbeddingStore(self.store, self.source, image_size=self.image_size)
 
     def ensure_store(self, world_size: int = 1, *, allowed: int = 0) -> None:
@@ -227,45 +321,13 @@ class UnclipDataModule(ResumableDataModule):
         """Complete the store; Lightning calls this on one process while the others wait."""
         self.ensure_store(self.trainer.world_size if self.trainer else 1, allowed=FEW)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Load shuffled training rows, one caption of each per epoch."""
-        return self._training(self.embeddings.blocks(Split.TRAIN), self._assemble())
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Load validation rows in order with their first captions; no loader where the source has none."""
-        return self._evaluation(Split.VAL) if self.embeddings.count(Split.VAL) else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Load held-out rows in order with their first captions."""
-        return self._evaluation(Split.HELDOUT)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Load held-out rows in order with their first captions."""
-        return self._evaluation(Split.HELDOUT)
-
-    def _evaluation(self, split: Split) -> DataLoader[Any]:
-        rows = self.embeddings.rows(split)
-        if not len(rows):
-            raise InputError(
-                f"Expected {split.name.lower()} images in {self.source}. Got none: pack some into shards called "
-                f"{split.name.lower()}-*.tar."
-            )
-        return _loader(self, self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
-
-    def _assemble(self) -> Callable[[RowBatch], Any]:
-        """Return the store's method for the task's batch type."""
-        task = self.trainer.lightning_module if self.trainer else None
-        makers: dict[type, Callable[[RowBatch], Any]] = {
-            PriorBatch: self.embeddings.prior_batch,
-            DecoderBatch: self.embeddings.decoder_batch,
-            UpsamplerBatch: self.embeddings.upsampler_batch,
-            EvaluationBatch: self.embeddings.evaluation_batch,
+    def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
+        store = self.embeddings
+        return super()._makers() | {
+            DecoderBatch: store.decoder_batch,
+            UpsamplerBatch: store.upsampler_batch,
+            EvaluationBatch: store.evaluation_batch,
         }
-        wanted = getattr(task, "batch_type", None)
-        if wanted not in makers:
-            names = ", ".join(kind.__name__ for kind in makers)
-            raise InputError(f"Expected {type(task).__name__}.batch_type to be one of {names}. Got {wanted!r}: set it.")
-        return makers[wanted]
 
 
 class PairDataModule(ResumableDataModule):

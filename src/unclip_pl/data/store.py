@@ -340,8 +340,9 @@ class EmbeddingStore:
     It is cheap to send to a worker process, which maps the files itself.
 
     Args:
-        path: folder that ``unclip precompute`` wrote.
-        source: shards that it was made of, see ``list_shards``.
+        path: folder that ``unclip precompute`` or ``unclip import embeddings`` wrote.
+        source: shards that it was made of, see ``list_shards``. Empty takes all that is there, without pictures: the
+            shards are not looked for.
         image_size: side of the images in batches that have some.
         image_memory: bytes that decoded images may take. Where all fit, each is decoded once; else, at every use.
 
@@ -350,12 +351,12 @@ class EmbeddingStore:
         InputError: the store does not cover the source, mixes CLIPs, or a file of it is damaged.
     """
 
-    def __init__(self, path: str | Path, source: str, *, image_size: int, image_memory: int = 2**31) -> None:
+    def __init__(self, path: str | Path, source: str = "", *, image_size: int = 1, image_memory: int = 2**31) -> None:
         self.path = Path(path)
         self.source = source
         self.image_size = image_size
         self.image_memory = image_memory
-        self.shards = list_shards(source)
+        self.shards = list_shards(source) if source else self._all_shards()
         self.records = self._records()
         self.counts = np.array([record.splits for record in self.records], np.int64)  # (S, splits)
         self.starts = np.cumsum([0, *(record.images for record in self.records)])  # (S + 1,), of each shard's rows
@@ -389,6 +390,14 @@ class EmbeddingStore:
     def has_states(self) -> bool:
         """Whether the captions' token states are there."""
         return self.records[0].states
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """Width of the token states and number of tokens of the longest caption; 0 where there are none."""
+        first = self.features(0)
+        every = range(len(self.shards) if len(first.text_tokens) else 0)  # an import has no tokens in any shard
+        longest = max((int(np.diff(self.features(shard).text_offsets).max(initial=0)) for shard in every), default=0)
+        return first.text_states.shape[1], longest
 
     @property
     def statistics(self) -> Path:
@@ -541,6 +550,15 @@ class EmbeddingStore:
         _check(self.path / record.file, record, features)
         return features
 
+    def _all_shards(self) -> list[Shard]:
+        shards = [Shard(name) for name in sorted(read_manifest(self.path))]
+        if not shards:
+            raise MissingFileError(
+                f"Expected a finished store at {self.path}. Got none: make one with `unclip precompute` or `unclip "
+                "import embeddings`."
+            )
+        return shards
+
     def _records(self) -> list[ShardRecord]:
         records = read_manifest(self.path)
         missing = [shard.name for shard in self.shards if shard.name not in records]
@@ -554,7 +572,7 @@ class EmbeddingStore:
             record = records[shard.name]
             if record.file not in files:
                 raise MissingFileError(f"{self.path / record.file} is gone: run `unclip precompute` again.")
-            if not shard.remote and not record.describes(shard, self.path / record.file):
+            if self.source and not shard.remote and not record.describes(shard, self.path / record.file):
                 raise InputError(
                     f"{shard} is not the file that was embedded as {self.path / record.file}: run `unclip precompute` "
                     "again, which embeds what has changed."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
-from unclip_pl.data.datamodule import UnclipDataModule
+from unclip_pl.data.datamodule import StoreDataModule
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.files import require_unpacked, why_not_plain
 from unclip_pl.generation.decoding import DecoderSpec
@@ -204,7 +204,7 @@ def parts_of(module: Any, **named: Any) -> Parts:
         **named: specs and folders, see :func:`unclip_pl.generation.run.open_parts`.
     """
     data = getattr(module.trainer, "datamodule", None)  # Lightning attaches it without declaring it
-    store = data.embeddings.fingerprint if isinstance(data, UnclipDataModule) else None
+    store = data.embeddings.fingerprint if isinstance(data, StoreDataModule) else None
     return open_parts(module.run, module.clip, device=module.device, store_fingerprint=store, **named)
 
 

@@ -120,7 +120,18 @@ class Prior(ABC):
 
 
 def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
-    """Keep each caption's candidate with the largest z_i·z_t, both of unit norm (§2.2): (B, N, d) → (B, d)."""
+    """Keep each caption's candidate with the largest z_i·z_t, both of unit norm (§2.2): (B, N, d) → (B, d).
+
+    Raises:
+        InputError: there are several, and z_i and z_t have different widths.
+    """
+    if candidates.shape[1] == 1:
+        return candidates[:, 0]
+    if candidates.shape[2] != text.embed.shape[1]:
+        raise InputError(
+            f"Expected z_i and z_t of one width, to choose among {candidates.shape[1]} candidates by z_i·z_t. Got "
+            f"{candidates.shape[2]} and {text.embed.shape[1]}: set candidates to 1."
+        )
     score = torch.einsum("bnd,bd->bn", F.normalize(candidates, dim=-1), F.normalize(text.embed, dim=-1))
     return candidates[torch.arange(len(candidates), device=score.device), score.argmax(dim=1)]
 
@@ -206,7 +217,7 @@ class DiffusionPrior(Prior):
         space, diffusion, net, spec = self.task.space, self.task.diffusion, self.task.net, self.spec
         prefix = net.encode_prefix(space.scale_text(text))
         if spec.guidance != 1:
-            null = net.encode_prefix(space.scale_text(space.null_text))
+            null = net.encode_prefix(self.task.null_text)
             prefix = prefix.cat(null.expand(len(text.embed)))
         prefix = prefix.pad(prefix.mask.shape[1] + 3 * spec.candidates)
         step = recorded(partial(net, prefix=prefix, overwrite=True), text.embed.device)
@@ -273,7 +284,7 @@ class ARPrior(Prior):
             codes = self.task.net.generate(
                 space.scale_text(text),
                 values_of=codec.value_table,
-                unconditional=space.scale_text(space.null_text),
+                unconditional=self.task.null_text,
                 guidance=spec.guidance,
                 temperature=spec.temperature,
                 dot_quantile=spec.dot_quantile,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError
+from unclip_pl.nn.codec import require_dot
 from unclip_pl.nn.kernels import recorded
 from unclip_pl.nn.layers import Prefix, PrefixTransformer, causal_mask, zeroed
 from unclip_pl.nn.text import TextTransformer
@@ -176,7 +177,7 @@ class ARPriorTransformer(PrefixTransformer):
         context_length: number of tokens of the longest text.
         code_length: n, the number of codes per embedding.
         buckets: number of values of a code.
-        dot_buckets: number of values of the dot-product token.
+        dot_buckets: number of values of the dot-product token; 1 leaves it out: a start token without content remains.
         width: width of the residual stream.
         layers: number of blocks.
         heads: number of attention heads.
@@ -185,9 +186,11 @@ class ARPriorTransformer(PrefixTransformer):
         text_encoder: text transformer that reads token ids and is trained along (the paper's, 2048 × 24); None takes
             the states of frozen CLIP.
         text_states: read the caption's token states; false leaves z_t alone.
+        text_embed_dim: width of z_t; 0 is ``embed_dim``.
 
     Raises:
-        InputError: ``text_encoder`` has nothing to read, since ``text_states`` is false.
+        InputError: ``text_encoder`` has nothing to read, since ``text_states`` is false; or z_i and z_t have different
+            widths, and so no dot product.
     """
 
     def __init__(
@@ -205,13 +208,16 @@ class ARPriorTransformer(PrefixTransformer):
         head: Callable[[int, int, int], CodeHead] = SharedHead,
         text_encoder: TextTransformer | None = None,
         text_states: bool = True,
+        text_embed_dim: int = 0,
     ) -> None:
         if text_encoder is not None:
             if not text_states:
                 raise InputError("Expected text_states with a text_encoder. Got false: leave one of them out.")
             text_width = text_encoder.width
-        sizes = (code_length, width, layers, heads)
-        super().__init__(embed_dim, text_width, context_length, *sizes, text_states=text_states)
+        sizes = (embed_dim, text_width, context_length, code_length, width, layers, heads)
+        super().__init__(*sizes, text_states=text_states, text_embed_dim=text_embed_dim)
+        if dot_buckets > 1:
+            require_dot(embed_dim, self.text_embed_dim)
         self.text_encoder = text_encoder
         self.code_length = code_length
         self.buckets = buckets

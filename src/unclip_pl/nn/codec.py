@@ -90,14 +90,15 @@ class EmbeddingCodec(FileBuffers):
             code_length: n, the number of axes. None is the paper's rule: the fewest that lose less than 1 % of the
                 variance of held-out embeddings.
             buckets: number of buckets per axis.
-            dot_buckets: number of buckets of z_i·z_t, always with equal counts.
+            dot_buckets: number of buckets of z_i·z_t, always with equal counts; 1 never looks at it.
             spacing: edges of the axes' buckets: ``quantile`` (equal counts) or ``uniform`` (equal widths).
 
         Raises:
-            InputError: fewer than 20 embeddings, or more axes asked for than there are dimensions.
+            InputError: fewer than 20 embeddings, more axes asked for than there are dimensions, or two widths, which
+                have no dot product.
         """
         count, axes = _principal_axes(chunks, code_length)
-        y, dots = _sample(chunks, axes, stride=-(-count // EDGE_SAMPLE))
+        y, dots = _sample(chunks, axes, stride=-(-count // EDGE_SAMPLE), with_dots=dot_buckets > 1)
         quantisers = _buckets(y, buckets, spacing)
         codec = cls()
         codec.mean, codec.components, codec.std = (x.float() for x in axes)
@@ -180,6 +181,15 @@ class EmbeddingCodec(FileBuffers):
         return (F.normalize(embed.float(), dim=-1) - self.mean).square().sum()
 
 
+def require_dot(image_width: int, text_width: int) -> None:
+    """Raise InputError where the widths of z_i and z_t differ, so that they have no dot product."""
+    if image_width != text_width:
+        raise InputError(
+            f"Expected z_i and z_t of one width for the dot-product token. Got {image_width} and {text_width}: set "
+            "dot_buckets to 1 for codec and network, which leaves the token out."
+        )
+
+
 def _codes(edges: Tensor, y: Tensor) -> Tensor:
     """Turn coordinates (B, n) into codes; bucket i holds edge i−1 < y ≤ edge i, the end buckets all beyond."""
     return torch.searchsorted(edges, y.T.contiguous()).T
@@ -218,15 +228,18 @@ def _about(moments: Moments, centre: Tensor) -> tuple[Tensor, Tensor]:
     return centre, moments.unit_outer / moments.total - cross - cross.T + torch.outer(centre, centre)
 
 
-def _sample(chunks: Chunks, axes: Axes, stride: int) -> tuple[Tensor, Tensor]:
-    """Run the second pass: coordinates (S, n) and dot products (S, 1) of every ``stride``-th row."""
+def _sample(chunks: Chunks, axes: Axes, stride: int, *, with_dots: bool) -> tuple[Tensor, Tensor]:
+    """Run the second pass: coordinates (S, n) and dot products (S, 1), or zeros, of every ``stride``-th row."""
     rows, dots, count = [], [], 0
     for embed, text in chunks():
         chosen = (torch.arange(len(embed)) + count) % stride == 0
         count += len(embed)
         rows.append(axes.project(embed[chosen]))
-        dots.append(F.cosine_similarity(embed[chosen].double(), text[chosen].double(), dim=-1)[:, None])
-    return torch.cat(rows), torch.cat(dots)
+        if with_dots:
+            require_dot(embed.shape[1], text.shape[1])
+            dots.append(F.cosine_similarity(embed[chosen].double(), text[chosen].double(), dim=-1)[:, None])
+    y = torch.cat(rows)
+    return y, torch.cat(dots) if with_dots else y.new_zeros(len(y), 1)
 
 
 def _buckets(y: Tensor, buckets: int, spacing: Spacing) -> Buckets:

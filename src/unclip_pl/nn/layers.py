@@ -208,6 +208,7 @@ class PrefixTransformer(nn.Module):
         layers: number of blocks.
         heads: number of attention heads.
         text_states: read the token states; false leaves z_t alone.
+        text_embed_dim: width of z_t; 0 is ``embed_dim``.
 
     Raises:
         InputError: token states are to be read, and the data have none.
@@ -224,6 +225,7 @@ class PrefixTransformer(nn.Module):
         heads: int,
         *,
         text_states: bool = True,
+        text_embed_dim: int = 0,
     ) -> None:
         super().__init__()
         if text_states and not text_width:
@@ -232,10 +234,11 @@ class PrefixTransformer(nn.Module):
                 "is read."
             )
         self.embed_dim = embed_dim
+        self.text_embed_dim = text_embed_dim or embed_dim
         self.context_length = context_length
         self.text_states = text_states
         self.text_enc_proj = nn.Linear(text_width, width) if text_width else None
-        self.text_emb_proj = nn.Linear(embed_dim, width)
+        self.text_emb_proj = nn.Linear(self.text_embed_dim, width)
         self.positional_embedding = nn.Parameter(torch.empty(1, context_length + 1 + suffix_length, width))
         self.transformer = Transformer(width, layers, heads)
         self.final_ln = nn.LayerNorm(width)

@@ -22,6 +22,7 @@ class PriorTransformer(PrefixTransformer):
         layers: number of blocks.
         heads: number of attention heads.
         text_states: read the caption's token states; false leaves z_t alone.
+        text_embed_dim: width of z_t; 0 is ``embed_dim``.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class PriorTransformer(PrefixTransformer):
         layers: int = 24,
         heads: int = 32,
         text_states: bool = True,
+        text_embed_dim: int = 0,
     ) -> None:
-        super().__init__(embed_dim, text_width, context_length, 3, width, layers, heads, text_states=text_states)
+        sizes = (embed_dim, text_width, context_length, 3, width, layers, heads)
+        super().__init__(*sizes, text_states=text_states, text_embed_dim=text_embed_dim)
         self.width = width
         self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.clip_img_proj = nn.Linear(embed_dim, width)

@@ -159,7 +159,7 @@ class EmbeddingSpace(FileBuffers):
 
     @property
     def null_text(self) -> TextFeatures:
-        """CLIP's features of the empty caption, batch size 1, raw."""
+        """CLIP's features of the empty caption, batch size 1, raw; z_t of width 0 where the data have none."""
         mask = torch.ones(self.null_states.shape[:2], dtype=torch.bool, device=self.null_states.device)
         return TextFeatures(self.null_tokens, self.null_states, mask, self.null_embed)
 
@@ -195,4 +195,5 @@ class EmbeddingSpace(FileBuffers):
         """Scale z_t for the network: like z_i under ``unit``; otherwise it stays raw (Karlo)."""
         if self.scaling != "unit":
             return text
-        return text._replace(embed=F.normalize(text.embed, dim=-1) * self.unit_scale)
+        scale = PIXEL_RMS * text.embed.shape[-1] ** 0.5  # z_t may be of another width than z_i
+        return text._replace(embed=F.normalize(text.embed, dim=-1) * scale)

@@ -17,10 +17,12 @@ from unclip_pl.types import TextFeatures
 def mix_text(text: TextFeatures, null: TextFeatures, keep: Tensor) -> TextFeatures:
     """Return the captions where ``keep`` (B,) bool is True and the null caption (B = 1) elsewhere; L is the longer.
 
-    Where the captions come without token states, so does the null caption.
+    The token states of the null caption are left out where the captions have none; a null caption without tokens has no
+    states to fit.
     """
-    if not text.states.shape[2]:
-        null = null._replace(states=null.states[..., :0])
+    width = text.states.shape[2]
+    if not width or not null.states.shape[1]:
+        null = null._replace(states=null.states.new_zeros(*null.states.shape[:2], width))
     length = max(text.mask.shape[1], null.mask.shape[1])
     text, null = text.pad(length), null.pad(length)
     row = keep[:, None]

@@ -8,7 +8,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.nn.ar_prior import ARPriorTransformer
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.space import Scaling
-from unclip_pl.tasks.base import EmbeddingTask, Optimization
+from unclip_pl.tasks.base import EmbeddingTask, NullText, Optimization
 from unclip_pl.types import PriorBatch
 
 
@@ -22,6 +22,8 @@ class ARPriorTask(EmbeddingTask):
         scaling: scale of z_t; the codes are always of unit-norm z_i.
         text_drop: share of captions replaced by the empty one.
         optimization: settings of AdamW.
+        null_text: condition in place of a dropped caption: CLIP's features of the ``empty`` one, or a ``learned``
+            vector, which data without those features need.
 
     Raises:
         InputError: the codec has another code length or bucket count than the network, or belongs to another CLIP.
@@ -38,8 +40,10 @@ class ARPriorTask(EmbeddingTask):
         scaling: Scaling = "unit",
         text_drop: float = 0.1,
         optimization: Optimization | None = None,
+        null_text: NullText = "empty",
     ) -> None:
-        super().__init__(statistics, scaling, text_drop, optimization)
+        learned = net.text_embed_dim if null_text == "learned" else 0
+        super().__init__(statistics, scaling, text_drop, optimization, learned_null=learned)
         self.save_hyperparameters()
         self.net = net
         self.codec = EmbeddingCodec(codec)
@@ -63,10 +67,17 @@ class ARPriorTask(EmbeddingTask):
     def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
         """Return the mean cross-entropy in nats per token, over the dot-product token and all codes."""
         codes = self.codec.encode(batch.image_embed)  # (B, n)
-        cosine = F.cosine_similarity(batch.image_embed, batch.text.embed, dim=-1)
-        dot = self.codec.encode_dot(cosine)  # (B,)
+        dot = self._dot(batch)
         text = self.drop_text(batch.text, generator)
         logits = self.net(text, dot, codes, self.codec.values(codes))
         n = codes.shape[1]
         nats = F.cross_entropy(logits.codes.flatten(0, 1), codes.flatten())
+        if self.net.dot_buckets == 1:
+            return nats
         return (n * nats + F.cross_entropy(logits.dot, dot)) / (n + 1)
+
+    def _dot(self, batch: PriorBatch) -> Tensor:
+        """Return the dot-product tokens, (B,); all are 0 where they are left out."""
+        if self.net.dot_buckets == 1:
+            return torch.zeros(len(batch.image_embed), dtype=torch.long, device=batch.image_embed.device)
+        return self.codec.encode_dot(F.cosine_similarity(batch.image_embed, batch.text.embed, dim=-1))

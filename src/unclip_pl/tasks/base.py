@@ -219,6 +219,10 @@ class Task(LightningModule):
             group.update(configured, lr=configured["initial_lr"] * factor)
 
 
+#: Condition that stands for "no caption": CLIP's features of the empty one, or a vector learned in z_t's place.
+NullText = Literal["empty", "learned"]
+
+
 class EmbeddingTask(Task):
     """A Task that lives in one CLIP's embedding space.
 
@@ -227,14 +231,37 @@ class EmbeddingTask(Task):
         scaling: how z_i is scaled for the network, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
         text_drop: share of captions replaced by the empty one, for classifier-free guidance.
         optimization: settings of AdamW.
+        learned_null: width of the vector that is learned in place of the empty caption's z_t; 0 learns none.
+
+    Raises:
+        InputError: none is learned, and the data have no features of the empty caption.
     """
 
     def __init__(
-        self, statistics: str, scaling: Scaling, text_drop: float, optimization: Optimization | None = None
+        self,
+        statistics: str,
+        scaling: Scaling,
+        text_drop: float,
+        optimization: Optimization | None = None,
+        *,
+        learned_null: int = 0,
     ) -> None:
         super().__init__(optimization)
         self.space = EmbeddingSpace(statistics, scaling)
         self.text_drop = text_drop
+        self.learned_null = nn.Parameter(torch.zeros(learned_null)) if learned_null else None
+        if statistics and not learned_null and not self.space.null_embed.numel():
+            raise InputError(
+                f"{statistics} has no features of the empty caption: set model.init_args.null_text to learned."
+            )
+
+    @property
+    def null_text(self) -> TextFeatures:
+        """Features of no caption, batch size 1, z_t scaled."""
+        if self.learned_null is None:
+            return self.space.scale_text(self.space.null_text)
+        nothing = self.learned_null.new_zeros(1, 0)
+        return TextFeatures(nothing.long(), nothing[..., None], nothing.bool(), self.learned_null[None])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with weights that were trained in another CLIP's space."""
@@ -252,10 +279,10 @@ class EmbeddingTask(Task):
             )
 
     def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
-        """Scale z_t, and replace a share of the captions, states and z_t together, by the empty caption."""
+        """Scale z_t, and replace a share of the captions, states and z_t together, by the null caption."""
         device, p = text.embed.device, 1 - self.text_drop
         keep = self.share(lambda n: bernoulli(n, p, device, generator), len(text.embed))
-        return mix_text(self.space.scale_text(text), self.space.scale_text(self.space.null_text), keep)
+        return mix_text(self.space.scale_text(text), self.null_text, keep)
 
 
 def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -10,7 +10,7 @@ from unclip_pl.diffusion import GaussianDiffusion, PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Scaling
-from unclip_pl.tasks.base import EmbeddingTask, Optimization
+from unclip_pl.tasks.base import EmbeddingTask, NullText, Optimization
 from unclip_pl.types import PriorBatch, TextFeatures
 
 
@@ -35,6 +35,8 @@ class DiffusionPriorTask(EmbeddingTask):
         text_drop: share of captions replaced by the empty one; z_i^(t) is never hidden.
         draws_per_caption: independent (t, noise) pairs attached to one encoded caption.
         optimization: settings of AdamW.
+        null_text: condition in place of a dropped caption: CLIP's features of the ``empty`` one, or a ``learned``
+            vector, which data without those features need.
     """
 
     batch_type = PriorBatch
@@ -49,8 +51,10 @@ class DiffusionPriorTask(EmbeddingTask):
         text_drop: float = 0.1,
         draws_per_caption: int = 1,
         optimization: Optimization | None = None,
+        null_text: NullText = "empty",
     ) -> None:
-        super().__init__(statistics, scaling, text_drop, optimization)
+        learned = net.text_embed_dim if null_text == "learned" else 0
+        super().__init__(statistics, scaling, text_drop, optimization, learned_null=learned)
         self.save_hyperparameters()
         self.net = net
         self.diffusion = diffusion or GaussianDiffusion(prediction="x0")

@@ -30,6 +30,7 @@ from unclip_pl.training.resume import CheckpointFiles, ExactResume, Signals
 #: Arguments that the data determine: (source, target). No config may write them.
 LINKS = (
     ("data.embed_dim", "model.init_args.net.init_args.embed_dim"),
+    ("data.text_embed_dim", "model.init_args.net.init_args.text_embed_dim"),
     ("data.text_width", "model.init_args.net.init_args.text_width"),
     ("data.context_length", "model.init_args.net.init_args.context_length"),
     ("data.statistics", "model.init_args.statistics"),
