@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral, DPMSolver, Heun
+from unclip_pl.diffusion import Ancestral, DPMSolver, GaussianDiffusion, Heun
 from unclip_pl.generation.priors import (
     ARPriorSpec,
     DiffusionPrior,
@@ -185,3 +185,19 @@ def test_a_round_trip_is_the_codec_s_and_nearer_with_every_axis(tmp_path: Path) 
     for axes in (0, 7):
         with pytest.raises(ValueError, match="from 1 to the 6"):
             RoundTripSpec("codec.safetensors", axes).load(tmp_path)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_every_parameterisation_is_clamped_alike(task: DiffusionPriorTask, prediction: str) -> None:
+    """An estimate far outside is cut at the bound, one inside passes untouched; at t = 1 errors count 500-fold."""
+    task.diffusion = GaussianDiffusion(prediction=prediction)  # type: ignore[arg-type]
+    text, x_t, t = captions(4), torch.randn(4, 1, D), torch.ones(4)
+    free, wide, tight = (
+        DiffusionPrior(DiffusionPriorSpec("", Ancestral(5), x0_bound=bound), task)._denoiser(text)(x_t, t).x0
+        for bound in (None, 1e6, 0.1)
+    )
+    assert torch.equal(free, wide)
+    assert torch.equal(tight, free.clamp(-0.1, 0.1))
+    assert DiffusionPriorSpec("").x0_bound == 10
+    if prediction == "eps":
+        assert free.abs().max() > 50

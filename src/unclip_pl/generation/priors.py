@@ -146,8 +146,9 @@ class DiffusionPriorSpec(PriorSpec):
             analytic variance (``Ancestral(variance="analytic")``) needs a checkpoint that a validation came before.
         guidance: guidance scale; 1 is off. It drops the text and never z_i^(t).
         candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept (paper: 2).
-        x0_bound: bound on the absolute values of the scaled estimate of z_i (Karlo: 10); None sets no bound, as the
-            paper.
+        x0_bound: bound on the absolute values of the scaled estimate of z_i, for every parameterisation alike (Karlo:
+            10); None sets no bound. At the noisiest step the estimate of a network that predicts noise has its error
+            times 500: without a bound such samples stray. Estimates of networks that predict z_i lie inside.
         keep_norm: keep CLIP's own norm, for a decoder of raw embeddings (Karlo); the prior must have learned it.
     """
 
@@ -155,7 +156,7 @@ class DiffusionPriorSpec(PriorSpec):
     sampler: Sampler | None = None
     guidance: float = 1.0
     candidates: int = 2
-    x0_bound: float | None = None
+    x0_bound: float | None = 10.0
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
