@@ -87,6 +87,9 @@ def test_it_names_no_path_of_this_machine(mini_run: Path, bundle: Path) -> None:
     with zipfile.ZipFile(bundle) as archive:
         assert not [name for name in archive.namelist() if str(mini_run).encode() in archive.read(name)]
         told = json.loads(archive.read(NOTES))
+        card = archive.read("README.md").decode()
+    assert f"# {mini_run.name}\n" in card
+    assert "--run mini.zip" in card
     assert told["run"] == mini_run.name
     assert told["commits"]
     assert told["recipe"]["linear"].split()[:4] == ["unclip", "linear", "--source", "{source}"]

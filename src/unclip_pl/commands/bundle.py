@@ -13,11 +13,12 @@ from torch import Tensor
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
-from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json
+from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json, write_text
 from unclip_pl.generation.bundle import read_notes, write_bundle
 from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
 from unclip_pl.generation.provenance import commit, stage_records
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
+from unclip_pl.report.card import CARD, model_card
 from unclip_pl.settings import expanded
 
 #: What sampling needs of a checkpoint, beside its weights.
@@ -29,7 +30,7 @@ CODEC = "codec.safetensors"
 
 
 def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
-    """Write the networks of a run as one zip, their matrices in half precision.
+    """Write the networks of a run as one zip, their matrices in half precision, with a model card.
 
     CLIP's token table keeps the tokens that occur in the captions of the run's store, if there is one. The rows of
     other tokens are zeros, which take no space: a prompt with such a word is drawn with a warning.
@@ -52,6 +53,9 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
     clip = run.clip.within(root)
     tokens = _tokens(clip.load(), root / run.store) if run.store else read_notes(root).get("tokens")
     encoders = {spec.pretrained: spec for spec in (run.clip, run.judge) if spec is not None}
+    path = Path(out or f"{root}.zip")
+    use = f"unclip unbundle {path.name} RUN" if for_study else f'unclip sample "a caption" --run {path.name}'
+    card = model_card(root, use)
     with TemporaryDirectory() as folder:
         for name, place in places.items():
             target = Path(folder) / place
@@ -65,7 +69,7 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
         write_json(
             Path(folder) / RUN, _renamed(parts, {name: f"./{place}" for name, place in places.items()}), indent=2
         )
-        path = Path(out or f"{root}.zip")
+        write_text(Path(folder) / CARD, card)
         write_bundle(path, Path(folder), _provenance(root) | {"tokens": tokens})
     print(f"{len(places)} files of {root}, {path.stat().st_size / 1e6:.1f} MB: {path}")
 

@@ -1,4 +1,4 @@
-"""A bundle: the files of a run in one zip. They are safetensors and JSON, so nothing in a bundle can run.
+"""A bundle: the files of a run in one zip. They are safetensors, JSON and a model card, so nothing in it can run.
 
 The rest of the package knows folders alone: a bundle is unpacked before anything in it is read.
 """
@@ -33,7 +33,7 @@ def write_bundle(path: Path, folder: Path, notes: Mapping[str, Any]) -> None:
 
     Args:
         path: zip file to write.
-        folder: folder with ``run.json`` and the safetensors files that it names.
+        folder: folder with ``run.json``, the safetensors files that it names, and the model card.
         notes: origin of the weights, and the known ``tokens``, as JSON has it.
     """
     contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -66,7 +66,7 @@ def unpack(bundle: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, target)
         check_classes(json.loads((folder / "run.json").read_text(encoding="utf-8")))
         for path in folder.rglob("*"):
-            if path.is_file() and path.suffix != ".json":
+            if path.is_file() and path.suffix not in (".json", ".md"):
                 with safe_open(path, "pt"):  # a pickle gets no further
                     pass
     except InputError:
