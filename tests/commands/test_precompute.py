@@ -1,8 +1,11 @@
 """``unclip precompute`` as a process: killed, terminated, interrupted, and as several."""
 
+import itertools
 import multiprocessing
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from unclip_pl.cli import main
@@ -86,6 +90,99 @@ def test_killed_at_any_moment(words: list[str], undisturbed: dict[str, bytes], t
             (tmp_path / "store").rename(tmp_path / f"done-{time.monotonic_ns()}")
     assert ended(start(words, tmp_path / "store")) == 0
     assert contents(tmp_path / "store") == undisturbed  # no temporary file either
+
+
+def adding(words: list[str], *more: str) -> list[str]:
+    """The command with further options; its store still follows."""
+    return [*words[:-1], *more, words[-1]]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_parts_and_their_end_killed_at_any_moment(
+    words: list[str], undisturbed: dict[str, bytes], tmp_path: Path, kills: int
+) -> None:
+    """Two parts at a time are killed and started again; so is the end, once all parts are done."""
+    parts, end = [adding(words, "--part", f"{part}/2") for part in (1, 2)], [adding(words, "--finish")]
+    assert ended(start(end[0], tmp_path / "first")) == 1  # waits for the server's imports
+    begin = time.monotonic()
+    assert ended(start(parts[0], tmp_path / "first")) == 0
+    duration, moment = time.monotonic() - begin, random.Random(0)
+    assert ended(start(end[0], tmp_path / "first")) == 1
+    assert "all 2 parts. Got none or not all of 2/2: run them again" in (tmp_path / "first.log").read_text()
+    for lines in (parts, end):
+        hits = 0
+        while hits < kills:
+            processes = [start(line, tmp_path / "store") for line in lines]
+            time.sleep(moment.uniform(0, duration))
+            for process in processes:
+                process.kill()
+            hits += sum(ended(process) == -signal.SIGKILL for process in processes)
+            if hits < kills and all(process.exitcode == 0 for process in processes) and lines is parts:
+                (tmp_path / "store").rename(tmp_path / f"done-{time.monotonic_ns()}")
+        for line in lines:
+            assert ended(start(line, tmp_path / "store")) == 0
+    assert contents(tmp_path / "store") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--part", "0/4"], "from 1/N to N/N, such as 3/64. Got '0/4'"),
+        (["--part", "1/4", "--finish"], "--finish without --part"),
+        (["--finish", "--verify"], "--finish without --part and --verify"),
+        (["--finish"], "12 of 12 shards have no embeddings"),
+    ],
+)
+def test_parts_that_make_no_sense(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert main([*adding(words, *more), str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_is_no_store(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "s3://bucket/store"]) == 1
+    assert "Expected a folder as --store. Got s3://bucket/store" in capsys.readouterr().err
+
+
+def snippets(language: str) -> list[str]:
+    """Code blocks about parts in docs/scale.md."""
+    text = (Path(__file__).parents[2] / "docs/scale.md").read_text()
+    section = text[text.index("### In parts") : text.index("## Training a prior")]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+
+def test_snippets_are_commands() -> None:
+    """Their lines parse, and their Python and YAML does."""
+    lines = re.findall(r"unclip precompute [^'\"\n]*", "".join(snippets(r"\w+")))
+    assert len(lines) == 5
+    for line in lines:
+        assert main([*shlex.split(re.sub(r"\$\(\(.*?\)\)", "1", line))[1:], "--print_config"]) == 0
+    (python,), (sky,) = snippets("python"), snippets("yaml")
+    compile(python, "docs/scale.md", "exec")
+    assert yaml.safe_load(sky).keys() == {"num_nodes", "resources", "run"}
+
+
+@pytest.mark.slow  # four processes that import everything
+def test_the_slurm_array_as_processes(words: list[str], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    array, end = (block.replace("/64", "/3") for block in snippets("bash")[:2])
+    options = dict(itertools.pairwise(words))
+    for name, value in (("clip.name ViT-L-14", "clip.name"), ("clip.pretrained openai", "clip.pretrained")):
+        array, end = (script.replace(name, f"{value} {options[f'--{value}']}") for script in (array, end))
+    (tmp_path / "unclip").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m unclip_pl "$@" --accelerator cpu --batch_size 16\n'
+    )
+    (tmp_path / "unclip").chmod(0o755)
+    place = {"SHARDS": options["--source"], "STORE": str(tmp_path / "store")}
+    place |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    numbers = [{"SLURM_ARRAY_TASK_ID": str(number)} for number in (1, 2, 3)]
+    started = [subprocess.Popen(["bash", "-c", array], env=os.environ | place | number) for number in numbers]
+    assert [process.wait(600) for process in started] == [0, 0, 0]
+    subprocess.run(["bash", "-c", end], env=os.environ | place, check=True)
+    assert contents(tmp_path / "store") == undisturbed
 
 
 @pytest.mark.parametrize(

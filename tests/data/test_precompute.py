@@ -20,7 +20,7 @@ from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data import precompute as module
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.data.pairs import PairStore
-from unclip_pl.data.precompute import deal, embed_share, finish, pending, precompute
+from unclip_pl.data.precompute import Part, deal, embed_share, finish, pending, precompute
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Shard
 from unclip_pl.data.store import EmbeddingStore, map_features, read_contents, read_manifest, read_moments, unpack_texts
@@ -169,7 +169,8 @@ def test_a_shard_that_changes_while_it_is_embedded_is_found(
 
     os.truncate(tar, tar.stat().st_size - 512)  # to be embedded again
     monkeypatch.setattr(module, "embed_shard", meanwhile)
-    run(source, store, encoder)
+    with pytest.raises(InputError, match=r"or have changed since, such as .*val-000000.tar"):
+        run(source, store, encoder)
     with pytest.raises(ValueError, match="is not the file"):
         EmbeddingStore(store, str(source), image_size=32)
 
@@ -206,6 +207,66 @@ def test_any_number_of_ranks_writes_the_same_bytes(
         embed_share(str(source), str(tmp_path), encoder, batch_size=8, rank=rank, world_size=world_size)
     finish(str(source), str(tmp_path), encoder)
     assert contents(tmp_path) == contents(store)
+
+
+def test_a_part_writes_its_own_files_and_no_others(
+    source: Path, store: Path, encoder: ClipEncoder, tmp_path: Path
+) -> None:
+    tars = sorted(path.stem for path in source.glob("*.tar"))
+    for number in (3, 1, 2):
+        before = {path.name: path.stat() for path in tmp_path.iterdir()}
+        embed_share(str(source), str(tmp_path), encoder, batch_size=8, part=Part(number, 3))
+        after = {path.name: path.stat() for path in tmp_path.iterdir()}
+        assert after.keys() - before.keys() == {f".part-{number}-of-3"} | {
+            f"{n}.safetensors" for n in tars[number - 1 :: 3]
+        }
+        assert {name: after[name] for name in before} == before
+    finish(str(source), str(tmp_path), encoder)
+    assert contents(tmp_path) == contents(store)
+
+
+def test_parts_of_several_processes_leave_out_no_shard() -> None:
+    shards = [Shard(f"{i:03d}.tar") for i in range(50)]
+    shares = [deal(deal(shards, part, 3), rank, 4) for part in range(3) for rank in range(4)]
+    assert sorted(shard.address for share in shares for shard in share) == [shard.address for shard in shards]
+
+
+def test_missing_parts_are_named(source: Path, encoder: ClipEncoder, tmp_path: Path) -> None:
+    for number in (1, 4):  # of six, the last of which have no shards
+        embed_share(str(source), str(tmp_path), encoder, batch_size=8, part=Part(number, 6))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"all 6 parts. Got none or not all of 2/6, 3/6, 5/6: run them again"):
+        finish(str(source), str(tmp_path), encoder)
+    assert contents(tmp_path) == before
+
+
+def test_parts_of_different_clips_or_captions_are_refused(
+    source: Path, encoder: ClipEncoder, other_clip: ClipSpec, tmp_path: Path
+) -> None:
+    embed_share(str(source), str(tmp_path), encoder, batch_size=8, part=Part(1, 2))
+    embed_share(str(source), str(tmp_path), other_clip.load(), batch_size=8, part=Part(2, 2))
+    with pytest.raises(InputError, match="unclip precompute") as error:
+        finish(str(source), str(tmp_path), encoder)
+    assert other_clip.load().fingerprint in str(error.value)
+    embed_share(str(source), str(tmp_path / "captions"), encoder, batch_size=8, part=Part(1, 2))
+    embed_share(str(source), str(tmp_path / "captions"), encoder, caption_key="txt", batch_size=8, part=Part(2, 2))
+    with pytest.raises(InputError, match="none or not all of 2/2"):
+        finish(str(source), str(tmp_path / "captions"), encoder)
+
+
+def test_a_part_leaves_a_finished_store_s_captions_alone(pair: tuple[Path, Path], encoder: ClipEncoder) -> None:
+    source, store = pair
+    before = contents(store)
+    with pytest.raises(InputError, match=r"caption_key '' of the finished store .* Got 'txt': .*manifest.jsonl"):
+        embed_share(str(source), str(store), encoder, caption_key="txt", batch_size=8, part=Part(1, 2))
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("text", ["3", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/2/3", "²/4"])
+def test_a_part_that_there_is_not(text: str) -> None:
+    with pytest.raises(InputError, match=rf"from 1/N to N/N, such as 3/64. Got '{text}'"):
+        Part.parse(text)
+    assert Part.parse("3/64") == (3, 64)
 
 
 def test_shards_are_dealt_evenly() -> None:

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from unclip_pl.clip.encoder import ClipSpec
-from unclip_pl.data.precompute import embed_share, finish
+from unclip_pl.data.precompute import Part, embed_share
+from unclip_pl.data.precompute import finish as finish_store
 from unclip_pl.errors import InputError
 
 
@@ -27,11 +29,14 @@ def precompute(
     devices: PositiveInt = 1,
     num_nodes: PositiveInt = 1,
     verify: bool = False,
+    part: str = "",
+    finish: bool = False,
 ) -> None:
     """Embed every image and caption of a source once. Run again, it goes on where it stopped.
 
     With several devices or nodes each process embeds its own shards; Lightning starts them, or finds those of torchrun
-    or SLURM. How many there are changes no byte of the store.
+    or SLURM. Parts are runs of their own, on any machine and at any time; after them --finish makes the store of what
+    they wrote. How many processes and parts there are changes no byte of it.
 
     Args:
         source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar; local, or a URL (s3://,
@@ -47,28 +52,40 @@ def precompute(
         devices: processes on a node, a device each.
         num_nodes: number of nodes.
         verify: read finished files against their checksums, and make again those that differ.
+        part: I/N, from 1/N to N/N, to embed every N-th shard alone; empty for all of them and the store's end.
+        finish: make the store of what all parts wrote, and embed nothing.
 
     Raises:
         MissingFileError: no shards at ``source``.
-        InputError: too many bad samples, none that is good, or the store belongs to another CLIP.
+        InputError: too many bad samples, none that is good, the store belongs to another CLIP, or a part is missing.
     """
-    fabric = _fabric(accelerator, devices, num_nodes)
+    ours = _part(part, store, finish=finish, verify=verify)
+    fabric = _fabric(accelerator, 1 if finish else devices, 1 if finish else num_nodes)
+    share = partial(embed_share, caption_key=caption_key, batch_size=batch_size, verify=verify, part=ours)
+    make_whole = partial(finish_store, caption_key=caption_key, max_bad_fraction=max_bad_fraction)
     with _stopping_others(fabric):
         fabric.launch()
         encoder = clip.load().to(fabric.device)
-        embed_share(
-            source,
-            store,
-            encoder,
-            caption_key=caption_key,
-            batch_size=batch_size,
-            verify=verify,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
+        if not finish:
+            share(source, store, encoder, rank=fabric.global_rank, world_size=fabric.world_size)
+            _wait_for_all(fabric.world_size)
+        if fabric.is_global_zero and ours is None:
+            make_whole(source, store, encoder)
+
+
+def _part(text: str, store: str, *, finish: bool, verify: bool) -> Part | None:
+    """Return the part that ``--part`` names; None where it names none.
+
+    Raises:
+        InputError: there is no such part, or the options contradict each other.
+    """
+    if "://" in store:
+        raise InputError(
+            f"Expected a folder as --store. Got {store}: use one that all processes see, and copy it then."
         )
-        _wait_for_all(fabric.world_size)
-        if fabric.is_global_zero:
-            finish(source, store, encoder, max_bad_fraction=max_bad_fraction)
+    if finish and (text or verify):
+        raise InputError("Expected --finish without --part and --verify. Got both: run the parts with them before.")
+    return Part.parse(text) if text else None
 
 
 def _fabric(accelerator: str, devices: int, num_nodes: int) -> Any:

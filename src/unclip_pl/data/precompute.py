@@ -7,6 +7,7 @@ decodes the next, and another one writes the last.
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data.shards import Entry, Shard, ShardIndex, Split, decode_entries, index_shard, list_shards, no_samples
 from unclip_pl.data.store import (
+    MANIFEST,
     STATISTICS,
     Contents,
     ShardFeatures,
@@ -53,12 +55,35 @@ log = logging.getLogger(__name__)
 
 #: Batches that wait decoded while CLIP is busy.
 DEPTH = 2
-#: Folder inside the store for copies of remote shards while they are read.
-INCOMING = ".incoming"
+#: Empty file that a part leaves in the store, so that `finish` can say which parts are missing.
+BEGUN = ".part-{}-of-{}"
 
 Advance = Callable[[int], None]
 Skipped = dict[str, list[str]]  # keys of bad samples by reason
 T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """One of several runs that share a source's shards, on any machine and at any time."""
+
+    number: int  # the first is 1
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``3/64``.
+
+        Raises:
+            InputError: it is no such pair of numbers.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        part = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
+        if not 1 <= part.number <= part.total:
+            raise InputError(f"Expected --part from 1/N to N/N, such as 3/64. Got {text!r}: correct it.")
+        return part
 
 
 def precompute(
@@ -86,7 +111,7 @@ def precompute(
     """
     encoder = clip.load().to(resolve_device(device))
     embed_share(source, store, encoder, caption_key=caption_key, batch_size=batch_size, verify=verify)
-    finish(source, store, encoder, max_bad_fraction=max_bad_fraction)
+    finish(source, store, encoder, caption_key=caption_key, max_bad_fraction=max_bad_fraction)
 
 
 def embed_share(
@@ -97,10 +122,11 @@ def embed_share(
     caption_key: str = "",
     batch_size: int,
     verify: bool = False,
+    part: Part | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Embed one rank's shards. Ranks need not know of each other: no file has two writers.
+    """Embed one rank's shards. Parts and ranks need not know of each other: no file has two writers.
 
     Args:
         source: shards, see ``list_shards``.
@@ -109,19 +135,22 @@ def embed_share(
         caption_key: place of the captions, see ``index_shard``. What another one gave is embedded again.
         batch_size: images, and captions, that CLIP sees at once.
         verify: read finished files against their checksums, and make again those that differ.
+        part: run that this process belongs to; None where one run does all shards.
         rank: number of this process, below ``world_size``.
-        world_size: number of processes.
+        world_size: number of processes of this run.
 
     Raises:
         MissingFileError: no shards at ``source``.
-        InputError: the store belongs to another CLIP.
+        InputError: the store belongs to another CLIP, or a part would change the captions of a store that is finished.
     """
     listed, folder = list_shards(source), Path(store)
-    shards = deal(listed, rank, world_size)
+    shards = deal(deal(listed, part.number - 1, part.total) if part else listed, rank, world_size)
     manifest = read_manifest(folder)
     records = {shard: read_record(features_file(folder, shard)) for shard in shards}
     require_one_clip(folder, [*manifest.values(), *filter(None, records.values())], encoder.fingerprint)
-    if rank == 0:
+    if part:
+        _begin(part, folder, [manifest[shard.name] for shard in shards if shard.name in manifest], caption_key)
+    elif rank == 0:
         _forget_other_captions(folder, listed, manifest, caption_key)
     todo = [shard for shard, record in records.items() if not _is_done(shard, folder, record, caption_key)]
     if verify:
@@ -129,6 +158,18 @@ def embed_share(
         todo += [shard for shard in done if not _is_whole(features_file(folder, shard), manifest.get(shard.name))]
         log.info("%s: %d of %d shards are as they were written.", folder, len(shards) - len(todo), len(shards))
     _embed(todo, folder, encoder, caption_key, batch_size, quiet=rank > 0)
+
+
+def _begin(part: Part, folder: Path, known: list[ShardRecord], caption_key: str) -> None:
+    """Leave a part's mark in the store. The manifest belongs to all parts, so none may change what it says."""
+    foreign = sorted({record.caption_key for record in known} - {caption_key})
+    if foreign:
+        raise InputError(
+            f"Expected the caption_key {foreign[0]!r} of the finished store {folder}. Got {caption_key!r}: "
+            f"use another --store, or delete {folder / MANIFEST} to have all parts embed it again."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BEGUN.format(*part)).touch()
 
 
 def _forget_other_captions(
@@ -147,27 +188,29 @@ def deal(shards: list[Shard], rank: int, world_size: int) -> list[Shard]:
     return shards[rank::world_size]
 
 
-def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: float = 0.01) -> None:
+def finish(
+    source: str, store: str, encoder: ClipEncoder, *, caption_key: str = "", max_bad_fraction: float = 0.01
+) -> None:
     """Make a store of the embedded shards: write statistics first, then the manifest, by which it opens.
 
     Args:
         source: shards, see ``list_shards``.
         store: folder of the embeddings.
         encoder: CLIP that embedded them.
+        caption_key: place of the captions, see ``index_shard``.
         max_bad_fraction: largest share of samples without a readable image and caption.
 
     Raises:
-        InputError: a shard is missing, too many samples are bad, or none is good.
+        InputError: a shard is missing, has changed or belongs to another CLIP, too many samples are bad, or none is
+            good.
     """
-    shards, folder = list_shards(source), Path(store)
+    shards, folder, manifest = list_shards(source), Path(store), read_manifest(Path(store))
     found = {shard: read_record(features_file(folder, shard)) for shard in shards}
     records = [record for record in found.values() if record]
-    if len(records) < len(shards):
-        missing = [str(shard) for shard, record in found.items() if not record]
-        raise InputError(
-            f"{len(missing)} of {len(shards)} shards have no embeddings in {folder}, such as {missing[0]}: "
-            "run `unclip precompute` again."
-        )
+    require_one_clip(folder, [*manifest.values(), *records], encoder.fingerprint)
+    missing = [shard for shard, record in found.items() if not _seems_done(shard, folder, record, caption_key)]
+    if missing:
+        raise _unfinished(folder, shards, missing)
     _require_good(source, records, max_bad_fraction)
     null_text = TextFeatures(*(value.cpu() for value in encoder.describe([""])))
     write_statistics(
@@ -176,7 +219,23 @@ def finish(source: str, store: str, encoder: ClipEncoder, *, max_bad_fraction: f
         null_text=null_text,
         fingerprint=encoder.fingerprint,
     )
-    write_manifest(folder, (read_manifest(folder) | {record.shard: record for record in records}).values())
+    write_manifest(folder, (manifest | {record.shard: record for record in records}).values())
+    for mark in folder.glob(BEGUN.format("*", "*")):
+        mark.unlink(missing_ok=True)
+
+
+def _unfinished(folder: Path, shards: list[Shard], missing: list[Shard]) -> InputError:
+    """Return the error of a store that lacks shards. It names the parts that were to embed them."""
+    lack = f"{len(missing)} of {len(shards)} shards have no embeddings in {folder}, or have changed since"
+    lack += f", such as {missing[0]}"
+    begun = sorted(folder.glob(BEGUN.format("*", "*")), key=lambda mark: mark.stat().st_mtime_ns)
+    if not begun:
+        return InputError(f"{lack}: run `unclip precompute` again.")
+    total = int(begun[-1].name.rpartition("-")[2])
+    absent = set(missing)
+    parts = [str(Part(i + 1, total)) for i in range(total) if not absent.isdisjoint(deal(shards, i, total))]
+    named = ", ".join(parts[:20]) + (f" and {len(parts) - 20} more" if len(parts) > 20 else "")
+    return InputError(f"Expected all {total} parts. Got none or not all of {named}: run them again ({lack}).")
 
 
 def pending(source: str, store: str, fingerprint: str, caption_key: str = "") -> list[Shard]:
@@ -193,9 +252,7 @@ def pending(source: str, store: str, fingerprint: str, caption_key: str = "") ->
     require_caption_key(folder, [records[shard.name] for shard in shards if shard.name in records], caption_key)
     if not (folder / STATISTICS).is_file():
         return shards
-    known = [(shard, records.get(shard.name)) for shard in shards]
-    trusted = [shard for shard, record in known if record and shard.remote]
-    return [s for s, record in known if s not in trusted and not _is_done(s, folder, record, caption_key)]
+    return [shard for shard in shards if not _seems_done(shard, folder, records.get(shard.name), caption_key)]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -215,6 +272,13 @@ def _is_done(shard: Shard, folder: Path, record: ShardRecord | None, caption_key
         return False
     file = folder / record.file
     return file.is_file() and record.describes(shard, file)
+
+
+def _seems_done(shard: Shard, folder: Path, record: ShardRecord | None, caption_key: str) -> bool:
+    """Say whether a shard is embedded, without a request to the server of a remote one, which may have changed."""
+    if record is None or not shard.remote:
+        return _is_done(shard, folder, record, caption_key)
+    return record.caption_key == caption_key
 
 
 def _is_whole(file: Path, line: ShardRecord | None) -> bool:
@@ -325,7 +389,7 @@ def embed_shards(
     """
     made_by = {"clip": encoder.fingerprint, "caption_key": caption_key}
     written: list[Future[tuple[ShardRecord, Skipped]]] = []
-    read = _ahead(_read(shards, folder / INCOMING, caption_key, encoder.image_size, batch_size), DEPTH)
+    read = _ahead(_read(shards, folder, caption_key, encoder.image_size, batch_size), DEPTH)
     with ThreadPoolExecutor(1) as writer, closing(read) as events:
         for opened in events:
             assert isinstance(opened, Opened)
@@ -339,12 +403,12 @@ def embed_shards(
 
 
 def _read(
-    shards: Iterable[Shard], incoming: Path, caption_key: str, size: int, batch_size: int
+    shards: Iterable[Shard], folder: Path, caption_key: str, size: int, batch_size: int
 ) -> Iterator[Opened | Decoded | None]:
     """Yield each shard, its batches, and None after the last of them."""
     for shard in shards:
         opened_ns, mark = time.time_ns(), shard.stamp().mark
-        with shard.fetched(incoming) as path:
+        with shard.fetched(folder / f".{shard.name}.incoming") as path:
             index = index_shard(path, caption_key)
             yield Opened(shard, opened_ns, path.stat().st_size, mark, sha256(path), index)
             for batch in decode_entries(path, index.entries, size, batch_size):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unclip_pl.data.transforms import BadSample, load_square
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import EDGES, clean_lines, require_unpacked
+from unclip_pl.files import EDGES, alone, clean_lines, require_unpacked
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or JSON member
@@ -133,21 +133,25 @@ class Shard(NamedTuple):
     def fetched(self, folder: Path) -> Iterator[Path]:
         """Give the local file, or for a remote shard a copy of the same name in ``folder``, which is removed again.
 
+        A second process that wants a copy at the same place waits for the first.
+
         Raises:
             InputError: the shard is not there, or cannot be read to its end.
         """
         if not self.remote:
             yield self.path
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         copy = folder / self.name
-        try:
-            _asked(self, lambda system, path: system.get_file(path, str(copy)))
-            yield copy
-        finally:
-            copy.unlink(missing_ok=True)
-            with suppress(OSError):  # others are still in there
-                folder.rmdir()
+        with alone(folder.with_name(f"{folder.name}.lock")):
+            folder.mkdir(exist_ok=True)
+            try:
+                _asked(self, lambda system, path: system.get_file(path, str(copy)))
+                yield copy
+            finally:
+                copy.unlink(missing_ok=True)
+                with suppress(OSError):  # others are still in there
+                    folder.rmdir()
 
 
 def _asked(shard: Shard, question: Callable[[Any, str], Any]) -> Any:
