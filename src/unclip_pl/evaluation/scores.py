@@ -73,8 +73,8 @@ def true_attributes(metadata: list[dict[str, Any]]) -> Tensor:
     """
     if any("attributes" not in sample for sample in metadata):
         raise InputError(
-            "The oracle reads shapes, but samples of this data have no `attributes` in their json: leave `oracle` out "
-            "of the comparison, or pack the shapes with `unclip pack shapes`."
+            "The oracle reads shapes, but samples of this data have no `attributes` in their json: leave it out, or "
+            "pack the shapes with `unclip pack shapes`."
         )
     return encode([Attributes(**sample["attributes"]) for sample in metadata])
 

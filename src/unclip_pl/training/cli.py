@@ -25,7 +25,7 @@ from unclip_pl.settings import expanded, read_yaml
 from unclip_pl.tasks import Task
 from unclip_pl.training.callbacks import FiniteLoss, StepProgressBar, TimeLimit
 from unclip_pl.training.private import ConfiguredCLI
-from unclip_pl.training.resume import CheckpointFiles, ExactResume, Signals
+from unclip_pl.training.resume import BEST, CheckpointFiles, ExactResume, Signals
 
 #: Arguments that the data determine: (source, target). No config may write them.
 LINKS = (
@@ -116,8 +116,30 @@ class UnclipCLI(ConfiguredCLI):
             trainer.limit_val_batches = 1.0  # such a share of a small split may be less than one batch
         return trainer
 
+    def _find_best(self) -> None:
+        """Let ``--ckpt_path best`` name the file, also where another command trained: in this logger's newest version.
+
+        Raises:
+            InputError: there is none.
+        """
+        config = self.config_init[self.subcommand]
+        if config.ckpt_path != "best":
+            return
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        if folder is None and self.trainer.log_dir:
+            folder = Path(self.trainer.log_dir) / "checkpoints"
+        found = [] if folder is None else [Path(folder) / BEST, *Path(folder).parent.parent.glob(f"version_*/*/{BEST}")]
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise InputError(
+                f"Expected {BEST} of an earlier fit in {folder}. Got no such file: give --ckpt_path FILE, or train "
+                "with `monitor` in StepCheckpoint."
+            )
+        config.ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime))
+
     def before_fit(self) -> None:
-        """Name the callbacks that a later config has dropped."""
+        """Find the best checkpoint, and name the callbacks that a later config has dropped."""
+        self._find_best()
         kept = {_class_name(one) for one in self.config[self.subcommand].trainer.callbacks or []}
         dropped = [name for name in dict.fromkeys(callbacks_in(self.words)) if name not in kept]
         if dropped:
@@ -128,7 +150,8 @@ class UnclipCLI(ConfiguredCLI):
             )
 
     def before_validate(self) -> None:
-        """Say that weights are random, where nothing was loaded."""
+        """Find the best checkpoint, or say that weights are random, where nothing was loaded."""
+        self._find_best()
         config = self.config[self.subcommand]
         if isinstance(self.model, Task) and not config.ckpt_path:
             rank_zero_only(print)(

@@ -10,7 +10,7 @@ import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -86,8 +87,14 @@ def _keep(path: Path) -> None:
         path.replace(previous)
 
 
+#: The checkpoint of the best validation, beside ``last.ckpt``.
+BEST = "best.ckpt"
+
+
 class StepCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` every n steps, at the last step, and when SIGTERM or Ctrl-C ends the run.
+
+    With ``monitor`` it also keeps ``best.ckpt``, which ``--ckpt_path best`` reads.
 
     Lightning's ModelCheckpoint saves before a validation that is due at the same step, and a run resumed there never
     makes up for the validation. Here the validation comes first, or is made up for. Nothing is saved between two
@@ -96,11 +103,22 @@ class StepCheckpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: number of optimizer steps between two checkpoints.
         dirpath: folder of the checkpoint; None is ``checkpoints`` in the logger's folder.
+        monitor: logged score of validations, such as ``val/embed_fd``, that decides which checkpoint is the best; None
+            keeps no best one.
+        mode: whether the smallest or the largest score is the best.
     """
 
-    def __init__(self, every_n_train_steps: PositiveInt = 100, dirpath: str | None = None) -> None:
+    def __init__(
+        self,
+        every_n_train_steps: PositiveInt = 100,
+        dirpath: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
+            monitor=monitor,
+            mode=mode,
             save_last=True,
             save_top_k=0,
             every_n_train_steps=every_n_train_steps,
@@ -133,10 +151,32 @@ class StepCheckpoint(ModelCheckpoint):
             save_last(self, trainer)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save what was left to the validation."""
+        """Save the best, and what was left to the validation."""
+        if self.monitor and not trainer.sanity_checking:
+            self._keep_best(trainer)
         if self._due or trainer.received_sigterm:
             self._due = False
             save_last(self, trainer)
+
+    def _keep_best(self, trainer: Trainer) -> None:
+        """Save where this validation is the best so far.
+
+        Raises:
+            InputError: it did not log the score.
+        """
+        if trainer.state.fn != TrainerFn.FITTING or getattr(trainer, "fast_dev_run", False):
+            return
+        score = trainer.callback_metrics.get(str(self.monitor))
+        if score is None:
+            logged = ", ".join(sorted(key for key in trainer.callback_metrics if key.startswith("val/")))
+            raise InputError(
+                f"Expected StepCheckpoint.monitor to be a score that validations log ({logged}). Got {self.monitor!r}: "
+                "add the callback that logs it, or leave monitor out."
+            )
+        sign = 1 if self.mode == "min" else -1
+        if score.isfinite() and (self.best_model_score is None or sign * score < sign * self.best_model_score):
+            self.best_model_score, self.best_model_path = score.clone(), str(Path(str(self.dirpath)) / BEST)
+            trainer.save_checkpoint(self.best_model_path)
 
     def on_train_epoch_end(self, *_: Any) -> None:
         """Do nothing: steps count, not epochs."""
@@ -166,8 +206,10 @@ class StepCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"owed": self._owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state."""
+        """Restore the state. What was the best by another score is forgotten."""
         super().load_state_dict(state_dict)
+        if state_dict["monitor"] != self.monitor:
+            self.best_model_score, self.best_model_path = None, ""
         self._owed = state_dict["owed"]
 
 
