@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
@@ -11,6 +13,9 @@ from typing import Any, Self
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.pretrained import get_pretrained_cfg
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,8 +27,11 @@ from unclip_pl.types import TextFeatures
 
 log = logging.getLogger(__name__)
 
-#: What a TorchScript archive and OpenAI's weights hold besides parameters.
-_BESIDE = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
+#: What a TorchScript archive, OpenAI's weights and those of older transformers hold besides parameters.
+_BESIDE = (
+    *("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"),
+    "text.transformer.embeddings.position_ids",
+)
 #: Messages that open_clip sends through the root logger, and that it raises or means as well.
 CHATTER = ("No pretrained weights loaded", "Failed to download weights")
 
@@ -66,26 +74,92 @@ def build_clip(name: str, pretrained: str = "") -> Any:
         MissingFileError: no such file.
         InputError: weights of another architecture, a damaged file, or a tag that cannot be downloaded.
     """
-    architecture(name)
+    text = _text_of_transformers(name)
     if name.startswith("local-dir:"):
         try:
-            return open_clip.create_model(name, pretrained=pretrained or None)
+            return open_clip.create_model(name, pretrained=pretrained or None, **text)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"The CLIP {name} cannot be built ({type(error).__name__}: {reason:.300}): correct the folder."
             ) from error
     if pretrained in open_clip.list_pretrained_tags_by_model(name):
-        return _with_tag(name, pretrained)
-    model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        return _with_tag(name, pretrained, text)
+    settings = _preprocessing_of_tags(name)
+    model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=settings, **text)
     if pretrained:
         _load_weights(model, name, pretrained)
     return model
 
 
-def _with_tag(name: str, tag: str) -> Any:
+def _text_of_transformers(name: str) -> dict[str, Any]:
+    """Return ``text_cfg`` for open_clip where the text tower is one of transformers': built by its config, random."""
+    text = architecture(name).get("text_cfg", {})
+    if not text.get("hf_model_name"):
+        return {}
+    transformers_config(name)  # one clear line where it is missing
+    return {"text_cfg": text | {"hf_model_name": _place_of_transformers(name), "hf_model_pretrained": False}}
+
+
+def _place_of_transformers(name: str) -> str:
+    """Return the folder of that name beside ``open_clip_config.json``, or the name that the hub knows."""
+    text = str(architecture(name)["text_cfg"]["hf_model_name"])
+    beside = Path(name.removeprefix("local-dir:")) / text
+    return str(beside) if name.startswith("local-dir:") and beside.is_dir() else text
+
+
+def transformers_config(name: str) -> Any:
+    """Return the config of a text tower that is one of transformers'.
+
+    Raises:
+        InputError: transformers is not installed, or the config is not here and cannot be downloaded.
+    """
+    source = architecture(name)["text_cfg"]["hf_model_name"]
+    with _fetched(name, f"The text tower of {name}", source, source, "config.json"):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(_place_of_transformers(name))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return open_clip's tokenizer of an architecture.
+
+    Raises:
+        InputError: transformers is not installed, or the tokenizer is not here and cannot be downloaded.
+    """
+    source = architecture(name)["text_cfg"].get("hf_tokenizer_name", "")
+    with _fetched(name, f"The tokenizer of {name}", source, "", "'*.json' '*.txt' '*.model'"):
+        return open_clip.get_tokenizer(name)
+
+
+@contextmanager
+def _fetched(name: str, what: str, source: str, folder: str, files: str) -> Iterator[None]:
+    """Say what to fetch, and where to put it, when reading something of transformers' fails."""
     try:
-        return open_clip.create_model(name, pretrained=tag)
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs transformers ({error!s:.100}): install transformers and sentencepiece."
+        ) from error
+    except Exception as error:  # transformers raises many types for what is missing or damaged
+        local = name.startswith("local-dir:")
+        place = f" --local-dir {Path(name.removeprefix('local-dir:')) / folder}" if local else ""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise InputError(
+            f"{what} ({source}) cannot be read ({reason}): run `hf download {source} --include {files}{place}` first."
+        ) from error
+
+
+def _preprocessing_of_tags(name: str) -> dict[str, Any]:
+    """Return the preprocessing that all published weights of an architecture share; a file of weights names none."""
+    tags = [get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    keys = ("mean", "std", "interpolation") if tags else ()
+    return {key: tags[0][key] for key in keys if all(tag[key] == tags[0][key] for tag in tags)}
+
+
+def _with_tag(name: str, tag: str, text: dict[str, Any]) -> Any:
+    try:
+        return open_clip.create_model(name, pretrained=tag, **text)
     except RuntimeError as error:
         if "download" not in str(error):
             raise
@@ -139,7 +213,8 @@ class ClipSpec:
     @property
     def text_width(self) -> int:
         """Width W of the text tower's token states."""
-        return int(architecture(self.name)["text_cfg"]["width"])
+        text = architecture(self.name)["text_cfg"]
+        return int(transformers_config(self.name).hidden_size if text.get("hf_model_name") else text["width"])
 
     @property
     def context_length(self) -> int:
@@ -158,8 +233,10 @@ class ClipSpec:
         return ClipSpec(self.name, str(path)) if self.pretrained and path.is_file() else self
 
     def load(self) -> "ClipEncoder":
-        """Build the frozen encoder."""
-        return ClipEncoder(self)
+        """Build the frozen encoder, with its tokenizer at hand."""
+        encoder = ClipEncoder(self)
+        _ = encoder.tokenizer  # a missing one is said now, and not after a shard's images
+        return encoder
 
 
 class Preprocess(nn.Module):
@@ -177,13 +254,14 @@ class Preprocess(nn.Module):
         super().__init__()
         config = PreprocessCfg(**model.visual.preprocess_cfg)
         self.size = size
+        self.mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn (B, 3, H, H) in [-1, 1] into (B, 3, size, size) normalised; antialiased bicubic where sizes differ."""
+        """Turn (B, 3, H, H) in [-1, 1] into (B, 3, size, size) normalised; resized, with antialiasing, where needed."""
         if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+            images = F.interpolate(images, size=(self.size, self.size), mode=self.mode, antialias=True).clamp(-1, 1)
         return (images.add(1).div(2) - self.mean) / self.std
 
 
@@ -200,14 +278,12 @@ class ClipEncoder(nn.Module):
         self.spec = spec
         self.embed_dim, self.text_width = spec.embed_dim, spec.text_width  # d, W
         self.context_length, self.image_size = spec.context_length, spec.image_size
-        _require_clips_own_text(spec.name)
         # A random model moves the global generator on: a fit that builds one for its tokenizer draws its weights later.
         self.model = build_clip(spec.name, spec.pretrained)
         if not spec.pretrained:
             with torch.random.fork_rng([]):  # the same random weights every time
                 torch.default_generator.manual_seed(0)
                 self.model = build_clip(spec.name)
-        self.tokenizer = open_clip.get_tokenizer(spec.name)
         self.preprocess = Preprocess(self.model, spec.image_size)
         self.requires_grad_(False)
         super().train(False)
@@ -215,6 +291,16 @@ class ClipEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode."""
         return self
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """open_clip's tokenizer; token ids can be encoded without it."""
+        return load_tokenizer(self.spec.name)
+
+    @property
+    def knows_bpe(self) -> bool:
+        """Whether the vocabulary is the BPE of CLIP itself, with one row of the token table for each token."""
+        return isinstance(self.tokenizer, SimpleTokenizer)
 
     @property
     def _text_model(self) -> Any:
@@ -239,14 +325,45 @@ class ClipEncoder(nn.Module):
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Return (B, context_length) token ids, with a warning where a long caption is cut."""
-        tokens = self.tokenizer(captions)
-        end = getattr(self.tokenizer, "eot_token_id", None)
-        if end is not None and len(captions):
-            long = (tokens[:, -1] == end).nonzero().flatten().tolist()
-            cut = [captions[i] for i in long if len(self.tokenizer.encode(captions[i])) + 2 > self.context_length]
+        tokens, length = self.tokenizer(captions), self.context_length
+        if len(captions):
+            full = (tokens[:, -2] != self._padding).nonzero().flatten().tolist()
+            cut = [captions[i] for i in full if self._count(captions[i]) > length]
             if cut:
-                log.warning("%d caption(s) cut to CLIP's %d tokens: %.60r…", len(cut), self.context_length, cut[0])
+                log.warning("%d caption(s) cut to CLIP's %d tokens: %.60r…", len(cut), length, cut[0])
         return tokens
+
+    @property
+    def _padding(self) -> int:
+        return 0 if self.knows_bpe else self.tokenizer.tokenizer.pad_token_id
+
+    def _count(self, caption: str) -> int:
+        """Return how many tokens a caption has, start and end included."""
+        if self.knows_bpe:
+            return len(self.tokenizer.encode(caption)) + 2
+        return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(caption)).input_ids)
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Return (B,) numbers of leading tokens whose states belong to a caption.
+
+        A causal tower reads up to the token where it pools, and transformers' towers and CoCa's hide the padding.
+        Others attend to the padding, and SigLIP's pool in it: there, every position belongs to the caption.
+
+        Args:
+            tokens: (B, context_length) ids from :meth:`tokenize`.
+        """
+        tower, own = self._text_model, self._text_model is self.model
+        hides = isinstance(tower, HFTextEncoder) or getattr(tower, "cls_emb", None) is not None
+        if hides:
+            padding = tower.config.pad_token_id if isinstance(tower, HFTextEncoder) else tower.pad_id
+            place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            return (place * (tokens != padding)).amax(-1).clamp(min=1)
+        pools = tower.text_pool_type if own else tower.pool_type
+        if tower.attn_mask is None or pools not in ("argmax", "eos"):
+            return torch.full_like(tokens[:, 0], tokens.shape[1])
+        if pools == "eos":
+            tokens = tokens.eq(tower.text_eos_id if own else tower.eos_id).int()
+        return tokens.argmax(dim=-1) + 1
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:
@@ -255,25 +372,27 @@ class ClipEncoder(nn.Module):
         Args:
             tokens: (B, context_length) ids from :meth:`tokenize`.
         """
-        # CLIP's end token has the highest id of its vocabulary and pooling reads there: padding follows.
-        length = tokens.argmax(dim=-1) + 1
+        length = self.lengths(tokens)
         longest = int(length.max())
-        out = self._text_tower(tokens, longest)
-        tokens, states = tokens[:, :longest], out["text_intermediates"][-1][:, :longest]
+        states, embed = self._text_tower(tokens, longest)
         mask = torch.arange(longest, device=tokens.device) < length[:, None]
-        return TextFeatures(tokens * mask, states * mask[..., None], mask, out["text_features"])
+        return TextFeatures(tokens[:, :longest] * mask, states[:, :longest] * mask[..., None], mask, embed)
 
-    def _text_tower(self, tokens: Tensor, longest: int) -> dict[str, Any]:
-        """Run open_clip's tower; under a causal mask, without the positions that only hold padding."""
+    def _text_tower(self, tokens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Run open_clip's tower; without the positions that only hold padding, where it does not read them."""
         tower = self._text_model
+        if isinstance(tower, HFTextEncoder):
+            seen = (tokens[:, :longest] != tower.config.pad_token_id).long()
+            out = tower.transformer(input_ids=tokens[:, :longest], attention_mask=seen)
+            return out.last_hidden_state, tower.proj(tower.pooler(out, seen))
         prefix = "" if tower is self.model else "text."
-        causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
         short: dict[str, Tensor] = {}
-        if causal and getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")) == "argmax":
+        if tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None:
             tokens = tokens[:, :longest]
             short[f"model.{prefix}positional_embedding"] = tower.positional_embedding[:longest]
             short[f"model.{prefix}attn_mask"] = tower.attn_mask[:longest, :longest]
-        return functional_call(_TextTower(self.model), short, tokens)
+        features = functional_call(_TextTower(self.model), short, tokens)
+        return features["text_intermediates"][-1], features["text_features"]
 
     def describe(self, captions: list[str]) -> TextFeatures:
         """Tokenise and encode captions on this encoder's device."""
@@ -284,7 +403,7 @@ class ClipEncoder(nn.Module):
         """Encode images to (B, d) raw embeddings.
 
         Args:
-            images: (B, 3, H, H) in [-1, 1]; resized (antialiased bicubic) where H is not CLIP's own size.
+            images: (B, 3, H, H) in [-1, 1]; resized (with antialiasing) where H is not CLIP's own size.
         """
         return self.model.encode_image(self.preprocess(images), normalize=False)
 
@@ -299,14 +418,4 @@ class _TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> dict[str, Any]:
         return self.model.forward_intermediates(
             text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
-        )
-
-
-def _require_clips_own_text(name: str) -> None:
-    """Raise InputError where captions do not end in CLIP's own end token, after which padding begins."""
-    text = architecture(name)["text_cfg"]
-    foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
-    if foreign:
-        raise InputError(
-            f"Expected a CLIP with CLIP's own tokenizer. Got {name!r}, whose text is {foreign}'s: use another one."
         )

@@ -108,7 +108,7 @@ def _task(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _clip(clip: ClipEncoder, tokens: list[int] | None) -> dict[str, Any]:
     """Return CLIP as a checkpoint, with zeros for the tokens that are not listed."""
     state = {f"net.{name}": value for name, value in clip.model.state_dict().items()}
-    if tokens is not None:
+    if tokens is not None and clip.knows_bpe:
         name = next(name for name in state if name.endswith("token_embedding.weight"))
         known = torch.tensor(tokens)
         state[name] = torch.zeros_like(state[name]).index_copy(0, known, state[name][known])
@@ -123,7 +123,12 @@ def _half(name: str, value: Tensor) -> Tensor:
 
 
 def _tokens(clip: ClipEncoder, store: Path) -> list[int] | None:
-    """Return the tokens of all captions in a store and of the empty caption, ascending; None without captions."""
+    """Return the tokens of all captions in a store and of the empty caption, ascending; None without captions.
+
+    A tokenizer of transformers' keeps its whole table: which words it knows cannot be told from single tokens.
+    """
+    if not clip.knows_bpe:
+        return None
     found = [np.unique(map_features(store / record.file).text_tokens) for record in read_manifest(store).values()]
     return np.unique(np.concatenate([*found, *clip.tokenize([""]).numpy()])).tolist() if found else None
 

@@ -475,7 +475,7 @@ def _embed_captions(
     states, ids = [np.empty((0, encoder.text_width), np.float16)], [np.empty(0, np.int32)]
     lengths: list[int] = []
     tokens = encoder.tokenize(captions)
-    order = tokens.argmax(-1).argsort(stable=True)  # the end token's place, see `ClipEncoder.encode_text`
+    order = encoder.lengths(tokens).argsort(stable=True)
     for chunk in tokens[order].split(batch_size) if captions else ():
         text = encoder.encode_text(chunk.to(next(encoder.parameters()).device))
         embeds.append(_half(text.embed, shard))

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from unclip_pl.clip.encoder import ClipSpec, Preprocess, build_clip
+from unclip_pl.clip.encoder import ClipSpec, Preprocess, architecture, build_clip
 from unclip_pl.errors import InputError
 from unclip_pl.nn.kernels import training_attention
 from unclip_pl.tasks.base import Optimization, Task
@@ -32,7 +32,7 @@ class ClipTask(Task):
         optimization: settings of AdamW for both towers and the temperature.
 
     Raises:
-        InputError: ``sam_rho`` is negative.
+        InputError: ``sam_rho`` is negative, or the architecture is trained with another loss.
     """
 
     batch_type = ClipBatch
@@ -42,6 +42,12 @@ class ClipTask(Task):
     def __init__(self, name: str, sam_rho: float = 0.0, optimization: Optimization | None = None) -> None:
         if not sam_rho >= 0:
             raise InputError(f"Expected sam_rho >= 0. Got {sam_rho}: give 0 to turn it off, or 0.1 as in the paper.")
+        config = architecture(name)
+        if "multimodal_cfg" in config or config.get("init_logit_bias") is not None:
+            raise InputError(
+                f"Expected a CLIP with the softmax loss. Got {name!r}, which is trained with CoCa's or SigLIP's: "
+                "train it with open_clip, and name its weights as clip.pretrained."
+            )
         super().__init__(optimization)
         self.save_hyperparameters()
         self.sam_rho = sam_rho
