@@ -47,7 +47,7 @@ COMMANDS = {
     "reproduce": "run the stages of a recipe that are not done: --config configs/reproduce/*.yaml",
     "bundle": "pack a run into one file, in half precision: unclip bundle RUN",
     "unbundle": "make a run of a bundle: unclip unbundle FILE RUN",
-    "import": "make a run of somebody else's checkpoints: unclip import karlo PATH…",
+    "import": "use somebody else's checkpoints or embeddings: unclip import {karlo,embeddings} PATH…",
     "configs": "list the configs of the package, or copy them to be edited: unclip configs copy FOLDER NAME…",
     "report": "draw a run's or a study's report again from what was measured",
 }

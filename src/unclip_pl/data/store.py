@@ -393,11 +393,11 @@ class EmbeddingStore:
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """Width of the token states and number of tokens of the longest caption; 0 where there are none."""
-        first = self.features(0)
-        every = range(len(self.shards) if len(first.text_tokens) else 0)  # an import has no tokens in any shard
-        longest = max((int(np.diff(self.features(shard).text_offsets).max(initial=0)) for shard in every), default=0)
-        return first.text_states.shape[1], longest
+        """Width of the token states, and how many the longest caption has; both 0 where they are left out."""
+        if not self.has_states:
+            return 0, 0
+        longest = (int(np.diff(self.features(shard).text_offsets).max(initial=0)) for shard in range(len(self.shards)))
+        return self.features(0).text_states.shape[1], max(longest)
 
     @property
     def statistics(self) -> Path:

@@ -105,7 +105,8 @@ class FileBuffers(nn.Module):
         super().__init__()
         tensors = read_tensors(path, list(names), what=what, command=command).tensors if path else {}
         for name in names:
-            self.register_buffer(name, tensors.get(name, torch.empty(0)))
+            # Copies: empty tensors of a file share an address, and torch.save refuses those of different types.
+            self.register_buffer(name, tensors.get(name, torch.empty(0)).clone())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, buffer in self._buffers.items():
