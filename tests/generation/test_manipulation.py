@@ -36,7 +36,7 @@ class GaussianTask:
         self.space.components = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
         self.space.raw_mean = torch.zeros(D)
 
-    def denoiser(self, image_embed: Tensor, text: object, guidance: float) -> Denoise:
+    def denoiser(self, image_embed: Tensor, text: object, guidance: float, **_: object) -> Denoise:
         mean = mean_of(image_embed)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:

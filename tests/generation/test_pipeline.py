@@ -1,18 +1,24 @@
 """A run, put together: what `generate` promises."""
 
+import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
-from unclip_pl.generation import decoding
-from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
+from unclip_pl.generation import decoding, guide
+from unclip_pl.generation.decoding import Decoder, DecoderSpec, UpsamplerSpec
+from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.generation.pipeline import Unclip
+from unclip_pl.generation.priors import DiffusionPriorSpec
+from unclip_pl.generation.run import read_run
 from unclip_pl.nn.unet import UpsamplerUNet
-from unclip_pl.tasks import UpsamplerTask
+from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,71 @@ def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_ru
     z_i = torch.zeros(1, decoder.task.space.embed_dim)
     with pytest.raises(ValueError, match="learned its variance"):
         decoder.decode(z_i, decoder.null_text(1), sampler=Ancestral(4, "learned"))
+
+
+def test_guidance_of_a_decoder_by_interval_and_by_a_guide(mini_run: Path) -> None:
+    """An interval of everything is plain guidance, of nothing none; whoever is its own guide is not led away."""
+    checkpoint = "decoder/checkpoints/last.ckpt"
+    z_i = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+
+    task = load_task(mini_run / checkpoint, DecoderTask)
+
+    def drawn(guide: DecoderTask | None = None, **settings: Any) -> Tensor:
+        decoder = Decoder(DecoderSpec(checkpoint, 32, DDIM(4), **settings), task, guide=guide)
+        return decoder.decode(z_i, decoder.null_text(2), generator=torch.Generator().manual_seed(1))
+
+    plain, off = (drawn(guidance=scale) for scale in (3.0, 1.0))
+    assert torch.equal(drawn(guidance=3.0, guidance_interval=(0.0, 1e9)), plain)
+    assert torch.equal(drawn(guidance=3.0, guidance_interval=(1e8, 1e9)), off)
+    torch.testing.assert_close(drawn(task, guidance=3.0), off, rtol=0, atol=1e-4)
+    assert not torch.allclose(plain, off, atol=1e-3)
+    with pytest.raises(ValueError, match=r"Got \[3, 0.2\]: put the lower one first"):
+        DecoderSpec(checkpoint, guidance_interval=(3.0, 0.2))
+    with pytest.raises(ValueError, match=r"holds a DiffusionPriorTask. Expected a DecoderTask"):
+        DecoderSpec(checkpoint, guide=GuideSpec("prior/checkpoints/last.ckpt")).load(mini_run)
+
+
+def test_a_guide_leads_an_upsampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path, *_: object) -> UpsamplerTask:
+        torch.manual_seed(len(path.name))
+        net = UpsamplerUNet(8, [1], 1, dropout=0.0)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        return UpsamplerTask(net, factor=2 if path.name == "double.ckpt" else 4).eval()
+
+    monkeypatch.setattr(decoding, "load_task", load)
+    monkeypatch.setattr(guide, "load_task", load)
+    low = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def drawn(**settings: Any) -> Tensor:
+        upsampler = UpsamplerSpec("up.ckpt", DDIM(3), **settings).load(Path())
+        return upsampler.upsample(low, generator=torch.Generator().manual_seed(0))
+
+    plain = drawn()
+    torch.testing.assert_close(drawn(guidance=2.0, guide=GuideSpec("up.ckpt")), plain)
+    assert torch.equal(drawn(guide=GuideSpec("weaker.ckpt")), plain)
+    assert not torch.allclose(drawn(guidance=2.0, guide=GuideSpec("weaker.ckpt")), plain, atol=1e-3)
+    with pytest.raises(ValueError, match=r"Expected a guide for an upsampler's guidance.* Got guidance 2 alone"):
+        drawn(guidance=2.0)
+    with pytest.raises(ValueError, match=r"double.ckpt enlarges 2 times, and the other 4"):
+        drawn(guidance=2.0, guide=GuideSpec("double.ckpt"))
+
+
+def test_a_run_names_interval_and_guide(mini_run: Path, tmp_path: Path) -> None:
+    content = json.loads((mini_run / "run.json").read_text())
+    content["decoder"]["init_args"] |= {"guidance_interval": [0.2, 3], "guide": {"checkpoint": "weak.ckpt"}}
+    content["priors"]["diffusion"]["init_args"] |= {"guidance_interval": [0.2, 3], "guide": {"checkpoint": "w.ckpt"}}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    run = read_run(tmp_path)
+    assert run.decoder.guide == GuideSpec("weak.ckpt")
+    assert run.decoder.guidance_interval == (0.2, 3.0)
+    prior = run.priors["diffusion"]
+    assert isinstance(prior, DiffusionPriorSpec)
+    assert prior.guide == GuideSpec("w.ckpt")
+    content["decoder"]["init_args"]["guidance_interval"] = [3, 0.2]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="put the lower one first"):
+        read_run(tmp_path)
 
 
 def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,18 @@
 """Identities that guidance, candidates and the closed-form baseline must obey, on small random networks."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral, DPMSolver, GaussianDiffusion, Heun
+from unclip_pl.diffusion import Ancestral, DPMSolver, GaussianDiffusion, Heun, LinearSchedule
+from unclip_pl.generation import guide
+from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.generation.priors import (
     ARPriorSpec,
     DiffusionPrior,
@@ -116,6 +121,68 @@ def test_another_solver_is_as_if_it_were_the_specs(task: DiffusionPriorTask) -> 
     assert torch.equal(draw(prior(task, 1.0).adjusted(sampler=DPMSolver(6)), captions(3)), draw(other, captions(3)))
     with pytest.raises(ValueError, match="posterior_mse"):
         prior(task, 1.0).adjusted(sampler=Ancestral(6, "analytic"))
+
+
+def adjusted(task: DiffusionPriorTask, guide: DiffusionPriorTask | None = None, **settings: Any) -> DiffusionPrior:
+    return DiffusionPrior(DiffusionPriorSpec("", Ancestral(5), candidates=1, **settings), task, guide)
+
+
+def test_an_interval_of_everything_is_plain_guidance(task: DiffusionPriorTask) -> None:
+    text = captions(3)
+    for interval, plain in (((0.0, 1e9), prior(task, 3.0)), ((1e8, 1e9), prior(task, 1.0))):
+        assert torch.equal(draw(adjusted(task, guidance=3.0, guidance_interval=interval), text), draw(plain, text))
+
+
+def test_outside_its_interval_a_prior_is_asked_once(task: DiffusionPriorTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluations that are reported are the captions that the network saw, over a batch of 3."""
+    times = torch.tensor(Ancestral(5).times(task.diffusion)[:-1], dtype=torch.float64)
+    high, low = task.diffusion.schedule.level(times)[[1, 2]].tolist()
+    seen: list[int] = []
+    forward = type(task.net).forward
+    monkeypatch.setattr(
+        type(task.net), "forward", lambda net, x_t, *a, **k: (seen.append(len(x_t)), forward(net, x_t, *a, **k))[1]
+    )
+    for weak in (None, task):
+        seen.clear()
+        part = adjusted(task, weak, guidance=3.0, guidance_interval=(low, high))
+        draw(part, captions(3))
+        assert part.evaluations == 7
+        assert sum(seen) == 3 * 7
+        assert part.adjusted(guidance=1.0).evaluations == 5
+
+
+def test_a_prior_is_led_away_from_its_guide(task: DiffusionPriorTask) -> None:
+    text, x_t = captions(4), torch.randn(4, 1, D)
+    torch.manual_seed(1)
+    weak = copy.deepcopy(task)
+    for p in weak.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    strong, weaker = (denoised(prior(which, 1.0), text, x_t) for which in (task, weak))
+    led = denoised(adjusted(task, weak, guidance=2.5), text, x_t)
+    torch.testing.assert_close(led, weaker + 2.5 * (strong - weaker), rtol=1e-4, atol=1e-4)
+    same = denoised(adjusted(task, task, guidance=2.5), text, x_t)
+    torch.testing.assert_close(same, strong, rtol=1e-5, atol=1e-5)
+
+
+def test_a_guide_that_does_not_fit_is_refused(
+    task: DiffusionPriorTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(change: Callable[[DiffusionPriorTask], None], match: str) -> None:
+        other = copy.deepcopy(task)
+        change(other)
+        monkeypatch.setattr(guide, "load_task", lambda *_: other)
+        with pytest.raises(ValueError, match=match):
+            GuideSpec("weak.ckpt").load(tmp_path, "cpu", task)
+
+    def another_clip(other: DiffusionPriorTask) -> None:
+        other.space.fingerprint_bytes = torch.tensor(list(b"other"), dtype=torch.uint8)
+
+    refused(another_clip, r"weak.ckpt was trained on embeddings of CLIP 'other', .* on those of 'c'")
+    refused(lambda other: setattr(other, "diffusion", GaussianDiffusion(LinearSchedule(), "x0")), "other noise levels")
+    refused(lambda other: setattr(other.space, "scaling", "raw"), "embeddings of another scale")
+    for interval in ((3.0, 0.2), (-1.0, 2.0)):
+        with pytest.raises(ValueError, match="put the lower one first"):
+            DiffusionPriorSpec("", guidance_interval=interval)
 
 
 def test_best_of_keeps_the_largest_dot_product() -> None:

@@ -1,9 +1,10 @@
-"""Wrappers of a denoiser: classifier-free guidance and clipping. Solvers know neither."""
+"""Wrappers of a denoiser: guidance, by no condition or by a weaker network, and clipping. Solvers know none of them."""
 
 import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.process import Denoise, Denoised
+from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import InputError
 
 
@@ -18,6 +19,63 @@ def check_guidance(scale: float) -> float:
             f"Expected guidance >= 0. Got {scale}: give 1 for no guidance, 0 to ignore the condition, or more than 1."
         )
     return scale
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Refuse what is no interval of noise levels; None is all of them.
+
+    Raises:
+        InputError: an end is negative, or the ends are exchanged.
+    """
+    if interval is not None and not 0 <= interval[0] <= interval[1]:
+        low, high = interval
+        raise InputError(
+            f"Expected guidance_interval [low, high], noise levels sigma/alpha with 0 <= low <= high. Got [{low:g}, "
+            f"{high:g}]: put the lower one first."
+        )
+
+
+def in_interval(interval: tuple[float, float] | None, schedule: Schedule, t: float) -> bool:
+    """Return whether the noise level at t lies in an interval, ends included; None is all levels.
+
+    Networks get t in float32: an end counts as reached within its rounding, 1e-5.
+    """
+    if interval is None:
+        return True
+    level = schedule.level(torch.tensor(t, dtype=torch.float64, device="cpu")).item()
+    return interval[0] * (1 - 1e-5) <= level <= interval[1] * (1 + 1e-5)
+
+
+def within(interval: tuple[float, float] | None, schedule: Schedule, inside: Denoise, outside: Denoise) -> Denoise:
+    """Return a denoiser with guidance at some noise levels alone, Kynkaanniemi et al. (2024).
+
+    Args:
+        interval: lowest and highest noise level sigma / alpha of `inside`; None is all levels.
+        schedule: schedule of the levels.
+        inside: denoiser with guidance.
+        outside: denoiser without, which asks the network once.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # solvers ask at one time for all samples
+        return (inside if in_interval(interval, schedule, t[0].item()) else outside)(x_t, t)
+
+    return inside if interval is None else denoise
+
+
+def autoguided(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
+    """Return a denoiser that is led away from a weaker network under the same condition, Karras et al. (2024).
+
+    Args:
+        strong: denoiser that is guided.
+        weak: denoiser of a network that makes the same errors, only larger ones.
+        scale: guidance scale; 1 is off. The learned variance stays the stronger network's.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        x0, frac = strong(x_t, t)
+        return Denoised(weak(x_t, t).x0.lerp(x0, scale), frac)
+
+    return denoise
 
 
 def guided(denoise_both: Denoise, scale: float) -> Denoise:

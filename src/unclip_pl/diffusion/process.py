@@ -163,6 +163,13 @@ class GaussianDiffusion:
         return per_sample(alpha, x), per_sample(sigma, x)
 
 
+def same_levels(a: GaussianDiffusion, b: GaussianDiffusion) -> bool:
+    """Return whether two diffusions have the same signal and noise at the same training times."""
+    times = torch.arange(1, a.steps + 1, dtype=torch.float64, device="cpu") / a.steps
+    pairs = zip(a.schedule.alpha_sigma(times), b.schedule.alpha_sigma(times), strict=True)
+    return a.steps == b.steps and all(torch.equal(x, y) for x, y in pairs)
+
+
 def noise_like(x: Tensor, *, generator: Streams | None = None) -> Tensor:
     """Draw standard normal noise of x's shape, dtype and device, on the generator's device, and move it."""
     return fill_like(x, lambda rows, stream: rows.normal_(generator=stream), generator)

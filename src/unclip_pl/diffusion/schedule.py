@@ -29,6 +29,11 @@ class Schedule(ABC):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at t (any shape), in t's shape and dtype; 1 and 0 at t = 0."""
 
+    def level(self, t: Tensor) -> Tensor:
+        """Return sigma / alpha at t, the noise in units of the data, in t's shape and dtype; 0 at t = 0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return sigma / alpha
+
     def power(self, t: Tensor) -> Tensor:
         """Return alpha^2 + sigma^2, the variance of x_t for data of variance 1, in t's shape and dtype."""
         alpha, sigma = self.alpha_sigma(t)

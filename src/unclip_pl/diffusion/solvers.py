@@ -58,18 +58,14 @@ def time_grid(steps: int, grid: Grid, train_steps: int = 1000, schedule: Schedul
 
 
 def _karras_times(steps: int, train_steps: int, schedule: Schedule) -> list[float]:
-    def level(t: Tensor) -> Tensor:
-        alpha, sigma = schedule.alpha_sigma(t)
-        return sigma / alpha
-
     above = torch.ones(steps, dtype=torch.float64, device="cpu")
     below = above / train_steps
-    lowest, highest = level(below[0]).item(), min(TOP_LEVEL, level(above[0]).item())
+    lowest, highest = schedule.level(below[0]).item(), min(TOP_LEVEL, schedule.level(above[0]).item())
     roots = torch.linspace(highest ** (1 / RHO), lowest ** (1 / RHO), steps, dtype=torch.float64, device="cpu")
     levels = roots**RHO
     for _ in range(60):  # halves the bracket: a schedule need not know its inverse
         middle = (below + above) / 2
-        low = level(middle) < levels
+        low = schedule.level(middle) < levels
         below, above = torch.where(low, middle, below), torch.where(low, above, middle)
     return above.tolist()
 
@@ -97,14 +93,13 @@ class Sampler(ABC):
         self.steps = steps
         self.grid: Grid = grid
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations that one sample takes, without guidance."""
-        return self.steps
-
     def times(self, diffusion: GaussianDiffusion) -> list[float]:
         """Return the times that it visits, falling, and 0 after them."""
         return time_grid(self.steps, self.grid, diffusion.steps, diffusion.schedule)
+
+    def looks(self, diffusion: GaussianDiffusion) -> list[float]:
+        """Return the times at which it asks the network, in order."""
+        return self.times(diffusion)[:-1]
 
     def with_steps(self, steps: int) -> Self:
         """Return the same solver with another number of steps.
@@ -309,8 +304,7 @@ class DPMSolver(DDIM):
     def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
         """Return the step, which keeps the estimate before."""
         step = super().plan(times, diffusion)
-        alpha, sigma = diffusion.schedule.alpha_sigma(torch.tensor(times[:-1], dtype=torch.float64, device="cpu"))
-        h = (alpha / sigma).log().diff()
+        h = -diffusion.schedule.level(torch.tensor(times[:-1], dtype=torch.float64, device="cpu")).log().diff()
         weights = [0.0, *(h[1:] / h[:-1] / 2).tolist()]
         kept: list[Tensor] = []
 
@@ -340,10 +334,10 @@ class Heun(Sampler):
     def __init__(self, steps: int = 14) -> None:
         super().__init__(steps, "karras")
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations that one sample takes, without guidance."""
-        return 2 * self.steps - 1
+    def looks(self, diffusion: GaussianDiffusion) -> list[float]:
+        """Return the times at which it asks the network, in order: both ends of each step, and the last time."""
+        times = self.times(diffusion)[:-1]
+        return [t for ends in pairwise(times) for t in ends] + times[-1:]
 
     @torch.no_grad()
     def sample(
@@ -358,8 +352,8 @@ class Heun(Sampler):
     ) -> Tensor:
         """Draw data as `Sampler.sample` describes."""
         times = self.times(diffusion)[:-1]
-        alpha, sigma = diffusion.schedule.alpha_sigma(torch.tensor(times, dtype=torch.float64, device="cpu"))
-        levels, x_t = (sigma / alpha).tolist(), first_of(x_T, times[0], diffusion.schedule)
+        levels = diffusion.schedule.level(torch.tensor(times, dtype=torch.float64, device="cpu")).tolist()
+        x_t = first_of(x_T, times[0], diffusion.schedule)
         for i, (step, (a, b)) in enumerate(zip(ddim_path(diffusion.schedule, times), pairwise(levels), strict=True)):
             x0 = denoise(x_t, time_of(times[i], x_t)).x0
             guess = step.c_x0 * x0 + step.c_xt * x_t

@@ -12,9 +12,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Ancestral, Denoise, Inversion, Sampler, check_guidance
+from unclip_pl.diffusion import (
+    DDIM,
+    Ancestral,
+    Denoise,
+    Inversion,
+    Sampler,
+    check_guidance,
+    check_interval,
+    same_levels,
+)
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
+from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.streams import Streams
 from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
@@ -31,29 +41,50 @@ class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path an
         sampler: solver and number of steps; None is the paper's for 64 → 256 px, 27 DDIM steps. The paper's next stage
             takes 15 on a linear schedule.
         last_step: file of another ``UpsamplerTask`` that takes the last step (Karlo); None: the same takes all.
+        guidance: guidance scale away from the guide; 1 is off.
+        guide: weaker upsampler (autoguidance); it does not guide the last step of another network.
+
+    Raises:
+        InputError: guidance without a guide, or a negative scale.
     """
 
     checkpoint: str
     sampler: Sampler | None = None
     last_step: str | None = None
+    guidance: float = 1.0
+    guide: GuideSpec | None = None
+
+    def __post_init__(self) -> None:
+        if check_guidance(self.guidance) != 1 and self.guide is None:
+            raise InputError(
+                f"Expected a guide for an upsampler's guidance, since it has no condition to drop. Got guidance "
+                f"{self.guidance:g} alone: name a weaker upsampler as guide, or leave guidance out."
+            )
 
     def load(self, root: Path, device: str = "cpu") -> "Upsampler":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
         task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
         last = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else task
-        return Upsampler(self, task, last)
+        guide = self.guide.load(root, device, task) if self.guide and self.guidance != 1 else None
+        return Upsampler(self, task, last, guide)
 
 
 class Upsampler:
     """A trained upsampler, and the network that takes its last step, usually the same."""
 
-    def __init__(self, spec: UpsamplerSpec, task: UpsamplerTask, finisher: UpsamplerTask) -> None:
+    def __init__(
+        self,
+        spec: UpsamplerSpec,
+        task: UpsamplerTask,
+        finisher: UpsamplerTask,
+        guide: UpsamplerTask | None = None,
+    ) -> None:
         self.spec = spec
         self.sampler = spec.sampler or DDIM(27)
         self.task = task
         self.finisher = finisher
-        levels = [(type(part.diffusion.schedule), part.diffusion.steps) for part in (task, finisher)]
-        if levels[0] != levels[1]:
+        self.guide = guide
+        if not same_levels(task.diffusion, finisher.diffusion):
             raise InputError(
                 f"Expected last_step {spec.last_step} to be trained on the noise levels of {spec.checkpoint}. Got "
                 "another schedule or number of training steps: name an upsampler of the same diffusion."
@@ -64,7 +95,8 @@ class Upsampler:
         """Enlarge pictures (B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
         size = low.shape[-1] * self.task.factor
         x_T = noise_like(torch.empty(len(low), 3, size, size, device=low.device), generator=generator)
-        first, last = (task.denoiser(low, size) for task in (self.task, self.finisher))
+        first = self.task.denoiser(low, size, self.spec.guidance, guide=self.guide)
+        last = first if self.finisher is self.task else self.finisher.denoiser(low, size)
         return self.sampler.sample(first, x_T, self.task.diffusion, last=last, generator=generator)
 
 
@@ -77,6 +109,10 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
         image_size: side that the decoder draws, in pixels (paper: 64).
         sampler: solver and number of steps; None is the paper's 250 strided ancestral steps with the learned variance.
         guidance: guidance scale; 1 is off.
+        guidance_interval: lowest and highest noise level σ/α at which there is guidance, such as [0.2, 3]; elsewhere
+            the network is asked once (Kynkäänniemi et al. 2024). None is all levels.
+        guide: weaker decoder that guidance leads away from (autoguidance, Karras et al. 2024); None leads away from the
+            decoder without z_i and caption.
         upsamplers: stages after the decoder, smallest first.
         drop_embedding: draw from the caption alone, with z_i replaced by its null (§5.1).
         precision: number format that the networks draw in; bf16-mixed is faster on machines that multiply in bfloat16.
@@ -86,17 +122,21 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
     image_size: int = 64
     sampler: Sampler | None = None
     guidance: float = 2.0
+    guidance_interval: tuple[float, float] | None = None
+    guide: GuideSpec | None = None
     upsamplers: tuple[UpsamplerSpec, ...] = ()
     drop_embedding: bool = False
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
+        check_interval(self.guidance_interval)
 
     def load(self, root: Path, device: str = "cpu") -> "Decoder":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
         task = load_task(root / self.checkpoint, DecoderTask).to(device)
-        return Decoder(self, task, [upsampler.load(root, device) for upsampler in self.upsamplers])
+        guide = self.guide.load(root, device, task) if self.guide else None
+        return Decoder(self, task, [upsampler.load(root, device) for upsampler in self.upsamplers], guide)
 
 
 class Decoder:
@@ -105,12 +145,19 @@ class Decoder:
     #: Below this noise level an x0-predicting network's error swamps the noise that DDIM inversion asks it for.
     FLOOR = 0.05
 
-    def __init__(self, spec: DecoderSpec, task: DecoderTask, upsamplers: Sequence[Upsampler] = ()) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        task: DecoderTask,
+        upsamplers: Sequence[Upsampler] = (),
+        guide: DecoderTask | None = None,
+    ) -> None:
         self.spec = spec
         self.image_size = spec.image_size
         self.sampler = spec.sampler or Ancestral(250, "learned")
         self.task = task
         self.upsamplers = list(upsamplers)
+        self.guide = guide
         self.check(self.sampler)
 
     def check(self, sampler: Sampler) -> Sampler:
@@ -136,9 +183,16 @@ class Decoder:
         """Return the DDIM inversion of its own pictures, down to the lowest noise that its parameterisation bears."""
         return Inversion(steps, self.FLOOR if self.task.diffusion.prediction == "x0" else 0.0)
 
-    def denoiser(self, image_embed: Tensor, guidance: float) -> Denoise:
-        """Return ``denoise(x_t, t)`` under embeddings (B, d) alone, without captions."""
-        return self.task.denoiser(image_embed, self.null_text(len(image_embed)), check_guidance(guidance))
+    def denoiser(self, image_embed: Tensor, guidance: float, text: TextFeatures | None = None) -> Denoise:
+        """Return ``denoise(x_t, t)`` under embeddings (B, d) and captions; None for no captions."""
+        return self.task.denoiser(
+            image_embed,
+            self.null_text(len(image_embed)) if text is None else text,
+            check_guidance(guidance),
+            interval=self.spec.guidance_interval,
+            guide=self.guide,
+            drop_embedding=self.spec.drop_embedding and text is not None,  # or nothing would be left
+        )
 
     def enlarge(self, image: Tensor, *, generator: Streams | None = None) -> Tensor:
         """Send pictures (B, 3, h, h) through the upsamplers, if there are any, and clamp them to [-1, 1].
@@ -184,10 +238,10 @@ class Decoder:
             InputError: the guidance is negative, or the network was not trained for that solver.
         """
         device, n = image_embed.device, len(image_embed)
-        scale = self.spec.guidance if guidance is None else check_guidance(guidance)
+        scale = self.spec.guidance if guidance is None else guidance
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.spec.precision == "bf16-mixed"):
-            denoise = self.task.denoiser(image_embed, text, scale, drop_embedding=self.spec.drop_embedding)
+            denoise = self.denoiser(image_embed, scale, text)
             solver = self.sampler if sampler is None else self.check(sampler)
             image = solver.sample(denoise, x_T, self.task.diffusion, generator=generator, progress=progress)
             return self.enlarge(image, generator=generator)

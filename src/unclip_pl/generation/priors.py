@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Ancestral, Denoise, Denoised, Sampler, check_guidance, clip_x0, guided
+from unclip_pl.diffusion import (
+    Ancestral,
+    Denoise,
+    Denoised,
+    Sampler,
+    autoguided,
+    check_guidance,
+    check_interval,
+    clip_x0,
+    guided,
+    in_interval,
+    within,
+)
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_tensors
+from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.kernels import packed, recorded
@@ -145,6 +158,10 @@ class DiffusionPriorSpec(PriorSpec):
         sampler: solver and number of steps; None is 64 ancestral steps on the paper's strided grid. The paper's
             analytic variance (``Ancestral(variance="analytic")``) needs a checkpoint that a validation came before.
         guidance: guidance scale; 1 is off. It drops the text and never z_i^(t).
+        guidance_interval: lowest and highest noise level σ/α at which there is guidance; elsewhere the network is asked
+            once (Kynkäänniemi et al. 2024). None is all levels.
+        guide: weaker prior that guidance leads away from (autoguidance, Karras et al. 2024); None leads away from the
+            empty caption.
         candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept (paper: 2).
         x0_bound: bound on the absolute values of the scaled estimate of z_i, for every parameterisation alike (Karlo:
             10); None sets no bound. At the noisiest step the estimate of a network that predicts noise has its error
@@ -158,15 +175,19 @@ class DiffusionPriorSpec(PriorSpec):
     candidates: int = 2
     x0_bound: float | None = 10.0
     keep_norm: bool = False
+    guidance_interval: tuple[float, float] | None = None
+    guide: GuideSpec | None = None
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
+        check_interval(self.guidance_interval)
         if self.candidates < 1:
             raise InputError(f"Expected candidates >= 1. Got {self.candidates}: draw at least one embedding.")
 
     def load(self, root: Path, device: str = "cpu") -> "DiffusionPrior":
         """Read the checkpoint."""
-        return DiffusionPrior(self, load_task(root / self.checkpoint, DiffusionPriorTask).to(device))
+        task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
+        return DiffusionPrior(self, task, self.guide.load(root, device, task) if self.guide else None)
 
 
 class DiffusionPrior(Prior):
@@ -176,10 +197,13 @@ class DiffusionPrior(Prior):
     task: DiffusionPriorTask
     sampler: Sampler
 
-    def __init__(self, spec: DiffusionPriorSpec, task: DiffusionPriorTask) -> None:
+    def __init__(
+        self, spec: DiffusionPriorSpec, task: DiffusionPriorTask, guide: DiffusionPriorTask | None = None
+    ) -> None:
         super().__init__(spec)
         _describe(self, task)
         self.task = task
+        self.guide = guide
         self.keeps_norm = spec.keep_norm
         self.sampler = spec.sampler or Ancestral(64)
         if spec.keep_norm and task.space.scaling not in ("standardize", "raw"):
@@ -201,8 +225,11 @@ class DiffusionPrior(Prior):
 
     @property
     def evaluations(self) -> int:
-        """Number of network evaluations that one embedding takes; guidance doubles it."""
-        return self.sampler.evaluations * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
+        """Number of network evaluations that one embedding takes; guidance doubles those in its interval."""
+        spec, diffusion = self.spec, self.task.diffusion
+        looks = self.sampler.looks(diffusion)
+        twice = sum(in_interval(spec.guidance_interval, diffusion.schedule, t) for t in looks)
+        return (len(looks) + (0 if spec.guidance == 1 else twice)) * spec.candidates
 
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
@@ -215,20 +242,32 @@ class DiffusionPrior(Prior):
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
     def _denoiser(self, text: TextFeatures) -> Denoise:
-        space, diffusion, net, spec = self.task.space, self.task.diffusion, self.task.net, self.spec
+        spec, alone = self.spec, partial(self._look, self.task, text)
+        if spec.guidance == 1:
+            whole = alone()
+        elif self.guide is None:
+            whole = guided(alone(unconditional=True), spec.guidance)
+        else:
+            whole = autoguided(alone(), self._look(self.guide, text), spec.guidance)
+        if spec.guidance != 1 and spec.guidance_interval is not None:
+            whole = within(spec.guidance_interval, self.task.diffusion.schedule, whole, alone())
+        return whole if spec.x0_bound is None else clip_x0(whole, spec.x0_bound)
+
+    def _look(self, task: DiffusionPriorTask, text: TextFeatures, *, unconditional: bool = False) -> Denoise:
+        """Return a network's ``denoise(x_t, t)``; of 2B captions, the last B empty, if asked for."""
+        space, diffusion, net, candidates = task.space, task.diffusion, task.net, self.spec.candidates
         prefix = net.encode_prefix(space.scale_text(text))
-        if spec.guidance != 1:
-            null = net.encode_prefix(self.task.null_text)
+        if unconditional:
+            null = net.encode_prefix(task.null_text)
             prefix = prefix.cat(null.expand(len(text.embed)))
-        prefix = prefix.pad(prefix.mask.shape[1] + 3 * spec.candidates)
+        prefix = prefix.pad(prefix.mask.shape[1] + 3 * candidates)
         step = recorded(partial(net, prefix=prefix, overwrite=True), text.embed.device)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
             index = diffusion.index(t)[:, None].expand(x_t.shape[:2])
             return Denoised(diffusion.to_x0(step(x_t, index), x_t, t))
 
-        whole = guided(denoise, spec.guidance) if spec.guidance != 1 else denoise
-        return whole if spec.x0_bound is None else clip_x0(whole, spec.x0_bound)
+        return denoise
 
 
 @dataclass(frozen=True)

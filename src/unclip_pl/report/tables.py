@@ -166,11 +166,18 @@ def sampled_by(settings: dict[str, Any]) -> str:
     sampler = settings.get("sampler") or {}
     variance = f" {sampler['variance']}" if "variance" in sampler else ""
     parts = [f"{sampler['class']} {sampler['steps']}{variance}"] if sampler else []
-    parts += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
+    parts += [f"guidance {settings['guidance']:g}{_levels(settings)}"] if "guidance" in settings else []
     parts += [f"best of {settings['candidates']}"] if settings.get("candidates", 1) > 1 else []
     parts += [f"dot token above {settings['dot_quantile']:.0%}"] if settings.get("dot_quantile") else []
     parts += [f"temperature {settings['temperature']:g}"] if settings.get("temperature", 1) != 1 else []
     return ", ".join(parts) or "–"
+
+
+def _levels(settings: dict[str, Any]) -> str:
+    """Return the noise levels and the guide of a guidance, where there are any."""
+    interval, guide = settings.get("guidance_interval"), settings.get("guide")
+    away = f" away from {guide['checkpoint']}" if guide else ""
+    return away + (f" at σ/α from {interval[0]:g} to {interval[1]:g}" if interval else "")
 
 
 def choice_table(report: Report) -> Table | None:

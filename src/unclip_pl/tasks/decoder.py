@@ -1,9 +1,11 @@
 """The decoder: images from z_i, and from the caption beside it (§2.1 of the paper)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, clip_x0, guided
+from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, autoguided, clip_x0, guided, within
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
@@ -73,20 +75,43 @@ class DecoderTask(EmbeddingTask):
         return hybrid_loss(self.diffusion, F, frac_raw, x0, x_t, eps, t).mean()
 
     def denoiser(
-        self, image_embed: Tensor, text: TextFeatures, guidance: float, *, drop_embedding: bool = False
+        self,
+        image_embed: Tensor,
+        text: TextFeatures,
+        guidance: float,
+        *,
+        interval: tuple[float, float] | None = None,
+        guide: "DecoderTask | None" = None,
+        drop_embedding: bool = False,
     ) -> Denoise:
         """Return ``denoise(x_t, t)`` for a sampler, with x0 clipped to [-1, 1]; the condition is encoded once.
 
         Args:
             image_embed: (B, d) raw z_i.
             text: raw features of B captions; the empty caption where there is none.
-            guidance: guidance scale; 1 is off. The unconditional half drops both z_i and caption (as in Karlo).
+            guidance: guidance scale; 1 is off.
+            interval: lowest and highest noise level σ/α with guidance; None is all levels.
+            guide: weaker decoder to be led away from, under the same condition; None leads away from the same decoder
+                without z_i and caption (as in Karlo).
             drop_embedding: replace z_i by its null, so that the caption alone decides (§5.1).
         """
+        alone = partial(self._look, image_embed, text, drop_embedding=drop_embedding)
+        if guidance == 1:
+            return clip_x0(alone())
+        if guide is None:
+            strong = guided(alone(unconditional=True), guidance)
+        else:
+            strong = autoguided(alone(), guide._look(image_embed, text, drop_embedding=drop_embedding), guidance)
+        return clip_x0(strong if interval is None else within(interval, self.diffusion.schedule, strong, alone()))
+
+    def _look(
+        self, image_embed: Tensor, text: TextFeatures, *, drop_embedding: bool, unconditional: bool = False
+    ) -> Denoise:
+        """Return the network's ``denoise(x_t, t)``, unclipped; 2B samples, the last B unconditional, if asked for."""
         n = len(image_embed)
         z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
         keep = torch.full((n,), not drop_embedding, device=z_i.device)
-        if guidance != 1:
+        if unconditional:
             null = self.space.scale_text(self.space.null_text).repeat(n)
             z_i, text = torch.cat([z_i, z_i]), TextFeatures.cat([text, null])
             keep = torch.cat([keep, torch.zeros_like(keep)])
@@ -100,7 +125,7 @@ class DecoderTask(EmbeddingTask):
             F, frac_raw = out.chunk(2, dim=1)
             return Denoised(self.diffusion.to_x0(F, x_t, t), (frac_raw + 1) / 2)
 
-        return clip_x0(guided(denoise, guidance) if guidance != 1 else denoise)
+        return denoise
 
     @torch.no_grad()
     def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, clip_x0
+from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, autoguided, clip_x0
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
@@ -108,14 +108,28 @@ class UpsamplerTask(Task):
         out: Tensor = self.net(torch.cat([x_t, large], dim=1), self.diffusion.index(t), None)
         return out + large if self.diffusion.prediction == "x0" else out
 
-    def denoiser(self, low: Tensor, size: int) -> Denoise:
-        """Return ``denoise(x_t, t)`` towards images of side ``size`` that shrink to clean ``low`` (B, 3, h, h)."""
+    def denoiser(
+        self, low: Tensor, size: int, guidance: float = 1.0, *, guide: "UpsamplerTask | None" = None
+    ) -> Denoise:
+        """Return ``denoise(x_t, t)`` towards images of side ``size`` that shrink to clean ``low`` (B, 3, h, h).
+
+        Args:
+            low: low-resolution images in [-1, 1].
+            size: side of the images to draw.
+            guidance: guidance scale; 1 is off.
+            guide: weaker upsampler to be led away from; without one nothing is guided.
+        """
+        if guide is None or guidance == 1:
+            return clip_x0(self._look(low, size))
+        return clip_x0(autoguided(self._look(low, size), guide._look(low, size), guidance))
+
+    def _look(self, low: Tensor, size: int) -> Denoise:
         large = self.enlarge(low, size)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             return Denoised(self.diffusion.to_x0(self.estimate(x_t, t, large), x_t, t))
 
-        return clip_x0(denoise)
+        return denoise
 
     @torch.no_grad()
     def draw(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
