@@ -81,7 +81,7 @@ def read_study(folder: Path, order: list[str]) -> Study:
             f"Expected cells in {folder / CELLS}. Got none: run `unclip test` with a config of configs/compare, or "
             "`unclip reproduce`, to measure them."
         )
-    cells = [_read_cell(path) for path in paths]
+    cells = [read_cell(path) for path in paths]
     arms: dict[Key, Arm] = defaultdict(dict)
     source: dict[tuple[Key, int], str] = {}
     for cell in cells:
@@ -392,7 +392,12 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _read_cell(path: Path) -> dict[str, Any]:
+def read_cell(path: Path) -> dict[str, Any]:
+    """Return the content of a cell.
+
+    Raises:
+        InputError: the file is broken, or of another format.
+    """
     cell = _read(path)
     if not isinstance(cell, dict) or cell.get("format") != FORMAT:
         got = cell.get("format") if isinstance(cell, dict) else type(cell).__name__
