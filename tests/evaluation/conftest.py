@@ -44,7 +44,7 @@ class Lookup(Decoder):
     def null_text(self, n: int) -> TextFeatures:
         return self._null.repeat(n)
 
-    def decode(self, image_embed: Tensor, text: TextFeatures, *, generator: Any = None, progress: Any = None) -> Tensor:
+    def decode(self, image_embed: Tensor, text: TextFeatures, **options: Any) -> Tensor:
         return self._images[(F.normalize(image_embed, dim=-1) @ self._embeds.T).argmax(-1)]
 
 

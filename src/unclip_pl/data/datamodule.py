@@ -72,9 +72,10 @@ class ResumableLoader(DataLoader[Any]):
         """Ignore a state."""
 
 
-def _loader(
+def loader(
     data: LightningDataModule, assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int
 ) -> ResumableLoader:
+    """Load the batches whose rows a sampler gives; under ``overfit_batches`` the first ones alone."""
     trainer: Any = data.trainer
     fixed = trainer is not None and trainer.state.fn == "fit" and trainer.overfit_batches > 0
     share = trainer.overfit_batches if fixed and isinstance(sampler, BlockShuffleSampler) else 1.0
@@ -127,12 +128,15 @@ class ResumableDataModule(LightningDataModule):
         self._sampler = BlockShuffleSampler(
             blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **self._position
         )
-        return _loader(self, assemble, self._sampler, self.num_workers)
+        return loader(self, assemble, self._sampler, self.num_workers)
 
 
-def _in_order(data: LightningDataModule, rows: np.ndarray, batch_size: int) -> EvaluationSampler:
+def in_order(
+    data: LightningDataModule, rows: np.ndarray, batch_size: int, draws: np.ndarray | None = None
+) -> EvaluationSampler:
+    """Return this process's part of rows, in batches."""
     rank, world_size = _place(data)
-    return EvaluationSampler(rows, batch_size, rank=rank, world_size=world_size)
+    return EvaluationSampler(rows, batch_size, rank=rank, world_size=world_size, draws=draws)
 
 
 def _place(data: LightningDataModule) -> tuple[int, int]:
@@ -191,7 +195,7 @@ class StoreDataModule(ResumableDataModule):
                 f"Expected {split.name.lower()} images in {self.store}. Got none: pack some into shards called "
                 f"{split.name.lower()}-*.tar, or import more."
             )
-        return _loader(self, self._assemble(), _in_order(self, rows, self.eval_batch_size), self.num_workers)
+        return loader(self, self._assemble(), in_order(self, rows, self.eval_batch_size), self.num_workers)
 
     def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
         """Return the store's method for each type of batch that there is data for."""
@@ -377,4 +381,4 @@ class PairDataModule(ResumableDataModule):
         rows = self.pairs.rows(Split.VAL)
         if not len(rows):
             return []
-        return _loader(self, self.pairs.batch, _in_order(self, rows, self.batch_size), self.num_workers)
+        return loader(self, self.pairs.batch, in_order(self, rows, self.batch_size), self.num_workers)

@@ -154,12 +154,15 @@ class EvaluationSampler(DistributedSampler[RowBatch]):
         batch_size: largest batch; where it is 1, a rank with one row more than others has one batch of 2.
         rank: number of this process, below ``world_size``.
         world_size: number of processes.
+        draws: (N,) numbers that pick a row's caption; None takes every first one.
 
     Raises:
         InputError: fewer rows than ranks, some of which would wait without end.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, rows: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1, draws: np.ndarray | None = None
+    ) -> None:
         if len(rows) < world_size:
             raise InputError(
                 f"Expected at least one image for each of {world_size} processes. Got {len(rows)}: use fewer "
@@ -168,10 +171,12 @@ class EvaluationSampler(DistributedSampler[RowBatch]):
         super().__init__(cast(Any, rows), num_replicas=world_size, rank=rank, shuffle=False)
         smallest, largest = len(rows) // world_size, -(-len(rows) // world_size)
         count = min(-(-largest // batch_size), smallest)
-        self.batches = np.array_split(np.array_split(rows, world_size)[rank], count)
+        draws = np.zeros(len(rows), np.uint64) if draws is None else draws
+        mine = (np.array_split(np.array_split(part, world_size)[rank], count) for part in (rows, draws))
+        self.batches = [RowBatch(*pair) for pair in zip(*mine, strict=True)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[RowBatch]:
-        return iter(RowBatch(rows, np.zeros(len(rows), np.uint64)) for rows in self.batches)
+        return iter(self.batches)

@@ -454,6 +454,20 @@ class EmbeddingStore:
             texts[part.where] = unpack_texts(part.features.captions, part.features.captions_offsets, part.captions)
         return texts.tolist()
 
+    def keys(self, rows: np.ndarray) -> list[str]:
+        """Return the keys of (n,) rows."""
+        keys = np.empty(len(rows), object)
+        for part in self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64))):
+            keys[part.where] = unpack_texts(part.features.keys, part.features.keys_offsets, part.rows)
+        return keys.tolist()
+
+    def caption_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many captions each of (n,) rows has."""
+        counts = np.empty(len(rows), np.uint64)
+        for part in self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64))):
+            counts[part.where] = np.diff(part.features.caption_offsets)[part.rows]
+        return counts
+
     def metadata(self, batch: RowBatch) -> list[dict[str, Any]]:
         """Return the JSON object of each row, empty where it has none."""
         found: list[dict[str, Any]] = [{} for _ in batch.rows]

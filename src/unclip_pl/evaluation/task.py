@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import StoreDataModule
-from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.files import require_unpacked, why_not_plain
+from unclip_pl.errors import InputError
+from unclip_pl.evaluation.extractors import load_inception
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.generation.run import Parts, open_parts
@@ -222,25 +222,3 @@ def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torc
 def to_bytes(images: Tensor) -> Tensor:
     """Return pixels in [-1, 1] as uint8, the way an image file holds them."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def load_inception(path: str) -> nn.Module:
-    """Load torch-fidelity's Inception of FID: uint8 pictures of any size → ((B, 2048),), resized as TensorFlow 1 did.
-
-    Raises:
-        MissingFileError: no weights there.
-        InputError: the file holds more than tensors.
-    """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    if not Path(path).is_file():
-        raise MissingFileError(
-            f"No Inception weights at {path}: download weights-inception-2015-12-05-6726825d.pth of torch-fidelity "
-            "v0.2.0, or leave inception_weights empty and read fd_judge."
-        )
-    try:  # torch-fidelity unpickles any file: nothing but tensors may get there
-        require_unpacked(path, "weights")
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path} holds no plain weights ({why_not_plain(error)}): download it again.") from error
-    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)

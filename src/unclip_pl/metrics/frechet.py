@@ -95,8 +95,7 @@ class FrechetDistance(Metric):
             raise InputError(
                 f"Expected features of shape (B, {self.num_features}). Got {tuple(features.shape)}: set num_features."
             )
-        rows = torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
-        _add_gram(self.real if real else self.fake, rows)
+        _add_gram(self.real if real else self.fake, _with_ones(features))
 
     def compute(self) -> Tensor:
         """Return the distance, a float64 scalar, with the unbiased covariances (n − 1) of FID.
@@ -104,12 +103,54 @@ class FrechetDistance(Metric):
         Raises:
             InputError: fewer than two samples on either side.
         """
-        counts = int(self.real[0, 0]), int(self.fake[0, 0])
-        if min(counts) < 2:
-            raise InputError(
-                f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}: add some."
-            )
-        return frechet_distance(*_mean_and_cov(self.real), *_mean_and_cov(self.fake))
+        return moments_distance(self.real, self.fake)
+
+
+class FeatureMoments(Metric):
+    """Count, sum and second moment of features, pooled over batches and processes: all that a Fréchet distance reads.
+
+    Args:
+        num_features: width F of the features.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        moments = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64)
+        self.add_state("moments", moments, dist_reduce_fx="sum")
+        self.moments: Tensor
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, F)."""
+        _add_gram(self.moments, _with_ones(features))
+
+    def compute(self) -> Tensor:
+        """Return the (F + 1, F + 1) float64 moments [n, Σxᵀ; Σx, Σxxᵀ], whose blocks above the diagonal are empty."""
+        return self.moments
+
+
+def moments_distance(real: Tensor, fake: Tensor) -> Tensor:
+    """Compute the distance of two sets, of any two sizes, by the moments that :class:`FeatureMoments` gives.
+
+    Returns:
+        A float64 scalar, with the unbiased covariances (n − 1) of FID.
+
+    Raises:
+        InputError: fewer than two samples on either side.
+    """
+    counts = int(real[0, 0]), int(fake[0, 0])
+    if min(counts) < 2:
+        raise InputError(
+            f"Expected at least 2 real and 2 generated samples. Got {counts[0]} and {counts[1]}: add some."
+        )
+    return frechet_distance(*_mean_and_cov(real), *_mean_and_cov(fake))
+
+
+def _with_ones(features: Tensor) -> Tensor:
+    """Return (B, 1 + F) float64, the first column ones."""
+    return torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
 
 
 def _mean_and_cov(moments: Tensor) -> tuple[Tensor, Tensor]:
