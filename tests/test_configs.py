@@ -22,6 +22,7 @@ SLURM = "configs/trainer/slurm.yaml"
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = ("prior", "ar_prior", "decoder", "upsampler")
 TRAINING = [CONFIGS / part / "tiny.yaml" for part in PARTS]
+TRAINING += [CONFIGS / part / "flow.yaml" for part in ("prior", "decoder")]
 TRAINING += [CONFIGS / part / "karlo-tiny.yaml" for part in ("clip", "prior")]
 TRAINING += [CONFIGS / "clip" / f"{name}.yaml" for name in ("emoji", "emoji-judge", "tiny", "tiny-judge")]
 WHOLE = [*CONFIGS.glob("evaluate/*.yaml"), *CONFIGS.glob("predict/*.yaml")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Ancestral, CosineSchedule, Denoised, GaussianDiffusion, Inversion
+from unclip_pl.diffusion import DDIM, Ancestral, CosineSchedule, Denoised, GaussianDiffusion, Inversion, StraightPath
 from unclip_pl.diffusion.schedule import per_sample
 from unclip_pl.diffusion.solvers import Grid
 
@@ -116,6 +116,20 @@ def test_fresh_noise_makes_new_data_of_the_same_distribution() -> None:
     assert varied.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert varied.var().item() == pytest.approx(fresh.var().item(), abs=0.01)
     assert torch.corrcoef(torch.cat([varied, x0], dim=1).T)[0, 1].abs() < 0.05
+
+
+def test_a_straight_path_leads_to_the_noise_and_back() -> None:
+    """Its last level is all noise, of alpha 0: a sample's x_T is its quantile, and the way back ends at it."""
+    diffusion = GaussianDiffusion(StraightPath(), "velocity")
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        alpha, sigma = (per_sample(c, x_t) for c in diffusion.schedule.alpha_sigma(t))
+        return Denoised(MEAN + alpha * VAR / (alpha.square() * VAR + sigma.square()) * (x_t - alpha * MEAN))
+
+    inversion = Inversion(400)
+    x_T = inversion.invert(denoise, X0, diffusion)
+    torch.testing.assert_close(x_T, QUANTILE, rtol=0, atol=0.02)
+    assert rms(inversion.restore(denoise, x_T, diffusion) - X0) < 0.01
 
 
 def test_what_is_out_of_range_is_refused() -> None:

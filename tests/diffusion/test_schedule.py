@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule, VariancePreserving
+from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule, StraightPath, VariancePreserving
 
 T = 1000
 TIMES = torch.arange(1, T + 1, dtype=torch.float64) / T
@@ -98,3 +98,25 @@ class TestEverySchedule:
         t, s = TIMES[stride:], TIMES[:-stride]
         general, own = Schedule.posterior(schedule, t, s), schedule.posterior(t, s)
         torch.testing.assert_close(general, own, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_a_straight_path(shift: float) -> None:
+    schedule = StraightPath(shift)
+    alpha, sigma = schedule.alpha_sigma(TIMES)
+    torch.testing.assert_close(alpha + sigma, torch.ones_like(TIMES), rtol=1e-14, atol=0)
+    torch.testing.assert_close(sigma, shift * TIMES / (1 + (shift - 1) * TIMES))
+    torch.testing.assert_close(schedule.level(TIMES[:-1]), shift * TIMES[:-1] / (1 - TIMES[:-1]))
+    assert [c.item() for c in schedule.alpha_sigma(torch.zeros(1))] == [1, 0]
+    assert [c.item() for c in schedule.alpha_sigma(torch.ones(1))] == [0, 1]
+    assert all(c.dtype == torch.float32 for c in schedule.alpha_sigma(torch.ones(1)))
+    if shift == 1:
+        assert torch.equal(sigma, TIMES)
+
+
+def test_posterior_of_a_straight_path_composes_to_the_marginal() -> None:
+    schedule, t, s = StraightPath(), TIMES[37:], TIMES[:-37]
+    q = schedule.posterior(t, s)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    torch.testing.assert_close(q.c_x0 + q.c_xt * alpha_t, alpha_s)
+    torch.testing.assert_close((q.c_xt * sigma_t).square() + q.beta_tilde, sigma_s.square())

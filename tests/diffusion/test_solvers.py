@@ -14,7 +14,14 @@ from unclip_pl.diffusion import solvers
 from unclip_pl.diffusion.analytic import PosteriorMSE
 from unclip_pl.diffusion.guidance import clip_x0
 from unclip_pl.diffusion.process import Denoise, Denoised, GaussianDiffusion, Prediction
-from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule, per_sample
+from unclip_pl.diffusion.schedule import (
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    StraightPath,
+    VariancePreserving,
+    per_sample,
+)
 from unclip_pl.diffusion.solvers import DDIM, Ancestral, DPMSolver, Grid, Heun, Sampler, Variance, time_grid, time_of
 
 MEAN, VAR, T = 2.0, 0.25, 1000
@@ -31,9 +38,14 @@ def gaussian_denoise(x_t: Tensor, t: Tensor, schedule: Schedule | None = None) -
     return Denoised(MEAN + gain * (x_t - alpha * MEAN))
 
 
+def of(schedule: Schedule | None) -> GaussianDiffusion:
+    """A diffusion on any schedule."""
+    return GaussianDiffusion(schedule, "x0")
+
+
 def gaussian_diffusion(schedule: Schedule | None = None) -> GaussianDiffusion:
     """A diffusion that knows the variance of x0 given x_t."""
-    diffusion = GaussianDiffusion(schedule)
+    diffusion = of(schedule)
     alpha, sigma = diffusion.schedule.alpha_sigma(torch.arange(1, T + 1, dtype=torch.float64) / T)
     diffusion.posterior_mse = VAR * sigma.square() / (alpha.square() * VAR + sigma.square())
     return diffusion
@@ -123,10 +135,11 @@ def test_validation_errors_are_as_good_as_the_formula(grid: Grid, monkeypatch: p
 @pytest.mark.parametrize(
     "sampler", [Ancestral(50), DDIM(50), DDIM(50, 0.5), DPMSolver(60), DPMSolver(40, 1.0), Heun(20)]
 )
-@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "velocity"])
 def test_a_trained_network_draws_the_data(prediction: Prediction, sampler: Sampler) -> None:
     """From regression on `target` to samples: a line in x_t at each time, fitted to draws of the data alone."""
-    diffusion, lines = GaussianDiffusion(prediction=prediction), {}
+    schedule = StraightPath() if prediction == "velocity" else CosineSchedule()
+    diffusion, lines = GaussianDiffusion(schedule, prediction), {}
     for time in sampler.times(diffusion)[:-1]:
         x0 = MEAN + math.sqrt(VAR) * torch.randn(20_000, dtype=torch.float64, generator=generator())
         eps, t = torch.randn(20_000, dtype=torch.float64, generator=generator(1)), torch.full((20_000,), time).double()
@@ -140,7 +153,7 @@ def test_a_trained_network_draws_the_data(prediction: Prediction, sampler: Sampl
 
     x_T = torch.randn(20_000, 1, dtype=torch.float64, generator=generator(3))
     drawn = sampler.sample(denoise, x_T, diffusion, generator=generator(4))
-    exact = sampler.sample(gaussian_denoise, x_T, diffusion, generator=generator(4))
+    exact = sampler.sample(partial(gaussian_denoise, schedule=schedule), x_T, diffusion, generator=generator(4))
     torch.testing.assert_close(drawn, exact, rtol=0, atol=0.05)
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert drawn.var().item() == pytest.approx(exact.var().item(), abs=0.01)
@@ -382,18 +395,85 @@ def test_it_is_the_textbooks_to_the_last_bit(sampler: DDIM | Ancestral, schedule
     assert torch.equal(ours, textbook(sampler, random_denoise, x_T, diffusion, generator(1)))
 
 
-class StraightPath(Schedule):
-    """alpha = 1 - t, sigma = t: what a schedule that does not preserve the variance has to say."""
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t, t
-
-
 @pytest.mark.parametrize("sampler", [DDIM(250, grid="uniform"), DDIM(250, 0.5, "uniform"), Ancestral(1000)])
 def test_solvers_follow_another_path(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     mean, var = output_moments(sampler, monkeypatch, gaussian_diffusion(StraightPath()))
     assert mean == pytest.approx(MEAN, abs=0.01)
     assert var == pytest.approx(VAR, abs=0.01)
+
+
+class Preserved(VariancePreserving):
+    """A straight path divided by sqrt(alpha^2 + sigma^2): log-SNR 2 log((1 - sigma) / sigma)."""
+
+    def __init__(self, shift: float) -> None:
+        self.shift = shift
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * ((1 - t) / (self.shift * t)).log()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        DDIM(12),
+        DDIM(12, 0.6, "uniform"),
+        *(Ancestral(12, variance) for variance in ("small", "large", "analytic")),
+        DPMSolver(12),
+        DPMSolver(12, 1.0),
+        DPMSolver(12, grid="karras"),
+        Heun(12),
+    ],
+    ids=lambda sampler: "-".join(str(value) for value in (type(sampler).__name__, *vars(sampler).values())),
+)
+def test_a_straight_path_is_a_variance_preserving_one(
+    sampler: Sampler, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to t = 0.999 each solver draws the same after rescaling, from a denoiser that is no posterior mean."""
+    straight, preserved = of(StraightPath(shift)), of(Preserved(shift))
+    for diffusion in (straight, preserved):
+        diffusion.posterior_mse = torch.linspace(0.01, 1, T)
+    times = [min(t, 0.999) for t in sampler.times(straight)]
+    monkeypatch.setattr(sampler, "times", lambda _: times)
+
+    def rescaled(x_t: Tensor, t: Tensor) -> Denoised:
+        return random_denoise(x_t * per_sample(straight.schedule.power(t).sqrt(), x_t), t)
+
+    x_T = torch.randn(4, 6, dtype=torch.float64, generator=generator())
+    drawn = sampler.sample(random_denoise, x_T, straight, generator=generator(1))
+    counterpart = sampler.sample(rescaled, x_T, preserved, generator=generator(1))
+    torch.testing.assert_close(drawn, counterpart, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(5), DDIM(5, 1.0), DPMSolver(5), DPMSolver(5, 1.0), Heun(5), Ancestral(5)])
+def test_a_straight_path_begins_without_signal(sampler: Sampler) -> None:
+    """At t = 1 alpha is 0, and a network of zeros says that the velocity is 0."""
+    diffusion = GaussianDiffusion(StraightPath(), "velocity")
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        return Denoised(diffusion.to_x0(torch.zeros_like(x_t), x_t, t))
+
+    x_T = torch.randn(2, 3, generator=generator())
+    x = sampler.sample(denoise, x_T, diffusion, generator=generator(1))
+    assert x.isfinite().all()
+    if isinstance(sampler, DDIM) and sampler.eta == 0:  # nothing moves
+        torch.testing.assert_close(x, x_T)
+
+
+def test_ddim_on_a_straight_path_is_eulers_step() -> None:
+    """Liu et al. (2023): x_s = x_t + (s - t) u."""
+    diffusion = GaussianDiffusion(StraightPath(), "velocity")
+    x = x_T = torch.randn(4, 6, dtype=torch.float64, generator=generator())
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(2 * x_t + 3 * per_sample(t, x_t))
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        return Denoised(diffusion.to_x0(velocity(x_t, t), x_t, t))
+
+    for t, s in pairwise(time_grid(9, "uniform")):
+        x = x + (s - t) * velocity(x, time_of(t, x))
+    torch.testing.assert_close(DDIM(9, grid="uniform").sample(denoise, x_T, diffusion), x)
 
 
 def flow(x_T: Tensor, times: list[float], schedule: Schedule) -> Tensor:
@@ -417,7 +497,7 @@ SCHEDULES = [CosineSchedule(), LinearSchedule(), StraightPath()]
 )
 def test_order_of_convergence(solver: Callable[[int], Sampler], order: int, schedule: Schedule) -> None:
     """The error against the exact flow falls as steps^-order; the last estimate, the same for all, left aside."""
-    diffusion, denoise = GaussianDiffusion(schedule), partial(gaussian_denoise, schedule=schedule)
+    diffusion, denoise = of(schedule), partial(gaussian_denoise, schedule=schedule)
     x_T = torch.randn(64, 1, dtype=torch.float64, generator=generator())
 
     def error(steps: int) -> float:
@@ -438,10 +518,10 @@ def test_order_of_convergence(solver: Callable[[int], Sampler], order: int, sche
 def test_the_flow_ends_at_the_noises_own_quantile(sampler: Sampler, schedule: Schedule) -> None:
     """A sample has the rank among the data that its noise has at the first level: MEAN + sqrt(VAR) quantile."""
     x_T = torch.randn(64, 1, dtype=torch.float64, generator=generator())
-    times = sampler.times(GaussianDiffusion(schedule))
+    times = sampler.times(of(schedule))
     alpha, sigma = schedule.alpha_sigma(torch.tensor(times[0], dtype=torch.float64))
     quantile = (start(x_T, times, schedule) - alpha * MEAN) / (alpha.square() * VAR + sigma.square()).sqrt()
-    x = sampler.sample(partial(gaussian_denoise, schedule=schedule), x_T, GaussianDiffusion(schedule))
+    x = sampler.sample(partial(gaussian_denoise, schedule=schedule), x_T, of(schedule))
     torch.testing.assert_close(x, MEAN + math.sqrt(VAR) * quantile, rtol=0, atol=5e-4)
     torch.testing.assert_close(quantile, x_T, rtol=0, atol=0.03)  # 1/80 of the mean is hidden in the noise
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unclip_pl.diffusion import GaussianDiffusion
+from unclip_pl.diffusion import GaussianDiffusion, LogitNormalTime, StraightPath
 from unclip_pl.diffusion.process import TimeDensity
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.nn.unet import UNet
@@ -88,3 +88,15 @@ def test_learned_variance_in_bfloat16_at_batch_1(k: int, statistics: str) -> Non
         losses.append(loss.item())
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "diffusion", [GaussianDiffusion(StraightPath(), "velocity"), GaussianDiffusion(time_density=LogitNormalTime())]
+)
+def test_a_learned_variance_knows_no_times_between_steps(diffusion: GaussianDiffusion, statistics: str) -> None:
+    net = UNet(
+        channels=8, channel_mult=[1], res_blocks=1, attention_levels=[0], head_channels=8, groups=4, embed_dim=D,
+        text_width=W,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"decoder of fixed variance on a straight path.* Got 6 output channels"):
+        DecoderTask(net, statistics, diffusion=diffusion)

@@ -1,10 +1,13 @@
 """The upsamplers' Task: crops in training, whole images afterwards, and what it refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule
+from unclip_pl.diffusion import DDIM, GaussianDiffusion, LinearSchedule, StraightPath
+from unclip_pl.diffusion.process import Prediction
 from unclip_pl.nn.unet import UpsamplerUNet
 from unclip_pl.tasks import UpsamplerTask
 from unclip_pl.tasks.corruption import BSRDegradation, Corruption, GaussianBlur, Sometimes, shrink
@@ -120,3 +123,34 @@ def test_errors() -> None:
         task(crop=1.5)
     with pytest.raises(ValueError, match=r"multiple of factor = 4 and of the network's stride = 2\. Got 9 px"):
         task(crop=0.3).random_crop(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("prediction", ["x0", "velocity"])
+def test_the_network_adds_what_the_enlarged_image_lacks(
+    prediction: Prediction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that knows image and noise is asked for what is missing of the image, and for the noise as it is."""
+    diffusion = GaussianDiffusion(StraightPath() if prediction == "velocity" else None, prediction)
+    model = task(diffusion=diffusion)
+    x0, eps, large = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    t = torch.tensor([0.3, 0.9])
+    missing = x0 - large
+    monkeypatch.setattr(model.net, "forward", lambda *_: missing if prediction == "x0" else eps - missing)
+    x_t = diffusion.add_noise(x0, t, eps)
+    torch.testing.assert_close(diffusion.to_x0(model.estimate(x_t, t, large), x_t, t), x0)
+
+
+def test_weights_of_one_path_are_not_taken_for_anothers() -> None:
+    straight, cosine = (
+        task(diffusion=diffusion) for diffusion in (GaussianDiffusion(StraightPath(), "velocity"), None)
+    )
+    saved: dict[str, Any] = {}
+    straight.on_save_checkpoint(saved)
+    task(diffusion=GaussianDiffusion(StraightPath(), "velocity")).on_load_checkpoint(saved)
+    others = (cosine, task(diffusion=GaussianDiffusion(StraightPath(3.0), "velocity")))
+    for other in others:
+        with pytest.raises(
+            ValueError, match=r"trained as StraightPath\(shift=1.0\), velocity, but model.diffusion says"
+        ):
+            other.on_load_checkpoint(saved)
+    cosine.on_load_checkpoint({})  # of before

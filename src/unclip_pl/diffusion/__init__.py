@@ -16,13 +16,21 @@ from unclip_pl.diffusion.process import (
     Denoise,
     Denoised,
     GaussianDiffusion,
+    LogitNormalTime,
     PowerTime,
     TimeDensity,
     UniformTime,
     noise_like,
     same_levels,
 )
-from unclip_pl.diffusion.schedule import CosineSchedule, LinearSchedule, Posterior, Schedule, VariancePreserving
+from unclip_pl.diffusion.schedule import (
+    CosineSchedule,
+    LinearSchedule,
+    Posterior,
+    Schedule,
+    StraightPath,
+    VariancePreserving,
+)
 from unclip_pl.diffusion.solvers import DDIM, Ancestral, DPMSolver, Heun, Progress, Sampler, check_eta, time_grid
 
 __all__ = [
@@ -36,12 +44,14 @@ __all__ = [
     "Heun",
     "Inversion",
     "LinearSchedule",
+    "LogitNormalTime",
     "Posterior",
     "PosteriorMSE",
     "PowerTime",
     "Progress",
     "Sampler",
     "Schedule",
+    "StraightPath",
     "TimeDensity",
     "UniformTime",
     "VariancePreserving",

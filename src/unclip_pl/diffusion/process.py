@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, per_sample
+from unclip_pl.diffusion.schedule import CosineSchedule, Schedule, StraightPath, VariancePreserving, per_sample
 from unclip_pl.errors import InputError
 from unclip_pl.streams import Streams, fill_like
 
-Prediction = Literal["x0", "eps", "v"]
+Prediction = Literal["x0", "eps", "v", "velocity"]
 
 
 class Denoised(NamedTuple):
@@ -30,13 +30,13 @@ Denoise: TypeAlias = Callable[[Tensor, Tensor], Denoised]  # x_t (B, ...), t (B,
 
 
 class TimeDensity(ABC):
-    """How training draws the time: on the grid k / steps, k in 1..steps."""
+    """How training draws the time: on the grid k / steps, k in 1..steps, or anywhere in (0, 1)."""
 
     @abstractmethod
     def draw(
         self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw n times in {1 / steps, ..., 1}, float32, (n,), on the generator's device, and move them."""
+        """Draw n times, float32, (n,), on the generator's device, and move them."""
 
 
 class UniformTime(TimeDensity):
@@ -76,6 +76,32 @@ class PowerTime(TimeDensity):
         return (((1 - u**self.power) * steps).ceil().clamp(1, steps) / steps).to(device)
 
 
+class LogitNormalTime(TimeDensity):
+    """t = 1 / (1 + exp(-n)), n normal, anywhere in (0, 1): the middle of a straight path (Esser et al. 2024, eq. 19).
+
+    Args:
+        mean: mean of n; above 0 draws towards noise.
+        std: standard deviation of n.
+
+    Raises:
+        InputError: std is not positive.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        if not std > 0:
+            raise InputError(f"Expected std > 0. Got {std}: give 1, or more for times nearer to both ends.")
+        self.mean = mean
+        self.std = std
+
+    def draw(
+        self, n: int, *, steps: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw n times of that density, between the steps too."""
+        source = device if generator is None else generator.device
+        t = (self.mean + self.std * torch.randn(n, generator=generator, device=source)).sigmoid()
+        return t.clamp(1e-5, 1 - 1e-5).to(device)  # float32 would round the tails to 0 and 1
+
+
 class GaussianDiffusion:
     """Forward process of a schedule, the line between a network's output F and x0, and the density of training times.
 
@@ -87,18 +113,21 @@ class GaussianDiffusion:
     x0          0       1             x0
     eps         1/alpha -sigma/alpha  eps (Ho et al. 2020)
     v           alpha   -sigma        alpha eps - sigma x0 (Salimans & Ho 2022; variance-preserving schedules)
+    velocity    1       -sigma        eps - x0 (Liu et al. 2023; straight paths)
     ==========  ======  ============  =======================
+
+    A straight path has no signal at t = 1, so no eps leads back to x0 there.
 
     Times t are (B,) in [0, 1], clean at 0; data and noise are (B, ...).
 
     Args:
         schedule: signal and noise over time; cosine when None.
         prediction: quantity that the network's output estimates.
-        steps: T, the number of training times k / T.
-        time_density: distribution of k in training; uniform when None.
+        steps: T, the number of training times k / T; on a straight path the scale of the index alone.
+        time_density: distribution of the times of training; None is uniform, on a straight path logit-normal.
 
     Raises:
-        InputError: unknown prediction, or steps < 1.
+        InputError: unknown prediction, one that the schedule does not have, or steps < 1.
     """
 
     #: c_t, (T,): the variance of x0 given x_t at every training time, per dimension, from a trained network's errors
@@ -112,19 +141,38 @@ class GaussianDiffusion:
         steps: int = 1000,
         time_density: TimeDensity | None = None,
     ) -> None:
-        if prediction not in ("x0", "eps", "v"):
-            raise InputError(f"Expected prediction 'x0', 'eps' or 'v'. Got {prediction!r}: choose one of them.")
+        if prediction not in ("x0", "eps", "v", "velocity"):
+            raise InputError(
+                f"Expected prediction 'x0', 'eps', 'v' or 'velocity'. Got {prediction!r}: choose one of them."
+            )
         if steps < 1:
             raise InputError(f"Expected steps >= 1. Got {steps}: give the number of training times, 1000 in the paper.")
         self.schedule = schedule or CosineSchedule()
+        straight, name = isinstance(self.schedule, StraightPath), type(self.schedule).__name__
+        if straight and prediction not in ("velocity", "x0"):
+            raise InputError(
+                f"Expected prediction 'velocity' or 'x0' on a straight path. Got {prediction!r}: change it."
+            )
+        if prediction == "velocity" and not straight:
+            raise InputError(
+                f"Expected schedule StraightPath for prediction 'velocity'. Got {name}: change it, or predict 'v'."
+            )
+        if prediction == "v" and not isinstance(self.schedule, VariancePreserving):
+            raise InputError(f"Expected a variance-preserving schedule for prediction 'v'. Got {name}: choose 'x0'.")
         self.prediction = prediction
         self.steps = steps
-        self.time_density = time_density or UniformTime()
+        self.time_density = time_density or (LogitNormalTime() if straight else UniformTime())
+
+    def __str__(self) -> str:
+        """Return what a network's weights mean: the schedule and the prediction."""
+        schedule = self.schedule
+        settings = ", ".join(f"{name}={value}" for name, value in vars(schedule).items())
+        return f"{type(schedule).__name__}({settings}), {self.prediction}"
 
     def draw_t(
         self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw n training times, (n,) float32 in {1/T, ..., 1}."""
+        """Draw n training times, (n,) float32 in (0, 1]."""
         return self.time_density.draw(n, steps=self.steps, device=device, generator=generator)
 
     def index(self, t: Tensor) -> Tensor:
@@ -144,6 +192,8 @@ class GaussianDiffusion:
                 return F.to(torch.promote_types(F.dtype, x_t.dtype))
             case "eps":
                 return (x_t - sigma * F) / alpha
+            case "velocity":
+                return x_t - sigma * F
             case _:
                 return alpha * x_t - sigma * F
 
@@ -154,6 +204,8 @@ class GaussianDiffusion:
                 return x0
             case "eps":
                 return eps
+            case "velocity":
+                return eps - x0
             case _:
                 alpha, sigma = self._alpha_sigma(t, x0)
                 return alpha * eps - sigma * x0

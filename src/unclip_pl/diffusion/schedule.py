@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip_pl.errors import InputError
+
 
 class Posterior(NamedTuple):
     """q(x_s | x_t, x0) = N(c_x0 x0 + c_xt x_t, beta_tilde), Ho et al. (2020), eq. 6 and 7, for any s < t."""
@@ -114,6 +116,32 @@ class LinearSchedule(VariancePreserving):
     def log_snr(self, t: Tensor) -> Tensor:
         """Return log(abar / (1 - abar)) at t."""
         return -(self.BETA_MIN * t + 0.5 * (self.BETA_MAX - self.BETA_MIN) * t.square()).expm1().log()
+
+
+class StraightPath(Schedule):
+    """alpha = 1 - sigma: straight lines from data to noise, rectified flow (Liu et al. 2023; Lipman et al. 2023).
+
+    x_t / sqrt(alpha^2 + sigma^2) is a variance-preserving process of log-SNR 2 log((1 - sigma) / sigma).
+
+    Args:
+        shift: s of sigma = s t / (1 + (s - 1) t), sigma = t at 1. Above 1 training and sampling spend more of their
+            times near noise, which hides an image of many dimensions less: sqrt(d / 4096) for d numbers (Esser et al.
+            2024; Zheng et al. 2025).
+
+    Raises:
+        InputError: shift is not positive.
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        if not shift > 0:
+            raise InputError(f"Expected shift > 0. Got {shift}: give 1 for none.")
+        self.shift = shift
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at t; computed in float64, both without cancellation."""
+        wide = widen(t)
+        whole = 1 + (self.shift - 1) * wide
+        return ((1 - wide) / whole).to(t.dtype), (self.shift * wide / whole).to(t.dtype)
 
 
 def widen(x: Tensor) -> Tensor:

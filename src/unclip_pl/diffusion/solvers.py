@@ -216,14 +216,15 @@ class Ancestral(OneLook):
     def plan(self, times: list[float], diffusion: GaussianDiffusion) -> StepFunction:
         """Return the step, with its coefficients computed in float64."""
         t = torch.tensor(times, dtype=torch.float64, device="cpu")[:-1]
-        q = diffusion.schedule.posterior(t[:-1], t[1:])
-        variance = q.beta if self.variance in ("large", "learned") else q.beta_tilde
+        q, power = diffusion.schedule.posterior(t[:-1], t[1:]), diffusion.schedule.power(t)
+        beta = q.beta * (power[1:] / power[:-1])  # in the units of x_s: the same where the variance is preserved
+        variance = beta if self.variance in ("large", "learned") else q.beta_tilde
         if self.variance == "analytic":
             c_t = _posterior_mse(diffusion).detach().double().cpu().numpy().clip(min=0)
             index = t[:-1].numpy() * diffusion.steps - 1
             variance = variance + q.c_x0.square() * torch.from_numpy(np.interp(index, np.arange(len(c_t)), c_t))
         path = torch.stack([q.c_x0, q.c_xt, variance.sqrt()], dim=1).tolist()
-        log_ratio = (q.beta / q.beta_tilde).log().tolist()
+        log_ratio = (beta / q.beta_tilde).log().tolist()
 
         def step(i: int, x_t: Tensor, denoised: Denoised, generator: Streams | None) -> Tensor:
             c_x0, c_xt, std = path[i]
@@ -381,8 +382,10 @@ def ddim_path(schedule: Schedule, times: list[float], eta: float = 0.0) -> list[
     levels = torch.stack([*schedule.alpha_sigma(t), schedule.power(t)], dim=1).tolist()
     path = []
     for (alpha_t, sigma_t, power_t), (alpha_s, sigma_s, power_s) in pairwise(levels):
-        beta = power_t - (alpha_t / alpha_s) ** 2 * power_s  # variance of q(x_t | x_s)
-        std = eta * sigma_s / sigma_t * math.sqrt(max(0.0, beta))
+        std = 0.0
+        if eta > 0:  # towards noise, where there is none, a straight path ends at alpha = 0
+            beta = power_t - (alpha_t / alpha_s) ** 2 * power_s  # variance of q(x_t | x_s)
+            std = eta * sigma_s / sigma_t * math.sqrt(max(0.0, beta))
         c_xt = math.sqrt(sigma_s**2 - std**2) / sigma_t
         path.append(Step(alpha_s - c_xt * alpha_t, c_xt, std))
     return path

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from unclip_pl.diffusion.process import noise_like
+from unclip_pl.diffusion.process import GaussianDiffusion, noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.files import require_finite
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
@@ -77,6 +77,8 @@ class Task(LightningModule):
     record: TrainingRecord | None = None
 
     net: nn.Module
+    #: Forward process of a Task that denoises.
+    diffusion: GaussianDiffusion | None = None
 
     def __init__(self, optimization: Optimization | None = None) -> None:
         super().__init__()
@@ -186,9 +188,21 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the cost of training beside the weights."""
         checkpoint |= {"train_samples": self.train_samples, "train_seconds": self.train_seconds}
+        if self.diffusion is not None:
+            checkpoint["diffusion"] = str(self.diffusion)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read the cost of training back."""
+        """Read the cost of training back.
+
+        Raises:
+            InputError: the weights were trained on another schedule, or to predict something else.
+        """
+        saved, own = checkpoint.get("diffusion"), str(self.diffusion)
+        if saved not in (None, own):
+            raise InputError(
+                f"The checkpoint was trained as {saved}, but model.diffusion says {own}: give the config of its "
+                "training, or train from the start."
+            )
         self.train_samples = checkpoint.get("train_samples", 0)
         self.train_seconds = checkpoint.get("train_seconds", 0.0)
 

@@ -5,7 +5,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, autoguided, clip_x0, guided, within
+from unclip_pl.diffusion import (
+    DDIM,
+    Denoise,
+    Denoised,
+    GaussianDiffusion,
+    LogitNormalTime,
+    StraightPath,
+    autoguided,
+    clip_x0,
+    guided,
+    within,
+)
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
@@ -30,11 +41,13 @@ class DecoderTask(EmbeddingTask):
         optimization: settings of AdamW.
 
     Raises:
-        InputError: ``standardize``, which no known decoder was trained on.
+        InputError: ``standardize``, which no known decoder was trained on; or a learned variance at times between those
+            that its bound knows.
     """
 
     batch_type = DecoderBatch
     net: UNet
+    diffusion: GaussianDiffusion
 
     def __init__(
         self,
@@ -53,6 +66,12 @@ class DecoderTask(EmbeddingTask):
         self.net = net
         self.diffusion = diffusion or GaussianDiffusion()
         self.image_drop = image_drop
+        between = isinstance(self.diffusion.schedule, StraightPath)
+        if (between or isinstance(self.diffusion.time_density, LogitNormalTime)) and self.learns_variance:
+            raise InputError(
+                "Expected a decoder of fixed variance on a straight path and at logit-normal times, since the bound of "
+                "a learned one knows whole steps alone. Got 6 output channels: set model.net.out_channels to 3."
+            )
 
     @property
     def learns_variance(self) -> bool:

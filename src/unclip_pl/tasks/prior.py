@@ -41,6 +41,7 @@ class DiffusionPriorTask(EmbeddingTask):
 
     batch_type = PriorBatch
     net: PriorTransformer
+    diffusion: GaussianDiffusion
 
     def __init__(
         self,

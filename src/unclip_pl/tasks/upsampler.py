@@ -41,6 +41,7 @@ class UpsamplerTask(Task):
 
     batch_type = UpsamplerBatch
     net: UpsamplerUNet
+    diffusion: GaussianDiffusion
 
     def __init__(
         self,
@@ -101,12 +102,18 @@ class UpsamplerTask(Task):
         return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
 
     def estimate(self, x_t: Tensor, t: Tensor, large: Tensor) -> Tensor:
-        """Return F(x_t, t); where F is x0, the network adds what the enlarged image lacks of it.
+        """Return F(x_t, t); where F is x0 or holds it, the network adds what the enlarged image lacks of it.
 
         Most of x0 is in the enlarged image, and group norms would have to learn to let its colours through.
         """
         out: Tensor = self.net(torch.cat([x_t, large], dim=1), self.diffusion.index(t), None)
-        return out + large if self.diffusion.prediction == "x0" else out
+        match self.diffusion.prediction:
+            case "x0":
+                return out + large
+            case "velocity":  # eps - x0
+                return out - large
+            case _:
+                return out
 
     def denoiser(
         self, low: Tensor, size: int, guidance: float = 1.0, *, guide: "UpsamplerTask | None" = None
