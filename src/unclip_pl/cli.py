@@ -50,6 +50,7 @@ COMMANDS = {
     "import": "use somebody else's checkpoints or embeddings: unclip import {karlo,embeddings} PATH…",
     "configs": "list the configs of the package, or copy them to be edited: unclip configs copy FOLDER NAME…",
     "runs": "show trainings and measurements in a table: unclip runs [FOLDER…] --sort val/loss",
+    "export": "write a run for other tools: unclip export diffusers RUN FOLDER",
     "report": "draw a run's or a study's report again from what was measured",
 }
 

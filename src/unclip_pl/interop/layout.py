@@ -1,6 +1,7 @@
 """Names and forms of our networks' tensors in other people's checkpoints: diffusers', and Karlo's own.
 
-Weights are copied from name to name, and every tensor is accounted for, on both sides.
+Weights are copied from name to name, and every tensor is accounted for, on both sides. Import and export read the same
+tables.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ class Layout(NamedTuple):
     names: Callable[[str], tuple[str, ...]]  # our parameter's name → the names there of the tensors that make it up
     join: Callable[[list[Tensor], str], Tensor]  # those tensors, our parameter's name → our parameter
     extra: tuple[str, ...] = ()  # tensors there that our network does not have
+    split: Callable[[Tensor, int], list[Tensor]] | None = None  # undoes join, given the number of tensors: for export
 
     def has(self, weights: Weights, name: str) -> bool:
         """Say whether a checkpoint holds all tensors of our parameter ``name``."""
@@ -83,7 +85,12 @@ def diffusers_prior(heads: int) -> Layout:
         _, _, block, part = path.split(".", 3)  # transformer.resblocks.{block}.{part}
         return tuple(f"transformer_blocks.{block}.{there}.{leaf}" for there in _DIFFUSERS_PRIOR_BLOCK[part])
 
-    return Layout(names, lambda parts, _: _side_by_side(parts, heads), ("clip_mean", "clip_std"))
+    return Layout(
+        names,
+        lambda parts, _: _side_by_side(parts, heads),
+        ("clip_mean", "clip_std"),
+        lambda whole, count: _apart(whole, count, heads),
+    )
 
 
 _DIFFUSERS_UNET = {
@@ -138,7 +145,11 @@ def diffusers_unet(head_channels: int) -> Layout:
             return (f"{level}.resnets.{layer}.{_DIFFUSERS_BLOCK[module]}.{leaf}",)
         return tuple(f"{level}.attentions.{layer}.{there}.{leaf}" for there in _DIFFUSERS_ATTENTION[module])
 
-    return Layout(names, lambda parts, _: _side_by_side(parts, len(parts[0]) // head_channels))
+    return Layout(
+        names,
+        lambda parts, _: _side_by_side(parts, len(parts[0]) // head_channels),
+        split=lambda whole, count: _apart(whole, count, len(whole) // (count * head_channels)),
+    )
 
 
 def _side_by_side(parts: list[Tensor], heads: int) -> Tensor:
@@ -146,6 +157,13 @@ def _side_by_side(parts: list[Tensor], heads: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
+
+
+def _apart(whole: Tensor, count: int, heads: int) -> list[Tensor]:
+    """Undo :func:`_side_by_side`."""
+    if count == 1:
+        return [whole]
+    return [part.flatten(0, 1).contiguous() for part in whole.unflatten(0, (heads, count, -1)).unbind(1)]
 
 
 def karlo_prior() -> Layout:
@@ -260,6 +278,16 @@ def load_weights(net: nn.Module, weights: Weights, layout: Layout, what: str = "
         raise InputError(f"{what} does not fit {type(net).__name__}: {said}. Import a checkpoint of Karlo as it is.")
     for name, parameter in parameters.items():
         parameter.copy_(made[name])
+
+
+def exported(net: nn.Module, layout: Layout) -> Weights:
+    """Return the weights of ``net`` under a layout's names: what :func:`load_weights` reads back, bit for bit."""
+    assert layout.split is not None
+    found: dict[str, Tensor] = {}
+    for name, parameter in net.named_parameters():
+        names = layout.names(name)
+        found |= zip(names, layout.split(parameter.detach().float(), len(names)), strict=True)
+    return found
 
 
 def _joined(layout: Layout, parts: list[Tensor], name: str) -> Tensor | None:
