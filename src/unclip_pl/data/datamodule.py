@@ -1,5 +1,6 @@
 """LightningDataModules: frozen CLIP features and images for every task, and plain pairs for training a CLIP."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -19,8 +20,11 @@ from unclip_pl.data.precompute import pending, precompute
 from unclip_pl.data.sampler import Blocks, BlockShuffleSampler, EvaluationSampler, RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import STATISTICS, EmbeddingStore
+from unclip_pl.data.streamed import InOrder, Shuffled, StepSampler, StreamedStore
 from unclip_pl.errors import InputError
 from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, UpsamplerBatch
+
+log = logging.getLogger(__name__)
 
 #: Missing shards that one rank may embed while the others wait in a barrier.
 FEW = 4
@@ -29,7 +33,7 @@ FEW = 4
 class Batches(Dataset[Any]):
     """Whole batches by their rows, for a DataLoader with ``batch_size=None`` and a sampler of batches."""
 
-    def __init__(self, assemble: Callable[[RowBatch], Any]) -> None:
+    def __init__(self, assemble: Callable[[Any], Any]) -> None:
         self.assemble = assemble
 
     def __getitem__(self, index: RowBatch) -> Any:
@@ -45,7 +49,7 @@ class FixedBatches(Dataset[Any]):
         share: number of batches, or their share as a float.
     """
 
-    def __init__(self, assemble: Callable[[RowBatch], Any], order: Sampler[RowBatch], share: float) -> None:
+    def __init__(self, assemble: Callable[[Any], Any], order: Sampler[Any], share: float) -> None:
         self.assemble = assemble
         self.length = len(order)  # type: ignore[arg-type] # the Trainer takes the share of it once more
         count = share if isinstance(share, int) else int(share * self.length)
@@ -73,7 +77,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def loader(
-    data: LightningDataModule, assemble: Callable[[RowBatch], Any], sampler: Sampler[RowBatch], num_workers: int
+    data: LightningDataModule, assemble: Callable[[Any], Any], sampler: Sampler[Any], num_workers: int
 ) -> ResumableLoader:
     """Load the batches whose rows a sampler gives; under ``overfit_batches`` the first ones alone."""
     trainer: Any = data.trainer
@@ -108,7 +112,7 @@ class ResumableDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._position = {"epoch": 0, "start": 0}
-        self._sampler: BlockShuffleSampler | None = None
+        self._sampler: BlockShuffleSampler | StepSampler | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and its first batch that is not trained."""
@@ -166,6 +170,7 @@ class StoreDataModule(ResumableDataModule):
         super().__init__(batch_size, num_workers, seed)
         self.store = store
         self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_workers = num_workers
 
     @cached_property
     def embeddings(self) -> EmbeddingStore:
@@ -195,7 +200,7 @@ class StoreDataModule(ResumableDataModule):
                 f"Expected {split.name.lower()} images in {self.store}. Got none: pack some into shards called "
                 f"{split.name.lower()}-*.tar, or import more."
             )
-        return loader(self, self._assemble(), in_order(self, rows, self.eval_batch_size), self.num_workers)
+        return loader(self, self._assemble(), in_order(self, rows, self.eval_batch_size), self.eval_workers)
 
     def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
         """Return the store's method for each type of batch that there is data for."""
@@ -332,6 +337,61 @@ class UnclipDataModule(StoreDataModule):
             UpsamplerBatch: store.upsampler_batch,
             EvaluationBatch: store.evaluation_batch,
         }
+
+
+class StreamedImages(UnclipDataModule):
+    """Features and images out of shards that webdataset reads from end to end, for stores too slow for ranged reads.
+
+    Training draws from a shuffle buffer: an epoch that was cut goes on in another order, and in an epoch of several
+    ranks or workers some samples come twice and others not at all. Validation, test and prediction are exact.
+
+    Args:
+        source: folder of webdataset tars, glob, or range such as train-{000000..000012}.tar.
+        store: folder of the embeddings; missing ones are made before the fit.
+        clip: CLIP that embeds.
+        shuffle: samples among which a reader draws the next one; they are kept as image files.
+        options: those of ``UnclipDataModule``.
+
+    Raises:
+        InputError: webdataset is missing, or there are more readers (ranks × workers) than shards.
+    """
+
+    def __init__(self, source: str, store: str, clip: ClipSpec, shuffle: PositiveInt = 1000, **options: Any) -> None:
+        super().__init__(source, store, clip, **options)
+        self.shuffle = shuffle
+        self.eval_workers = min(1, self.num_workers)  # each would read all shards
+
+    @cached_property
+    def embeddings(self) -> StreamedStore:
+        """The opened store, to which images come in a stream."""
+        return StreamedStore(self.store, self.source, image_size=self.image_size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Load training samples in the order of the stream, one caption of each per epoch."""
+        make = self._assemble()
+        if not isinstance(make, InOrder):  # no images
+            return super().train_dataloader()
+        rank, world_size = _place(self)
+        steps = self.embeddings.count(Split.TRAIN) // (self.batch_size * world_size)
+        trainer: Any = self.trainer
+        if not steps or (trainer is not None and trainer.overfit_batches):
+            raise InputError(
+                f"Expected at least batch_size × ranks = {self.batch_size} × {world_size} training images, and no "
+                f"trainer.overfit_batches. Got {self.embeddings.count(Split.TRAIN)}: use UnclipDataModule."
+            )
+        if rank == 0:
+            log.warning(
+                "StreamedImages cannot go on at the sample (an epoch that was cut goes on in another order), nor give "
+                "every rank equal batches (some samples come twice in an epoch, others not): UnclipDataModule can."
+            )
+        self._sampler = StepSampler(steps, **self._position)
+        lane = {"rank": rank, "world_size": world_size}
+        stream = Shuffled(self.embeddings, make.make, self.batch_size, buffer=self.shuffle, seed=self.seed, **lane)
+        return loader(self, stream, self._sampler, self.num_workers)
+
+    def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
+        makers = super()._makers()
+        return {kind: make if kind is PriorBatch else InOrder(self.embeddings, make) for kind, make in makers.items()}
 
 
 class PairDataModule(ResumableDataModule):

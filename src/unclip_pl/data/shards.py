@@ -4,6 +4,7 @@ Tars are read by their headers alone: nothing is unpacked to disk.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -128,6 +129,21 @@ class Shard(NamedTuple):
                 f"Parts of {self} cannot be read: it was cut short, or its server gives whole files only. Download it."
             )
         return found
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Open the shard to be read once, from its beginning to its end.
+
+        Raises:
+            InputError: the shard is not there, or its server does not answer.
+        """
+        if not self.remote:
+            with self.path.open("rb") as file:
+                yield file
+            return
+        whole = {"block_size": 0} if self.address.startswith("http") else {}  # one request, and not one for each block
+        with _asked(self, lambda system, path: system.open(path, "rb", **whole)) as file:
+            yield io.BufferedReader(file, MAX_TEXT)  # a tar is read in small pieces
 
     @contextmanager
     def fetched(self, folder: Path) -> Iterator[Path]:
@@ -316,6 +332,12 @@ def split_of_key(key: str) -> Split:
     return Split.TRAIN if point < 0.96 else Split.VAL if point < 0.98 else Split.HELDOUT
 
 
+def split_name(name: str) -> tuple[str | None, str]:
+    """Split a file's name into its sample's key and its suffix, at the first dot of the base name; None is no key."""
+    match = _MEMBER.match(name)
+    return (match[1], match[2].lower()) if match else (None, "")
+
+
 def encode_text(text: str) -> bytes:
     """Encode as UTF-8; bytes that a tar held in another encoding pass through unchanged."""
     return text.encode("utf-8", "surrogateescape")
@@ -345,10 +367,9 @@ def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
     seen: Counter[tuple[str, str]] = Counter()  # a second sample of one key repeats all its suffixes, and is bad once
     repeats: Counter[str] = Counter()
     for name, span in _members(path, skipped):
-        match = _MEMBER.match(name)
-        if match is None:
+        key, suffix = split_name(name)
+        if key is None:
             continue
-        key, suffix = match[1], match[2].lower()
         if suffix in groups[key]:
             seen[key, suffix] += 1
             if seen[key, suffix] > repeats[key]:

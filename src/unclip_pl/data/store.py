@@ -366,7 +366,7 @@ class EmbeddingStore:
 
     def __reduce__(self) -> tuple[object, ...]:
         options = {"image_size": self.image_size, "image_memory": self.image_memory}
-        return partial(EmbeddingStore, self.path, self.source, **options), ()
+        return partial(type(self), self.path, self.source, **options), ()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
