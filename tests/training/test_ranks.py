@@ -71,12 +71,15 @@ def last(out: Path) -> Path:
         pytest.param("upsampler", marks=pytest.mark.slow),
         "upsampler corrupted",
         "clip",
+        "prior muon",
     ],
 )
 def test_two_processes_train_as_one(part: str, small: Small, tmp_path: Path) -> None:
-    part, _, corrupted = part.partition(" ")
+    part, _, special = part.partition(" ")
     line = small(part, tmp_path, "--trainer.max_steps", "3", "--trainer.limit_val_batches", "0")
-    if corrupted:  # each image by chance, where tiny.yaml blurs all of them alike
+    if special == "muon":
+        line += ["--model.init_args.optimization.muon_lr", "0.01"]
+    if special == "corrupted":  # each image by chance, where tiny.yaml blurs all of them alike
         config = yaml.safe_load(Path("configs/upsampler/shapes-64.yaml").read_text())
         line += ["--model.init_args.corruption", json.dumps(config["model"]["init_args"]["corruption"])]
     if part == "clip":  # without batch norm, which sees one rank's batch (trainer.sync_batchnorm needs GPUs)

@@ -121,6 +121,12 @@ def test_it_goes_on_inside_an_epoch(part: str, small: Small, tmp_path: Path) -> 
     assert_same(whole, fit(line, resume=keep.at[7], every=7), since=7)
 
 
+def test_muon_goes_on_inside_an_epoch(small: Small, tmp_path: Path) -> None:
+    line = small("prior", tmp_path, "--model.init_args.optimization.muon_lr", "0.01")
+    whole = fit(line, keep := Keep(tmp_path, 7), every=7)
+    assert_same(whole, fit(line, resume=keep.at[7], every=7), since=7)
+
+
 def test_cut_again_and_again_and_at_the_end_of_an_epoch(small: Small, tmp_path: Path) -> None:
     line = small("prior", tmp_path)
     whole = fit(line, keep := Keep(tmp_path, 4, 6, 12))

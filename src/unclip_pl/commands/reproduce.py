@@ -29,6 +29,7 @@ from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
 from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.nn.kernels import fast_bfloat16
 from unclip_pl.settings import find, no_config, read_yaml
 
 #: File in the run's folder: what the source's shards hold.
@@ -267,11 +268,7 @@ def describe_run(compare: str, upsamplers: list[dict[str, Any]]) -> dict[str, An
 
 def precision() -> str:
     """Return what ``{precision}`` stands for: mixed where this machine multiplies in bfloat16, else it is slower."""
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that we take
-        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    fast = fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
     return "bf16-mixed" if fast else "32-true"
 
 

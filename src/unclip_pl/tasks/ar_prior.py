@@ -30,6 +30,7 @@ class ARPriorTask(EmbeddingTask):
     """
 
     batch_type = PriorBatch
+    edges = ("net.code_embedding", "net.dot_head", "net.head")
     net: ARPriorTransformer
 
     def __init__(

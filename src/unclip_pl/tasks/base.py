@@ -3,7 +3,8 @@
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from unclip_pl.diffusion.process import GaussianDiffusion, noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.files import require_finite
+from unclip_pl.nn.kernels import fast_bfloat16
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
 from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
@@ -24,10 +26,12 @@ from unclip_pl.types import TextFeatures
 
 @dataclass
 class Optimization:
-    """AdamW (the paper's "corrected" weight decay), warm-up, and the learning rate after it.
+    """AdamW (the paper's "corrected" weight decay) or Muon beside it, warm-up, and the learning rate after it.
 
     Args:
-        lr: peak learning rate.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of :class:`Muon`, which then trains the matrices between a network's first and last
+            layers; 0 leaves them to AdamW. Of the order of 0.01, whatever ``lr`` is.
         weight_decay: decay of matrices; biases, gains and embeddings of rank < 2 are left alone.
         betas: decay rates of Adam's moments.
         eps: offset of Adam's denominator.
@@ -41,6 +45,7 @@ class Optimization:
     eps: float = 1e-8
     warmup_steps: int = 0
     decay: Literal["constant", "cosine"] = "constant"
+    muon_lr: float = 0.0
 
     def factor(self, step: int, total: float) -> float:
         """Return the learning rate at ``step`` as a share of the peak."""
@@ -50,6 +55,123 @@ class Optimization:
         rest = max(1.0, total - self.warmup_steps)
         progress = min(1.0, max(0.0, (step - self.warmup_steps) / rest))
         return warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+#: Coefficients of the quintic that one Newton-Schulz iteration applies to singular values, and how often it is applied.
+QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 3
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for matrices and AdamW for everything else, as one optimizer (Jordan et al. 2024, kellerjordan.github.io).
+
+    A matrix steps by its momentum with all singular values brought near 1, times max(1, rows / columns)^½. A
+    convolution counts as a matrix (out, in · height · width). Where matrices are sharded (FSDP2), each is gathered on
+    one process, orthogonalised there and scattered again.
+
+    Args:
+        groups: groups of parameters; those of the groups with ``muon: true`` are matrices.
+        momentum: decay rate of the matrices' momentum, which is Nesterov's.
+        adamw: settings of AdamW, defaults of every group.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float = 0.95, **adamw: Any) -> None:
+        super().__init__([{"muon": False, **group} for group in groups], **adamw)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step once. Parameters without a gradient stay as they are.
+
+        Args:
+            closure: computes gradients and returns the loss.
+        """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        moved = [p for p in group["params"] if p.grad is not None]
+        if not moved:
+            return
+        for p in moved:
+            if not self.state[p]:  # AdamW asks every state for its step when it is loaded
+                self.state[p] |= {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(p)}
+        gradients, momenta = [p.grad for p in moved], [self.state[p]["momentum_buffer"] for p in moved]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        directions = torch._foreach_lerp(gradients, momenta, self.momentum)
+        steps = orthogonalised([direction.flatten(1) for direction in directions])
+        torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+        for p, step in zip(moved, steps, strict=True):
+            p.add_(step.view_as(p), alpha=-group["lr"] * max(1.0, step.shape[0] / step.shape[1]) ** 0.5)
+
+
+def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return U f(S) Vᵀ for every matrix U S Vᵀ, where f brings singular values near 1.
+
+    S is divided by its norm first. f is the quintic of Newton and Schulz, three times. As a polynomial in X Xᵀ it is
+    worked out on small square matrices, all of one size at once, and meets X once: a third of the plain iteration's
+    multiplications for a convolution. In bfloat16, where the device multiplies faster in it.
+
+    Args:
+        matrices: matrices of any shapes, at least one, all on one device.
+    """
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        shapes[matrix.shape].append(i)
+    stacks = [_spread(torch.stack([matrices[i] for i in chosen]), 0) for chosen in shapes.values()]
+    fast = matrices[0].dtype == torch.float32 and fast_bfloat16(matrices[0].device.type)
+    wide, sides = [], defaultdict(list)
+    for i, (shape, stack) in enumerate(zip(shapes, map(_local, stacks), strict=True)):
+        x = stack / stack.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-7)
+        x = x.mT if shape[0] > shape[1] else x
+        wide.append((x.bfloat16() if fast else x).contiguous())
+        sides[min(shape)].append(i)
+    for chosen in sides.values():
+        factors = _newton_schulz(torch.cat([wide[i] @ wide[i].mT for i in chosen]))
+        for i, factor in zip(chosen, factors.split([len(wide[i]) for i in chosen]), strict=True):
+            wide[i] = factor @ wide[i]
+    results: dict[int, Tensor] = {}
+    for (shape, chosen), stack, x in zip(shapes.items(), stacks, wide, strict=True):
+        _local(stack).copy_(x.mT if shape[0] > shape[1] else x)
+        results |= zip(chosen, _spread(stack, 1).unbind(), strict=True)
+    return [results[i] for i in range(len(matrices))]
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """Return the matrices that X Xᵀ, (n, k, k), turns into all iterations' factor of X."""
+    a, b, c = QUINTIC
+    product = None
+    for i in range(ITERATIONS):
+        factor = (gram @ gram).mul_(c).add_(gram * b)  # not `alpha=b`, which rounds by place in a batch
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if i + 1 < ITERATIONS:
+            gram = factor @ gram @ factor  # they commute
+    assert product is not None
+    return product
+
+
+def _spread(stack: Any, dim: int) -> Any:
+    """Spread (n, rows, columns) over the processes by matrix (0) or by row (1), where it is sharded at all."""
+    if not hasattr(stack, "redistribute"):
+        return stack
+    from torch.distributed.tensor import Shard  # takes a while
+
+    return stack.redistribute(placements=[Shard(dim)])
+
+
+def _local(stack: Any) -> Tensor:
+    """Return what this process has of it."""
+    return stack.to_local() if hasattr(stack, "to_local") else stack
 
 
 @dataclass(frozen=True)
@@ -73,6 +195,9 @@ class Task(LightningModule):
     #: Type of the batches. The DataModule asks for it, so data and tasks meet in types alone.
     batch_type: ClassVar[type]
 
+    #: First and last layers, which Muon leaves to AdamW: their rows or columns are pixels, values or codes.
+    edges: ClassVar[tuple[str, ...]] = ()
+
     #: Cost of the training of a loaded checkpoint; None on a Task that was not loaded.
     record: TrainingRecord | None = None
 
@@ -87,14 +212,16 @@ class Task(LightningModule):
         self._started = 0.0
         self._rank, self._world_size = 0, 1
         self._configured: list[dict[str, Any]] = []
+        self._fits = False
 
     @abstractmethod
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """Return the mean loss of a batch."""
 
     def setup(self, stage: str) -> None:
-        """Learn which of how many processes this is."""
+        """Learn which of how many processes this is, and whether it trains."""
         self._rank, self._world_size = self.trainer.global_rank, self.trainer.world_size
+        self._fits = stage == "fit"
 
     def _step(self, batch: Any, stage: str, generator: torch.Generator | None = None) -> Tensor:
         loss = self.loss(batch, generator)
@@ -145,19 +272,37 @@ class Task(LightningModule):
         """Stop the clock."""
         self.train_seconds += time.perf_counter() - self._started
 
+    def matrices(self) -> list[nn.Parameter]:
+        """Return what :class:`Muon` may train: weights of linear layers and convolutions that are no edges."""
+        found: list[Any] = []
+        for name, module in self.named_modules():
+            if any(f"{name}.".startswith(f"{edge}.") for edge in self.edges):
+                continue
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                found.append(module.weight)
+            elif isinstance(module, nn.MultiheadAttention):
+                found.append(module.in_proj_weight)
+        return [p for p in dict.fromkeys(found) if p is not None and p.requires_grad]
+
     def optimizer(self, *, fused: bool = True) -> torch.optim.Optimizer:
-        """Return AdamW with decay on matrices.
+        """Return AdamW with decay on matrices, or Muon beside it.
 
         Args:
             fused: compute a step as one kernel. Under float16's loss scale it would hide the gradients from clipping.
         """
         spec = self.optimization
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        matrices = self.matrices() if spec.muon_lr else []
+        numbers = {id(p) for p in matrices}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in numbers]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": spec.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
+        kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+        if spec.muon_lr:
+            kind = Muon
+            groups += [{"params": matrices, "weight_decay": spec.weight_decay, "lr": spec.muon_lr, "muon": True}]
+        return kind(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer, and the schedule of its learning rate, which advances at every step."""
@@ -195,7 +340,8 @@ class Task(LightningModule):
         """Read the cost of training back.
 
         Raises:
-            InputError: the weights were trained on another schedule, or to predict something else.
+            InputError: the weights were trained on another schedule, or to predict something else; or a fit
+                would go on with another optimizer.
         """
         saved, own = checkpoint.get("diffusion"), str(self.diffusion)
         if saved not in (None, own):
@@ -205,6 +351,14 @@ class Task(LightningModule):
             )
         self.train_samples = checkpoint.get("train_samples", 0)
         self.train_seconds = checkpoint.get("train_seconds", 0.0)
+        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
+        theirs, ours = any(group.get("muon") for group in groups), bool(self.optimization.muon_lr)
+        if self._fits and groups and theirs != ours:
+            names = {True: "Muon", False: "AdamW alone"}
+            raise InputError(
+                f"The checkpoint was trained with {names[theirs]}, and this fit asks for {names[ours]}: change "
+                "model.optimization.muon_lr, or train from the start."
+            )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights.

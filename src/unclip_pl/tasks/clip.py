@@ -36,6 +36,7 @@ class ClipTask(Task):
     """
 
     batch_type = ClipBatch
+    edges = ("net.visual.conv1", "net.visual.attnpool.c_proj")
     net: Any  # open_clip's CLIP or CustomTextCLIP: they share methods and no type
     _nearby = False  # whether the weights are the perturbed ones
 

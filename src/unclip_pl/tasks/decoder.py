@@ -46,6 +46,7 @@ class DecoderTask(EmbeddingTask):
     """
 
     batch_type = DecoderBatch
+    edges = ("net.conv_in", "net.conv_out")
     net: UNet
     diffusion: GaussianDiffusion
 

@@ -40,6 +40,7 @@ class DiffusionPriorTask(EmbeddingTask):
     """
 
     batch_type = PriorBatch
+    edges = ("net.out_proj",)
     net: PriorTransformer
     diffusion: GaussianDiffusion
 

@@ -40,6 +40,7 @@ class UpsamplerTask(Task):
     """
 
     batch_type = UpsamplerBatch
+    edges = ("net.conv_in", "net.conv_out")
     net: UpsamplerUNet
     diffusion: GaussianDiffusion
 
