@@ -31,7 +31,7 @@ class Optimization:
     Args:
         lr: peak learning rate of AdamW.
         muon_lr: peak learning rate of :class:`Muon`, which then trains the matrices between a network's first and last
-            layers; 0 leaves them to AdamW. Of the order of 0.01, whatever ``lr`` is.
+            layers; 0 leaves them to AdamW. About 0.01 suits it.
         weight_decay: decay of matrices; biases, gains and embeddings of rank < 2 are left alone.
         betas: decay rates of Adam's moments.
         eps: offset of Adam's denominator.
