@@ -34,7 +34,7 @@ TRAINER = {
     "predict": "write embeddings (priors) or images (decoder, upsampler)",
 }
 COMMANDS = {
-    "pack": "make image-caption shards: shapes, folder or coco",
+    "pack": "make image-caption shards: shapes, folder, coco or emoji",
     "precompute": "encode shards with a frozen CLIP into an embedding store",
     "codec": "fit the AR prior's codec (PCA and buckets) on a store",
     "linear": "fit the linear prior (ridge regression) on a store",
@@ -282,10 +282,11 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
 
 
 def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
-    """Turn a flag that stands alone, such as ``--verify``, into ``--verify=true``."""
+    """Turn a flag that stands alone, such as ``--verify``, into ``--verify=true``; leave out the word ``--from``."""
     flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
     alone = [word.startswith("--") for word in [*words[1:], "--"]]
-    return [f"{word}=true" if word in flags and last else word for word, last in zip(words, alone, strict=False)]
+    pairs = zip(words, alone, strict=False)
+    return [f"{word}=true" if word in flags and last else word for word, last in pairs if word != "--from"]
 
 
 def train(words: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""``unclip pack shapes | folder | coco``: make source shards."""
+"""``unclip pack shapes | folder | coco | emoji``: make source shards."""
 
 from collections.abc import Iterable
 from contextlib import closing
@@ -10,6 +10,8 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt,
 from tqdm import tqdm
 
 from unclip_pl.data.transforms import Encoding
+from unclip_pl.errors import InputError
+from unclip_pl.packing.emoji import EmojiSamples, EmojiSets, read_pairs, write_card
 from unclip_pl.packing.pack import Form, pack_shards, require_good
 from unclip_pl.packing.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
 from unclip_pl.shapes.render import Split
@@ -107,6 +109,40 @@ def pack_coco(images: str, annotations: str, out: str, *, options: FileOptions) 
     _pack_files(coco_samples(images, annotations), out, options)
 
 
+def pack_emoji(
+    paths: list[str],
+    out: str,
+    *,
+    size: PositiveInt = 64,
+    shard_size: PositiveInt = 1000,
+    num_workers: NonNegativeInt = 0,
+) -> None:
+    """Pack public sets of emoji as the pairs that our studies use. Run again, it goes on where it stopped.
+
+    The folders hold packages of npm and checkouts; README.md beside the shards says which. A pair whose picture is not
+    at hand is left out.
+
+    Args:
+        paths: folders of the sets, such as node_modules.
+        out: folder of the shards.
+        size: side in pixels.
+        shard_size: images of a shard.
+        num_workers: threads that resize and write; 0 is this one.
+    """
+    if not paths:
+        raise InputError(
+            "Expected folders of emoji sets. Got none: write unclip pack emoji --from node_modules --out DIR."
+        )
+    sets, pairs = EmojiSets([Path(path) for path in paths]), read_pairs()
+    for split in ("train", "val", "heldout"):
+        samples = EmojiSamples(sets, pairs, split, size)
+        if len(samples):
+            _pack(samples, len(samples), out, split, shard_size, Form(size, encode="png"), num_workers, 0.01)
+    write_card(Path(out), sets, pairs)
+    left = sum(sets.picture(pair) is None for pair in pairs)
+    print(f"left out {left:,} of {len(pairs):,} pairs, whose pictures are not at hand: see {Path(out) / 'README.md'}")
+
+
 def _pack_files(samples: FileSamples, out: str, o: FileOptions) -> None:
     form = Form(o.size, o.resize, o.encode, o.quality)
     _pack(samples, len(samples), out, o.split, o.shard_size, form, o.num_workers, o.max_bad_fraction)
@@ -139,4 +175,4 @@ def _pack(
     print(f"{sum(shard.samples for shard in done)} image(s) in {len(done)} shard(s): {Path(out) / split}-*.tar")
 
 
-COMMANDS = {"shapes": pack_shapes, "folder": pack_folder, "coco": pack_coco}
+COMMANDS = {"shapes": pack_shapes, "folder": pack_folder, "coco": pack_coco, "emoji": pack_emoji}
