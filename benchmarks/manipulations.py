@@ -1,6 +1,7 @@
 """Measure and draw the image manipulations of a trained run; writes results/manipulations.
 
 python benchmarks/manipulations.py shapes runs/shapes-long        # by the oracle, on pictures rendered for it
+python benchmarks/manipulations.py inpaint runs/shapes-long       # the same: another object in the place of the old one
 python benchmarks/manipulations.py emoji runs/emoji --source DIR  # by the run's judge, on held-out pairs
 """
 
@@ -39,6 +40,8 @@ SHORT = {
 FULL = "a {size} {color} {shape} {position} on a {background} background"
 #: Rows of a picture, and of a batch.
 SHOWN, BATCH = 4, 16
+#: What an inpainted picture changes, and RePaint's jumps.
+CHANGED, JUMPS = ("shape", "color"), (0, 2)
 #: Of a text diff between the same emoji: the second style is one that no (emoji, style) pair of training showed.
 STYLES, GOAL = ("twemoji", "fluentflat"), "fluent3d"
 
@@ -177,6 +180,48 @@ def on_shapes(run: str, out: Path, pictures: int, edited: int, steps: int) -> No
     (out / "shapes.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+def around_the_object(pixels: Tensor, margin: int) -> Tensor:
+    """Return masks (N, 1, H, H): the square around all that has not the colour of the corner, and a margin."""
+    side, masks = pixels.shape[-1], torch.zeros_like(pixels[:, :1], dtype=torch.bool)
+    for mask, image in zip(masks, pixels, strict=True):
+        rows, columns = ((image - image[:, :1, :1]).abs().amax(0) > 0.02).nonzero().T
+        reach = max(int(x.max() - x.min()) for x in (rows, columns)) / 2 + margin
+        top, left = (max(0, round(float(x.max() + x.min()) / 2 - reach)) for x in (rows, columns))
+        length = round(2 * reach) + 1
+        mask[:, top : min(side, top + length), left : min(side, left + length)] = True
+    return masks
+
+
+def on_inpainting(run: str | None, out: Path, pictures: int) -> None:
+    """Another shape of another colour in the place of the old one: does the oracle read what the caption asks for?"""
+    unclip = Unclip.load(run)
+    size = unclip.decoder.image_size
+    shapes, oracle, rng = Shapes.draw(pictures, size), ShapesOracle(size), np.random.default_rng(7)
+    asked = [
+        old._replace(**{name: rng.choice([x for x in VALUES[name] if x != getattr(old, name)]) for name in CHANGED})
+        for old in shapes.attributes
+    ]
+    captions, truth, mask = [said(new, FULL) for new in asked], encode(asked), around_the_object(shapes.pixels, 2)
+    content = {"run": unclip.origin.text, "pictures": pictures, "meta": provenance(torch.device("cpu")), "drawn": []}
+    columns: list[Tensor] = [shapes.pixels, shapes.pixels.masked_fill(mask, 0)]
+    for name, jumps in {"plain samples": None, **{f"inpainted, {n} jumps": n for n in JUMPS}}.items():
+        if jumps is None:
+            images = unclip.generate(captions).images
+        else:
+            images = unclip.inpaint(shapes.pixels, mask, captions, jumps=jumps).images
+            columns.append(images)
+        read = oracle(images)
+        right = (read.indices == truth).double()
+        row = {"what": name, "shape_and_colour": right[:, :2].prod(1).mean().item(), **shares(read.indices, truth)}
+        content["drawn"].append(row | {"residual": read.residual.mean().item()})
+        print(content["drawn"][-1], flush=True)
+    rows = [(captions[i], [column[i] for column in columns]) for i in range(2 * SHOWN)]
+    heads = ["given", "kept", *(f"{n} jumps" for n in JUMPS)]
+    out.mkdir(parents=True, exist_ok=True)
+    save_png(grid(rows, heads), out / "inpaint.png", {"commit": content["meta"]["commit"]})
+    (out / "inpaint.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
 def pairs(source: Path, style: str, size: int) -> tuple[list[str], Tensor, Tensor]:
     """Labels, pictures (N, 3, H, H) in a style, and the same emoji in the goal's style, which training never showed."""
     samples: dict[tuple[str, str], tuple[str, str, bytes]] = {}
@@ -235,8 +280,8 @@ def on_emoji(run: str, out: Path, source: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("shapes", "emoji"))
-    parser.add_argument("run")
+    parser.add_argument("what", choices=("shapes", "inpaint", "emoji"))
+    parser.add_argument("run", nargs="?", help="without it, the weights in the package")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--source", type=Path, help="of the emoji")
     parser.add_argument("--pictures", type=int, default=64)
@@ -245,5 +290,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "shapes":
         on_shapes(given.run, given.out, given.pictures, given.edited, given.steps)
+    elif given.what == "inpaint":
+        on_inpainting(given.run, given.out, given.pictures)
     else:
         on_emoji(given.run, given.out, given.source, given.steps)

@@ -43,6 +43,7 @@ COMMANDS = {
     "vary": "draw variations of pictures: unclip vary PICTURE…",
     "interpolate": "draw what lies between two pictures: unclip interpolate PICTURE PICTURE",
     "edit": 'apply a text diff: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
+    "inpaint": 'draw a part of a picture again: unclip inpaint PICTURE --mask MASK --caption "a blue circle"',
     "probe": "draw from more and more dimensions of an embedding: unclip probe PICTURE…",
     "reproduce": "run the stages of a recipe that are not done: --config configs/reproduce/*.yaml",
     "bundle": "pack a run into one file, in half precision: unclip bundle RUN",

@@ -69,6 +69,82 @@ def test_a_reconstruction_is_the_picture(mini_run: Path, pictures: list[str], tm
     assert np.abs(given - again).max() <= 2
 
 
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """White in the middle third of a picture of 32 × 32."""
+    path = tmp_path_factory.mktemp("mask") / "mask.png"
+    image = Image.new("L", (32, 32), 0)
+    image.paste(255, (11, 11, 21, 21))
+    image.save(path)
+    return str(path)
+
+
+def inpaint(run: Path, picture: str, mask: str, out: Path, *words: str) -> int:
+    return main(["inpaint", picture, "--mask", mask, "--run", str(run), "--out", str(out), *words])
+
+
+def test_a_part_is_drawn_again_and_the_rest_stays(
+    mini_run: Path, pictures: list[str], mask: str, tmp_path: Path
+) -> None:
+    Image.open(pictures[1]).save(tmp_path / "exact.png")
+    out, words = tmp_path / "out.png", ("--caption", "a red star", "--seed", "4")
+    assert inpaint(mini_run, str(tmp_path / "exact.png"), mask, out, *words, "--jumps", "1") == 0
+    image, given = np.asarray(Image.open(out)), np.asarray(Image.open(pictures[1]))
+    changed = (image != given).any(-1)
+    assert changed[11:21, 11:21].any()
+    changed[11:21, 11:21] = False
+    assert not changed.any()
+    assert Image.open(out).text.items() >= {"caption": "a red star", "seed": "4", "jumps": "1"}.items()
+    larger = tmp_path / "larger.png"
+    Image.open(mask).resize((64, 64), Image.Resampling.NEAREST).save(larger)
+    assert inpaint(mini_run, str(tmp_path / "exact.png"), str(larger), tmp_path / "b.png", *words, "--jumps", "1") == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), image)
+    assert inpaint(mini_run, pictures[1], mask, tmp_path / "grid.png", "--num", "3") == 0
+    assert Image.open(tmp_path / "grid.png").width == 5 * (CELL + GAP) + GAP
+
+
+def test_a_mask_without_white_is_a_warning_and_the_picture(
+    mini_run: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (32, 32), 0).save(tmp_path / "black.png")
+    assert inpaint(mini_run, pictures[1], str(tmp_path / "black.png"), tmp_path / "out.png") == 0
+    assert "has no white: nothing is drawn again" in capsys.readouterr().out
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(Image.open(pictures[1])))
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["PICTURE", "PICTURE", "--mask", "MASK"], "Expected one image file. Got 2"),
+        (["PICTURE", "--mask", "nowhere.png"], "No file at nowhere.png"),
+        (["PICTURE", "--mask", "pyproject.toml"], "Got pyproject.toml"),
+        (["PICTURE", "--mask", "WIDE"], "Expected a mask of 32 × 32 pixels, as the picture"),
+        (
+            ["PICTURE", "--mask", "MASK", "--prior", "ar", "--candidates", "2"],
+            "Expected a caption for settings of a prior",
+        ),
+        (["PICTURE", "--mask", "MASK", "--solver", "Heun", "--jumps", "2"], "Expected a solver of one look a step"),
+        (["PICTURE", "--mask", "MASK", "--caption", "a star", "--prior", "none"], "has no prior 'none'"),
+    ],
+)
+def test_what_cannot_be_inpainted_is_one_line(
+    words: list[str],
+    fragment: str,
+    mini_run: Path,
+    pictures: list[str],
+    mask: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("L", (64, 32), 255).save(tmp_path / "wide.png")
+    names = {"PICTURE": pictures[1], "MASK": mask, "WIDE": str(tmp_path / "wide.png")}
+    out = tmp_path / "out.png"
+    line = ["inpaint", *(names.get(word, word) for word in words), "--run", str(mini_run), "--out", str(out)]
+    assert main(line) == 1
+    assert fragment in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "fragment"),
     [

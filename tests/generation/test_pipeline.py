@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
 from unclip_pl.generation import decoding, guide
-from unclip_pl.generation.decoding import Decoder, DecoderSpec, UpsamplerSpec
+from unclip_pl.generation.decoding import Decoder, DecoderSpec, Upsampler, UpsamplerSpec
 from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.priors import DiffusionPriorSpec
@@ -208,6 +208,48 @@ def test_a_run_names_interval_and_guide(mini_run: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="put the lower one first"):
         read_run(tmp_path)
+
+
+def test_a_picture_is_inpainted(unclip: Unclip) -> None:
+    """Without a mask it is the picture, with a full one it is `generate` bit for bit, and every seed has its own."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    captions = ["a red star", "a ring"]
+    assert torch.equal(unclip.inpaint(images, mask, captions).images, images)
+    plain = unclip.generate(captions, num=2, seed=3)
+    whole = unclip.inpaint(images, ~mask, captions, num=2, seed=3, jumps=2)
+    assert torch.equal(whole.images, plain.images)
+    assert torch.equal(whole.image_embed, plain.image_embed)
+
+    mask[..., 10:20, 8:24] = True
+    for words in (captions, ["a ring"], None):
+        drawn = unclip.inpaint(images, mask, words, num=2, seed=3).images
+        kept = ~mask[0].expand(3, -1, -1)
+        for picture, around in zip(drawn, images.repeat_interleave(2, dim=0), strict=True):
+            assert torch.equal(picture[kept], around[kept])
+            assert not torch.equal(picture, around)
+        assert not torch.equal(drawn[0], drawn[1])
+    z_i = unclip.inpaint(images, mask).image_embed
+    torch.testing.assert_close(z_i, unclip.clip.encode_image(images))
+    for wrong in (mask[..., 1:], mask.expand(3, -1, -1, -1)):
+        with pytest.raises(ValueError, match=r"a mask for \(2, 3, 32, 32\), of one channel"):
+            unclip.inpaint(images, wrong)
+    with pytest.raises(ValueError, match=r"Expected one caption or 2, one for each picture. Got 3"):
+        unclip.inpaint(images, mask, ["a", "b", "c"])
+
+
+def test_upsamplers_keep_the_known_at_their_size(unclip: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    task = UpsamplerTask(UpsamplerUNet(8, [1], 1, dropout=0.0), factor=2).eval()
+    monkeypatch.setattr(unclip.decoder, "upsamplers", [Upsampler(UpsamplerSpec("", DDIM(2)), task, task)])
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    mask[..., 21:40, 16:45] = True
+    drawn = unclip.inpaint(images, mask, ["a red star"]).images
+    kept = ~mask.expand(1, 3, -1, -1)
+    assert drawn.shape == images.shape
+    assert torch.equal(drawn[kept], images[kept])
+    assert not torch.equal(drawn, images)
 
 
 def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ class Studio(AbstractContextManager["Studio"]):
         self.out = options.out or f"{command}.png"
         self.paths = paths
         if paths is not None:
-            _check_files(paths)  # now, and not after the networks are read
+            check_files(paths)  # now, and not after the networks are read
         title = TextColumn("{task.description}", markup=False)
         self.bars = Progress(title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -142,7 +142,7 @@ class Studio(AbstractContextManager["Studio"]):
     def _open(self, paths: Sequence[str]) -> None:
         from unclip_pl.generation.pictures import open_pictures
 
-        self.pictures = open_pictures(paths, max(self.unclip.clip.image_size, self.unclip.decoder.image_size))
+        self.pictures = open_pictures(paths, max(self.unclip.clip.image_size, self.unclip.decoder.output_size))
         for path, note in zip(paths, self.pictures.notes, strict=True):
             if note:
                 self.say(f"{path}: {note}")
@@ -238,7 +238,7 @@ def _sampler(own: "Sampler | None", solver: Solver | None, steps: int | None) ->
     return own.with_steps(int(steps))
 
 
-def _check_files(paths: Sequence[str]) -> None:
+def check_files(paths: Sequence[str]) -> None:
     """Refuse what is not a file before anything slow is imported."""
     if not paths:
         raise InputError("Expected one image file or more. Got none: name some, such as photo.jpg.")

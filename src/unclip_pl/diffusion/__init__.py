@@ -10,6 +10,7 @@ from unclip_pl.diffusion.guidance import (
     in_interval,
     within,
 )
+from unclip_pl.diffusion.inpainting import Inpaint
 from unclip_pl.diffusion.inversion import Inversion
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss, variational_bound
 from unclip_pl.diffusion.process import (
@@ -42,6 +43,7 @@ __all__ = [
     "Denoised",
     "GaussianDiffusion",
     "Heun",
+    "Inpaint",
     "Inversion",
     "LinearSchedule",
     "LogitNormalTime",

@@ -3,19 +3,22 @@
 A spec is what a config names, without touching a file. ``spec.load(root)`` reads the weights.
 """
 
+import math
 from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unclip_pl.diffusion import (
     DDIM,
     Ancestral,
     Denoise,
+    Inpaint,
     Inversion,
     Sampler,
     check_guidance,
@@ -30,6 +33,33 @@ from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
 
 Progress = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize (B, 3, side, side) in [-1, 1] to another side, antialiased bicubic."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+class Canvas(NamedTuple):
+    """Pictures of which a part is drawn again. The rest stays as it is, at every size of a cascade."""
+
+    images: Tensor  # (B, 3, S, S) in [-1, 1], S the side after all upsamplers
+    mask: Tensor  # (B, 1, S, S) bool, True where pixels are drawn
+    jumps: int  # of the decoder's steps, see Inpaint
+
+    def rows(self, index: slice) -> "Canvas":
+        """Return some of the pictures."""
+        return self._replace(images=self.images[index], mask=self.mask[index])
+
+    def around(self, sampler: Sampler, size: int, jumps: int = 0) -> Sampler:
+        """Return a solver that draws the open part at a side of ``size`` pixels.
+
+        A pixel of a smaller picture is drawn where any of those that it stands for is.
+        """
+        mask = F.adaptive_max_pool2d(self.mask.float(), size) > 0
+        return Inpaint(sampler, resize(self.images, size), mask, jumps)
 
 
 @dataclass(frozen=True)
@@ -91,13 +121,14 @@ class Upsampler:
             )
         self.sampler.check(task.diffusion)
 
-    def upsample(self, low: Tensor, *, generator: Streams | None = None) -> Tensor:
-        """Enlarge pictures (B, 3, h, h) in [-1, 1] to ``factor`` times the side."""
+    def upsample(self, low: Tensor, *, generator: Streams | None = None, canvas: Canvas | None = None) -> Tensor:
+        """Enlarge pictures (B, 3, h, h) in [-1, 1] to ``factor`` times the side, around what a canvas holds."""
         size = low.shape[-1] * self.task.factor
         x_T = noise_like(torch.empty(len(low), 3, size, size, device=low.device), generator=generator)
         first = self.task.denoiser(low, size, self.spec.guidance, guide=self.guide)
         last = first if self.finisher is self.task else self.finisher.denoiser(low, size)
-        return self.sampler.sample(first, x_T, self.task.diffusion, last=last, generator=generator)
+        sampler = self.sampler if canvas is None else canvas.around(self.sampler, size)
+        return sampler.sample(first, x_T, self.task.diffusion, last=last, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -194,14 +225,19 @@ class Decoder:
             drop_embedding=self.spec.drop_embedding and text is not None,  # or nothing would be left
         )
 
-    def enlarge(self, image: Tensor, *, generator: Streams | None = None) -> Tensor:
+    @property
+    def output_size(self) -> int:
+        """Side of its pictures after all upsamplers, in pixels."""
+        return self.image_size * math.prod(upsampler.task.factor for upsampler in self.upsamplers)
+
+    def enlarge(self, image: Tensor, *, generator: Streams | None = None, canvas: Canvas | None = None) -> Tensor:
         """Send pictures (B, 3, h, h) through the upsamplers, if there are any, and clamp them to [-1, 1].
 
         Raises:
             InputError: a picture is not finite.
         """
         for upsampler in self.upsamplers:
-            image = upsampler.upsample(image, generator=generator)
+            image = upsampler.upsample(image, generator=generator, canvas=canvas)
         if not image.isfinite().all():
             raise InputError(
                 f"Expected pictures of finite numbers. Got NaN or infinity from the decoder {self.spec.checkpoint} or "
@@ -221,6 +257,7 @@ class Decoder:
         *,
         guidance: float | None = None,
         sampler: Sampler | None = None,
+        canvas: Canvas | None = None,
         generator: Streams | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -231,6 +268,7 @@ class Decoder:
             text: raw features of the captions, see :meth:`null_text`.
             guidance: scale for this call; None keeps the spec's.
             sampler: solver for this call; None keeps the spec's.
+            canvas: pictures of which a part is kept; None keeps nothing.
             generator: source of the starting noise and of the noise of stochastic samplers.
             progress: function that is called after every step of the first stage.
 
@@ -243,5 +281,7 @@ class Decoder:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.spec.precision == "bf16-mixed"):
             denoise = self.denoiser(image_embed, scale, text)
             solver = self.sampler if sampler is None else self.check(sampler)
+            if canvas is not None:
+                solver = canvas.around(solver, self.image_size, canvas.jumps)
             image = solver.sample(denoise, x_T, self.task.diffusion, generator=generator, progress=progress)
-            return self.enlarge(image, generator=generator)
+            return self.enlarge(image, generator=generator, canvas=canvas)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.errors import InputError
-from unclip_pl.generation.decoding import Progress
+from unclip_pl.generation.decoding import Progress, resize
 from unclip_pl.generation.pipeline import Unclip
 
 #: Fraction of the angle within which the noise that the network cannot explain fades out: up to there it is still the
@@ -332,10 +332,3 @@ class Manipulator:
 def _own(theta: Tensor) -> Tensor:
     """Return the share (B,) of x_T's noise that still belongs to a picture that was turned by theta (B,)."""
     return (1 - theta / FADE).clamp(min=0)
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize (B, 3, side, side) in [-1, 1] to another side, antialiased bicubic."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)

@@ -47,13 +47,41 @@ def open_pictures(paths: Sequence[str | Path], size: int) -> Pictures:
     return Pictures([Path(path).name for path in paths], to_pixels(pixels), list(notes))
 
 
-def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
-    data = path.read_bytes()
+def open_mask(path: str | Path, picture: str | Path, size: int) -> Tensor:
+    """Open the mask of a picture, cut as :func:`open_pictures` cuts the picture: (1, 1, size, size), True where white.
+
+    Args:
+        path: image file; white is what is drawn again, black what stays.
+        picture: image file of the picture. The mask has its shape, at any resolution.
+        size: side in pixels.
+
+    Raises:
+        OSError: a file is missing.
+        InputError: a file is no image, or the mask has another shape than the picture.
+    """
+    mask, whole = (_decoded(Path(file)) for file in (path, picture))
+    if abs(mask.width * whole.height - mask.height * whole.width) > max(mask.size) * max(whole.size) / 100:
+        raise InputError(
+            f"Expected a mask of {whole.width} × {whole.height} pixels, as the picture {picture}, or of that shape. "
+            f"Got {path} of {mask.width} × {mask.height}: change its shape."
+        )
+    mask = center_square(mask.resize(whole.size, Image.Resampling.NEAREST), size).convert("L")
+    return torch.from_numpy(np.array(mask) > 127)[None, None]
+
+
+def _decoded(path: Path) -> Image.Image:
     try:
-        image = center_square(decode_upright(data, FORMATS), size)
+        return decode_upright(path.read_bytes(), FORMATS)
     except BadSample as error:
         raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}. Convert it.") from error
-    with opened(data, FORMATS) as picture:
+
+
+def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
+    try:
+        image = center_square(_decoded(path), size)
+    except BadSample as error:
+        raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}. Convert it.") from error
+    with opened(path.read_bytes(), FORMATS) as picture:
         return np.array(image), _changes(picture, size)
 
 

@@ -7,12 +7,13 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.diffusion import Sampler, check_guidance
 from unclip_pl.errors import InputError
 from unclip_pl.generation.bundle import read_notes
-from unclip_pl.generation.decoding import Decoder, Progress
+from unclip_pl.generation.decoding import Canvas, Decoder, Progress, resize
 from unclip_pl.generation.priors import Prior, PriorSpec, TrueEmbedding, TrueEmbeddingSpec
 from unclip_pl.generation.run import (
     Origin,
@@ -146,9 +147,8 @@ class Unclip:
         self.decoder.check(sampler or self.decoder.sampler)
         chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates, sampler=prior_sampler)
         text, seeds = self.clip.describe(list(captions)).repeat(num), _seeds(seed, num) * len(captions)
-        batches = _batches(len(seeds), batch_size)
-        z_i = [chosen.embed(text.rows(rows), generator=_streams(seeds[rows], "prior")) for rows in batches]
-        return self._decode(torch.cat(z_i), text, seeds, guidance, sampler, batch_size, progress)
+        z_i = _embed(chosen, text, seeds, batch_size)
+        return self._decode(z_i, text, seeds, guidance, sampler, batch_size, progress)
 
     def decode(
         self,
@@ -189,6 +189,59 @@ class Unclip:
         z_i = image_embed.to(self.device).repeat_interleave(num, dim=0)
         return self._decode(z_i, text.repeat(num), _seeds(seed, num) * b, guidance, sampler, batch_size, progress)
 
+    def inpaint(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        captions: Sequence[str] | None = None,
+        *,
+        num: int = 1,
+        jumps: int = 0,
+        prior: str = "diffusion",
+        prior_guidance: float | None = None,
+        prior_sampler: Sampler | None = None,
+        candidates: int | None = None,
+        guidance: float | None = None,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> Generation:
+        """Draw a part of pictures again, ``num`` times each, one picture after the other; the rest stays as it is.
+
+        Other options are those of :meth:`generate`.
+
+        Args:
+            images: (B, 3, s, s) in [-1, 1]; of another side than the run's pictures, they are resized.
+            mask: (B, 1, s, s) or (1, 1, s, s) bool, True where pixels are drawn.
+            captions: what the whole pictures show, one for all or B; None takes z_i from the pictures themselves.
+            num: drawings of each picture.
+            jumps: number of times that each step is walked again (RePaint), which takes as many times longer.
+
+        Raises:
+            InputError: pictures, mask and captions do not fit together, or a setting is out of range.
+        """
+        b, size = len(images), self.decoder.output_size
+        if mask.shape not in ((b, 1, *images.shape[2:]), (1, 1, *images.shape[2:])) or num < 1:
+            raise InputError(
+                f"Expected num >= 1 and a mask for {tuple(images.shape)}, of one channel, for each picture or for all. "
+                f"Got {num} and {tuple(mask.shape)}: make them fit."
+            )
+        if captions is not None and len(captions) not in (1, b):
+            raise InputError(f"Expected one caption or {b}, one for each picture. Got {len(captions)}: make them fit.")
+        self.decoder.check(sampler or self.decoder.sampler)
+        images, seeds = images.to(self.device), _seeds(seed, num) * b
+        text = self.clip.describe([""] * b if captions is None else list(captions) * (b // len(captions))).repeat(num)
+        if captions is None:
+            z_i = self.clip.encode_image(images).repeat_interleave(num, dim=0)
+        else:
+            chosen = self.prior(prior).adjusted(guidance=prior_guidance, candidates=candidates, sampler=prior_sampler)
+            z_i = _embed(chosen, text, seeds, batch_size)
+        open_part = F.adaptive_max_pool2d(mask.to(self.device).float(), size).expand(b, -1, -1, -1) > 0
+        known, open_part = (x.repeat_interleave(num, dim=0) for x in (resize(images, size), open_part))
+        canvas = Canvas(known, open_part, jumps)
+        return self._decode(z_i, text, seeds, guidance, sampler, batch_size, progress, canvas)
+
     def _decode(
         self,
         z_i: Tensor,
@@ -198,6 +251,7 @@ class Unclip:
         sampler: Sampler | None,
         batch_size: int,
         progress: Progress | None,
+        canvas: Canvas | None = None,
     ) -> Generation:
         images = [
             self.decoder.decode(
@@ -205,12 +259,19 @@ class Unclip:
                 text.rows(rows),
                 guidance=guidance,
                 sampler=sampler,
+                canvas=None if canvas is None else canvas.rows(rows),
                 generator=_streams(seeds[rows], "decoder"),
                 progress=progress,
             )
             for rows in _batches(len(seeds), batch_size)
         ]
         return Generation(torch.cat(images), z_i)
+
+
+def _embed(prior: Prior, text: TextFeatures, seeds: list[int], batch_size: int) -> Tensor:
+    """Draw one z_i for each caption, (B, d), in batches."""
+    batches = _batches(len(seeds), batch_size)
+    return torch.cat([prior.embed(text.rows(rows), generator=_streams(seeds[rows], "prior")) for rows in batches])
 
 
 def _seeds(seed: int, num: int) -> list[int]:
