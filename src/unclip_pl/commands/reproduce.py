@@ -26,6 +26,7 @@ from rich.progress import track
 from unclip_pl.commands.launch import Process
 from unclip_pl.commands.plan import Recipe, Stage, digest
 from unclip_pl.data.shards import Shard, list_shards
+from unclip_pl.data.store import MANIFEST
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
 from unclip_pl.generation.provenance import STAGES, commit
@@ -57,8 +58,8 @@ def reproduce(
     Args:
         stages: the stages by name, in order.
         run: folder of everything that is made.
-        source: shards to work on, for recipes that do not make their own. When they change, what reads them is done
-            again.
+        source: shards to work on, for recipes that do not make their own; a store of embeddings, for recipes that need
+            no more. When they change, what reads them is done again.
         compare: config of the comparison; ``run.json`` takes CLIP, judge, decoder and priors from it.
         upsamplers: specs of upsamplers that ``run.json`` gives the decoder, and the comparison leaves out.
         base: folder of a run that this one builds on, or a file of it that ``unclip bundle --for_study`` wrote.
@@ -73,7 +74,7 @@ def reproduce(
         raise no_config(compare)
     places = {"{run}": str(Path(run)), "{source}": str(Path(source.replace("{run}", str(Path(run)))))}
     places |= {"{base}": str(Path(base)) if base else "", "{results}": results, "{precision}": precision()}
-    shards = "" if source.startswith(("{run}", "{base}")) else _contents(list_shards(source), Path(run), not dry_run)
+    shards = "" if source.startswith(("{run}", "{base}")) else _read_through(source, Path(run), not dry_run)
     recipe = Recipe(stages, places, base_recipe, shards)
     _check_source(stages, Path(places["{source}"]), Path(run))
     if dry_run:
@@ -289,6 +290,12 @@ def _number(recipe: Recipe, name: str) -> str:
 
 def _say(text: str, style: str = "") -> None:
     Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _read_through(source: str, run: Path, note: bool) -> str:
+    """Return a text that changes with what shards hold, or what a store does, whose manifest has all checksums."""
+    manifest = Path(source) / MANIFEST
+    return digest([manifest.read_text()]) if manifest.is_file() else _contents(list_shards(source), run, note)
 
 
 def _contents(shards: list[Shard], run: Path, note: bool) -> str:

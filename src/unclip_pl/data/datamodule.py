@@ -248,6 +248,9 @@ class EmbeddingDataModule(StoreDataModule):
         self.text_width, self.context_length = self.embeddings.text_shape
         self.statistics = str(self.embeddings.statistics)
 
+    def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
+        return super()._makers() | {EvaluationBatch: self.embeddings.pictureless_batch}
+
 
 class UnclipDataModule(StoreDataModule):
     """Frozen CLIP features, and the images where the task wants them.

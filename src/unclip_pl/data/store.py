@@ -443,6 +443,12 @@ class EmbeddingStore:
         """Gather a decoder's batch, the captions as text and the samples' JSON."""
         return EvaluationBatch(*self.decoder_batch(batch), self.captions(batch), self.metadata(batch))
 
+    def pictureless_batch(self, batch: RowBatch) -> EvaluationBatch:
+        """Gather embeddings and captions as for an evaluation, with pictures of side 0 and without JSON."""
+        prior = self.prior_batch(batch)
+        nothing = torch.empty(len(batch.rows), 3, 0, 0)
+        return EvaluationBatch(nothing, *prior, self.captions(batch), [{} for _ in batch.rows])
+
     def upsampler_batch(self, batch: RowBatch) -> UpsamplerBatch:
         """Gather images alone."""
         return UpsamplerBatch(self._images(batch))

@@ -81,7 +81,7 @@ class Cell(LightningModule):
 
     Args:
         run: folder that CLIP, judge and decoder are named relative to.
-        clip: the CLIP that conditions everything.
+        clip: the CLIP that conditions everything; None where embeddings are all there is.
         priors: the cell's arms by name: several priors, or one prior sampled in several ways.
         weights: folder that the priors' files are named relative to; None means ``run``.
         out: file to write; pictures lie beside it. None is ``cells/comparison.json`` in the run: the command line then
@@ -109,7 +109,7 @@ class Cell(LightningModule):
         seed: training seed of the weights; the noise of the samples follows from it too.
 
     Raises:
-        InputError: fewer than 2 seeds, the judge is the CLIP that it is to judge, a decoder without a judge or
+        InputError: fewer than 2 seeds, the judge is the CLIP that it is to judge, a decoder without a judge or a CLIP,
             foundations without a decoder, or a table, curve or ablation without a title.
     """
 
@@ -118,7 +118,7 @@ class Cell(LightningModule):
     def __init__(
         self,
         run: str,
-        clip: ClipSpec,
+        clip: ClipSpec | None,
         priors: dict[str, PriorSpec],
         weights: str | None = None,
         out: str | None = None,
@@ -169,6 +169,8 @@ class Cell(LightningModule):
         check_judge(self.judge, self.clip)
         if self.decoder is not None and self.judge is None:
             raise InputError("Expected a judge beside the decoder, to look at its pictures. Got none: name one.")
+        if self.decoder is not None and self.clip is None:
+            raise InputError("Expected the CLIP that conditions the decoder. Got none: name it.")
         if self.foundations and self.decoder is None:
             raise InputError("Expected a decoder where foundations are measured. Got none: name one.")
         if self.kind in ("table", "curve", "ablation") and not self.title:
@@ -343,7 +345,7 @@ class Cell(LightningModule):
         return frechet_resamples(real, features, self.resamples, generator=self._resampler())
 
     def _foundations(self, heldout: Heldout, drawn: Drawn | None) -> dict[str, Any] | None:
-        if drawn is None or drawn.real is None or drawn.alone is None:
+        if drawn is None or drawn.real is None or drawn.alone is None or self._parts.clip is None:
             return None
         distance = self._distances(heldout.judge_image[: len(drawn.alone.judge)], {ALONE: drawn.alone})[ALONE]
         codec = next((prior.codec for prior in self._parts.priors.values() if prior.codec is not None), None)
@@ -399,7 +401,7 @@ class Cell(LightningModule):
 
     def _base(self) -> str:
         """Return the hash of what all cells of a study share; before a run is described, that is its CLIP."""
-        return base_hash(self.run) if (self.run / RUN).is_file() else self._parts.clip.fingerprint
+        return base_hash(self.run) if (self.run / RUN).is_file() else self._parts.fingerprint
 
     def _resampled(self, values: Tensor) -> Tensor:
         return resampled_means(values, self.resamples, generator=self._resampler())

@@ -57,7 +57,7 @@ class Choice(LightningModule):
 
     Args:
         run: folder that CLIP is named relative to.
-        clip: the CLIP whose embeddings these are.
+        clip: the CLIP whose embeddings these are; None takes the data's word for it.
         priors: the prior by its name in the study; it has a setting ``guidance``. Its checkpoint is named relative to
             the folder of each learning rate.
         weights: learning rate → folder of the network that was trained with it.
@@ -74,7 +74,7 @@ class Choice(LightningModule):
     def __init__(
         self,
         run: str,
-        clip: ClipSpec,
+        clip: ClipSpec | None,
         priors: dict[str, PriorSpec],
         weights: dict[str, str],
         guidance: list[float],
@@ -108,7 +108,7 @@ class Choice(LightningModule):
         if self.trainer.world_size > 1:
             raise InputError("Expected one process: a choice takes minutes. Got several: use --trainer.devices 1.")
         parts = parts_of(self)
-        fingerprint = parts.clip.fingerprint
+        fingerprint = parts.fingerprint
         text = TextFeatures.cat([batch.text for batch in self._batches])
         pairs = PriorBatch(torch.cat([batch.image_embed for batch in self._batches]), text)
         rates = {rate: self._try(pairs, folder, 1.0, fingerprint) for rate, folder in self.weights.items()}
@@ -122,7 +122,7 @@ class Choice(LightningModule):
         spec = replace(self.prior, guidance=guidance)  # type: ignore[call-arg] # the constructor has looked
         prior = spec.load(Path(folder), str(self.device))
         check_clip(fingerprint, prior.fingerprint, f"the prior in {folder}")
-        width = self.clip.embed_dim
+        width = pairs.image_embed.shape[1]
         joint, alone = FrechetDistance(2 * width).to(self.device), FrechetDistance(width).to(self.device)
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.cat([prior.embed_batch(batch, generator=generator) for batch in self._batches])

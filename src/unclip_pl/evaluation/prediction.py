@@ -50,7 +50,7 @@ class PriorPrediction(LightningModule):
     def on_predict_end(self) -> None:
         """Write this rank's embeddings, whole or not at all."""
         path = self.out / f"image_embed-{self.global_rank:05d}.safetensors"
-        metadata = {"fingerprint": self._parts.clip.fingerprint}
+        metadata = {"fingerprint": self._parts.fingerprint}
         write_tensors(path, {"image_embed": torch.cat(self._embeds)}, metadata)
 
 

@@ -186,13 +186,13 @@ def check_seeds(seeds: int) -> None:
         raise InputError(f"Expected seeds >= 2, for the cosine between two samples. Got {seeds}: give 2 or more.")
 
 
-def check_judge(judge: ClipSpec | None, clip: ClipSpec) -> None:
+def check_judge(judge: ClipSpec | None, clip: ClipSpec | None) -> None:
     """Refuse a judge that conditions what it is to judge.
 
     Raises:
         InputError: judge and CLIP are the same.
     """
-    if judge == clip:
+    if judge is not None and judge == clip:
         raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
 
 

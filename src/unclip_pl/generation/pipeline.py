@@ -79,9 +79,10 @@ class Unclip:
         check_device(device)
         root = find_run(run)
         description = read_run(root)
-        clip, decoder, _ = open_parts(root, description.clip, device=device, decoder=description.decoder)
-        assert decoder is not None
-        return cls(root, clip, decoder, description.priors, device, Origin.of(root, name_run(run)))
+        parts = open_parts(root, description.clip, device=device, decoder=description.decoder)
+        assert parts.clip is not None
+        assert parts.decoder is not None
+        return cls(root, parts.clip, parts.decoder, description.priors, device, Origin.of(root, name_run(run)))
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """Return the words of captions that a bundle's CLIP has never seen; none for a run with a whole CLIP."""

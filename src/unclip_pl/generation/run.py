@@ -48,9 +48,10 @@ class RunDescription:
 class Parts(NamedTuple):
     """Loaded networks that belong together. A tuple, so that a LightningModule that keeps it registers none of them."""
 
-    clip: ClipEncoder
+    clip: ClipEncoder | None  # None where embeddings are all there is
     decoder: Decoder | None
     priors: dict[str, Prior]
+    fingerprint: str  # of the CLIP, or of the embeddings
 
 
 class Origin(NamedTuple):
@@ -171,7 +172,7 @@ def write_run(root: Path, description: Mapping[str, Any]) -> None:
 
 def open_parts(
     run: Path,
-    clip: ClipSpec,
+    clip: ClipSpec | None,
     *,
     device: torch.device | str,
     store_fingerprint: str | None = None,
@@ -184,7 +185,7 @@ def open_parts(
 
     Args:
         run: folder that CLIP is named relative to, or a bundle.
-        clip: the CLIP that conditions everything.
+        clip: the CLIP that conditions everything; None where the embeddings at hand are all there is.
         device: where to compute.
         store_fingerprint: fingerprint of the CLIP that made the embeddings at hand; None where there are none.
         decoder: the decoder to load; None loads none.
@@ -197,8 +198,8 @@ def open_parts(
     """
     device, run = str(device), find_run(run)
     decoder_run = decoder_run or run
-    encoder = clip.within(run).load().to(device)
-    fingerprint = encoder.fingerprint
+    encoder = clip.within(run).load().to(device) if clip is not None else None
+    fingerprint = encoder.fingerprint if encoder is not None else store_fingerprint or ""
     check_clip(fingerprint, store_fingerprint or "", "the embedding store")
     drawer = decoder.load(decoder_run, device) if decoder is not None else None
     if drawer is not None:
@@ -209,7 +210,7 @@ def open_parts(
         check_clip(fingerprint, prior.fingerprint, f"the prior {name!r}")
         if drawer is not None:
             check_norm(prior, drawer)
-    return Parts(encoder, drawer, loaded)
+    return Parts(encoder, drawer, loaded, fingerprint)
 
 
 def check_device(device: str) -> None:

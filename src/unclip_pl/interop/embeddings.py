@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 #: Rows of a piece: 200 MB of two sides at d = 768.
 ROWS = 2**16
+#: Rows whose moments are computed at a time.
+CHUNK = 2**12
 #: Columns that name a row, the first one that is there.
 KEYS = ("key", "image_path")
 
@@ -213,7 +215,8 @@ class Dump:
         named, said = [keys[row] for row in rows], [captions[row] for row in rows]
         features = _features(half[0][rows], half[1][rows], named, said, np.sort(split))
         training = features.image_embed[features.split == Split.TRAIN]
-        return Contents(features, moments_of(training), skipped)
+        parts = np.array_split(training, -(-len(training) // CHUNK) or 1)  # in float64 a whole piece takes gigabytes
+        return Contents(features, reduce(Moments.plus, map(moments_of, parts)), skipped)
 
     def keys(self, piece: Piece) -> list[str]:
         """Return the key of each row; its place where the metadata have none."""

@@ -88,6 +88,7 @@ def write_diffusers(run: Path, folder: Path) -> list[str]:
     prior, decoder = parts.priors[name], parts.decoder
     assert isinstance(prior, DiffusionPrior)
     assert decoder is not None
+    assert parts.clip is not None
     upsampler, files = decoder.upsamplers[0], description.decoder.upsamplers[0]
     networks = [
         _network(root, "prior", spec.checkpoint, prior.task),
