@@ -1,5 +1,6 @@
 """The command line as a user meets it: help at once, one clear line for a mistake, no traceback, nothing lost."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,21 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str], *fragments: st
     assert "--debug" in said
     for fragment in fragments:
         assert fragment in said
+
+
+@pytest.mark.parametrize("policy", ["", "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(policy: str) -> None:
+    """In a process of ours, before torch is there, and in what such a process starts."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    child = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    code = f"""
+import subprocess, sys, unclip_pl
+assert "torch" not in sys.modules
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == (policy or "PASSIVE")
 
 
 def test_help_names_every_command_and_imports_no_torch() -> None:
