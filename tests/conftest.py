@@ -73,7 +73,7 @@ class Undrawn(InProcess):
 
     def __init__(self, words: list[str], *_: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("draw", "summary", "log"):
+            for name in ("draw", "summary", "log", "show"):
                 patch.setattr(report, name, lambda *_: {})
             super().__init__(words)
 

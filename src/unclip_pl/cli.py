@@ -85,6 +85,7 @@ NOISE = (
     ".*GPU available but not used.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",
+    ".*you need to define a `flops_per_batch` attribute.*",  # throughput is counted in samples
     ".*could be decompression bomb.*",  # our own limit is lower, and refuses
     "(?s).*deprecated in v4.*",  # Lightning 2.6 calls jsonargparse by older names
     "(?s).*JsonargparseDeprecationWarning.*",
@@ -308,6 +309,5 @@ def train(words: list[str]) -> Any:
 
         drawn = report.draw(folder)
         report.summary(folder, drawn)
-        for logger in cli.trainer.loggers:
-            report.log(folder, drawn, Path(logger.log_dir or folder))
+        report.show(folder, drawn, cli.trainer.loggers)
     return cli

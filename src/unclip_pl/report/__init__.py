@@ -1,6 +1,7 @@
 """Draw a study's report from its cells: plain data in, files out. No network is asked again."""
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, study_
 from unclip_pl.report.tables import metric_tables
 from unclip_pl.report.tables import summary as sentences
 
-__all__ = ["draw", "log", "summary"]
+__all__ = ["draw", "log", "show", "summary"]
 
 
 def draw(folder: Path) -> dict[str, Any]:
@@ -78,6 +79,41 @@ def summary(folder: Path, report: dict[str, Any]) -> None:
     console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
 
 
+def show(folder: Path, report: dict[str, Any], loggers: Sequence[Any]) -> None:
+    """Show a report in loggers: every row's means, and all pictures. TensorBoard gets what :func:`log` writes.
+
+    Args:
+        folder: folder of the run or study that :func:`draw` has drawn.
+        report: content of its ``report.json``.
+        loggers: Lightning's loggers. One line names those that show no pictures; they get the means.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from unclip_pl.training.loggers import log_picture, name_the_blind, takes_pictures
+
+    rows = report["priors"].items()
+    means = {f"compare/{name}/{measure}": mean for name, row in rows for measure, mean in _means(row).items()}
+    if loggers:
+        name_the_blind(loggers, "the pictures of a comparison")
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            log(folder, report, Path(logger.log_dir))
+            continue
+        logger.log_metrics(means, step=0)
+        for title, picture in _pictures(folder) if takes_pictures(logger) else ():
+            log_picture(logger, title, torch.from_numpy(picture).permute(2, 0, 1) / 255, 0)
+
+
+def _means(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value["mean"] for name, value in row["metrics"].items() if value["mean"] is not None}
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield title and pixels (H, W, 3) of every picture and plot of a report."""
+    for path in sorted((folder / "plots").glob("[!.]*.png")):
+        yield f"compare/{path.stem}", np.array(Image.open(path).convert("RGB"))
+
+
 def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
     """Write a report for TensorBoard: every row's means with its settings as hparams, curves, pictures and plots.
 
@@ -89,7 +125,7 @@ def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     for name, row in report["priors"].items():
-        found = {f"compare/{m}": v["mean"] for m, v in row["metrics"].items() if v["mean"] is not None}
+        found = {f"compare/{measure}": mean for measure, mean in _means(row).items()}
         settings = {key: value for key, value in row["sampling"].items() if isinstance(value, bool | int | float | str)}
         with SummaryWriter(str(logs / file_name(name))) as writer:
             writer.add_hparams({"prior": name, "lr": row["lr"] or 0.0, **settings}, found, run_name=".")
@@ -102,8 +138,8 @@ def log(folder: Path, report: dict[str, Any], logs: Path) -> None:
                             # TensorBoard counts steps: guidance and temperature stand there times 100.
                             writer.add_scalar(f"{title}/{measure}", point["mean"], round(100 * point["x"]))
     with SummaryWriter(str(logs / "pictures")) as writer:
-        for path in sorted((folder / "plots").glob("[!.]*.png")):
-            writer.add_image(f"compare/{path.stem}", np.array(Image.open(path).convert("RGB")), dataformats="HWC")
+        for title, pixels in _pictures(folder):
+            writer.add_image(title, pixels, dataformats="HWC")
 
 
 def _sheets(folder: Path, study: Study, rows: list[str]) -> dict[str, Sheet]:

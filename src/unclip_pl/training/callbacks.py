@@ -8,9 +8,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -18,6 +16,7 @@ from torchvision.utils import make_grid
 
 from unclip_pl.errors import InputError
 from unclip_pl.nn.layers import Block
+from unclip_pl.training.loggers import log_picture, name_the_blind, takes_pictures
 
 #: Steps of a GPU between two looks at the loss.
 LOOK = 50
@@ -324,7 +323,7 @@ class StepProgressBar(TQDMProgressBar):
 class SampleGrid(Callback):
     """Draws images for the first validation pairs, always from the same noise, into every logger that takes pictures.
 
-    Such loggers are TensorBoard's, and those with a method ``log_image(key, images, step)``.
+    Such loggers are those of TensorBoard, W&B and MLflow, and others with a method ``log_image(key, images, step)``.
 
     Args:
         every_n_steps: number of optimizer steps between two grids; drawn at the validation that follows.
@@ -337,19 +336,14 @@ class SampleGrid(Callback):
         self._next = int(every_n_steps)  # checkpoints hold plain numbers, not the parser's
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that one rank holds the whole network.
+        """Check that one rank holds the whole network, and name the loggers that will show nothing.
 
         Raises:
             InputError: the network is sharded.
         """
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError("SampleGrid draws on one rank, which holds only a shard of the network. Leave it out.")
-        if not any(_takes_pictures(logger) for logger in trainer.loggers):
-            names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
-            rank_zero_warn(
-                f"SampleGrid draws nothing, since {names} takes no pictures. Add a TensorBoardLogger, "
-                "or leave SampleGrid out."
-            )
+        name_the_blind(trainer.loggers, "the pictures of SampleGrid")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the next grid."""
@@ -366,7 +360,7 @@ class SampleGrid(Callback):
         if batch_idx or trainer.sanity_checking or trainer.global_step < self._next:
             return
         self._next = trainer.global_step + self.every_n_steps
-        loggers: list[Any] = [logger for logger in trainer.loggers if _takes_pictures(logger)]
+        loggers: list[Any] = [logger for logger in trainer.loggers if takes_pictures(logger)]
         if not loggers or not trainer.is_global_zero:
             return
         few = first(batch, self.num)
@@ -374,14 +368,7 @@ class SampleGrid(Callback):
         grid = make_grid(images.float().cpu().add(1).div(2), nrow=self.num)
         title = "samples (true above, drawn below)"
         for logger in loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(title, grid, trainer.global_step)
-            else:
-                logger.log_image(title, [grid], step=trainer.global_step)
-
-
-def _takes_pictures(logger: Any) -> bool:
-    return isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
+            log_picture(logger, title, grid, trainer.global_step)
 
 
 def first(batch: Any, n: int) -> Any:

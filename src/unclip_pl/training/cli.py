@@ -24,6 +24,7 @@ from unclip_pl.files import read_checkpoint
 from unclip_pl.settings import expanded, read_yaml
 from unclip_pl.tasks import Task
 from unclip_pl.training.callbacks import FiniteLoss, StepProgressBar, TimeLimit
+from unclip_pl.training.loggers import log_settings
 from unclip_pl.training.private import ConfiguredCLI
 from unclip_pl.training.resume import BEST, CheckpointFiles, ExactResume, Signals
 
@@ -273,6 +274,10 @@ class RunConfig(SaveConfigCallback):
         """Write where something is logged or trained: a test without a logger would litter the current folder."""
         if trainer.loggers or stage == TrainerFn.FITTING:
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give it to the loggers, too."""
+        log_settings(trainer.loggers, self._plain())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the config as plain data."""
