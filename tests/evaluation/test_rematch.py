@@ -106,7 +106,7 @@ def test_a_recipe_holds_every_arm_that_the_claims_name(name: str) -> None:
         assert ("curve", *curve) in found
     for prior in ("diffusion", "ar"):
         for seed in range(1, STUDIES[name] + 1):
-            assert written[f"matched-{seed}-{prior}"].needs == [f"{prior}-{seed}"]
+            assert f"{prior}-{seed}" in written[f"matched-{seed}-{prior}"].needs
     configs = {path for stage in written.values() for path in re.findall(r"--config (configs/\S+)", stage.run)}
     assert all(Path(path).is_file() for path in configs), configs
 

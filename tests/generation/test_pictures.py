@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +34,8 @@ KINDS = {
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in KINDS.items() for mode in modes])
 def test_any_mode_and_format(kind: str, mode: str, tmp_path: Path) -> None:
+    if (kind, mode) == ("tiff", "YCbCr") and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read such a file that it wrote itself")
     white = Image.new("RGB", (20, 20), "white").convert("P")
     image = Image.new(mode, (20, 20), 65535) if mode == "I;16" else white.convert(mode)
     opened = open_pictures([written(tmp_path, image, f"x.{kind}")], 8)
