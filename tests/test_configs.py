@@ -26,8 +26,9 @@ TRAINING += [CONFIGS / part / "flow.yaml" for part in ("prior", "decoder")]
 TRAINING += [CONFIGS / part / "karlo-tiny.yaml" for part in ("clip", "prior")]
 TRAINING += [CONFIGS / "clip" / f"{name}.yaml" for name in ("emoji", "emoji-judge", "tiny", "tiny-judge")]
 WHOLE = [*CONFIGS.glob("evaluate/*.yaml"), *CONFIGS.glob("predict/*.yaml")]
-#: They need upsamplers or a set of images: tests/evaluation/test_cascade.py, tests/evaluation/test_fid.py.
-WHOLE = sorted(path for path in WHOLE if path.stem not in ("cascade", "coco-30k"))
+#: They need upsamplers, a set of images or imported embeddings: test_cascade.py, test_fid.py and
+#: tests/interop/test_embeddings.py.
+WHOLE = sorted(path for path in WHOLE if path.stem not in ("cascade", "coco-30k", "embeddings"))
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -22,6 +22,7 @@ from unclip_pl.data.store import (
     write_features,
     write_manifest,
 )
+from unclip_pl.files import read_tensors
 from unclip_pl.generation.priors import DiffusionPriorSpec, LinearPriorSpec
 from unclip_pl.interop import embeddings as module
 from unclip_pl.training.cli import build
@@ -262,7 +263,7 @@ def fit(store: Path, out: Path, *more: str) -> object:
     return cli
 
 
-def test_a_prior_trains_on_it_and_draws(dump: Path, tmp_path: Path) -> None:
+def test_a_prior_trains_on_it_and_draws(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Between spaces of two widths, with a learned null and guidance; the checkpoint alone is enough."""
     assert run(dump, "--out", tmp_path / "store") == 0
     cli = fit(tmp_path / "store", tmp_path)
@@ -272,6 +273,15 @@ def test_a_prior_trains_on_it_and_draws(dump: Path, tmp_path: Path) -> None:
     text = EmbeddingStore(tmp_path / "store").prior_batch(RowBatch(np.arange(5), np.zeros(5, np.uint64))).text
     assert prior.embed(text, generator=torch.Generator().manual_seed(0)).shape == (5, D)
     assert prior.fingerprint.startswith("import-")
+    out = ["--data.init_args.store", str(tmp_path / "store"), "--model.init_args.run", str(tmp_path / "fit")]
+    logs = ["--trainer.logger.init_args.save_dir", str(tmp_path)]
+    words = [*out, *logs, "--model.init_args.out", str(tmp_path)]
+    assert main(["predict", "--config", "configs/predict/embeddings.yaml", *words]) == 0
+    drawn = read_tensors(tmp_path / "image_embed-00000.safetensors", ["image_embed"], what="", command="")
+    assert drawn.tensors["image_embed"].shape == (EmbeddingStore(tmp_path / "store").count(Split.HELDOUT), D)
+    assert drawn.metadata["fingerprint"] == prior.fingerprint
+    assert main(["test", "--config", "configs/evaluate/embeddings.yaml", *out, *logs]) == 0
+    assert "calibration_gap" in capsys.readouterr().out
     assert main(["linear", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "linear.safetensors")]) == 0
     assert LinearPriorSpec("linear.safetensors").load(tmp_path).embed(text).shape == (5, D)
 

@@ -21,7 +21,7 @@ class PriorPrediction(LightningModule):
 
     Args:
         run: folder of the run; the checkpoint is named relative to it.
-        clip: the CLIP whose embeddings these are.
+        clip: the CLIP whose embeddings these are; None takes the data's word for it.
         prior: the prior to sample.
         out: folder to write.
         seed: base seed of every random draw.
@@ -29,7 +29,7 @@ class PriorPrediction(LightningModule):
 
     batch_type = PriorBatch
 
-    def __init__(self, run: str, clip: ClipSpec, prior: PriorSpec, out: str, seed: int = 0) -> None:
+    def __init__(self, run: str, clip: ClipSpec | None, prior: PriorSpec, out: str, seed: int = 0) -> None:
         super().__init__()
         self.run = Path(run)
         self.clip = clip

@@ -32,7 +32,7 @@ class PriorEvaluation(LightningModule):
 
     Args:
         run: folder of the run; the checkpoint is named relative to it.
-        clip: the CLIP whose embeddings these are.
+        clip: the CLIP whose embeddings these are; None takes the data's word for it.
         prior: the prior to score.
         seeds: number of samples per caption, at least 2; the first goes into distance, precision and recall.
         seed: base seed of every random draw.
@@ -43,7 +43,7 @@ class PriorEvaluation(LightningModule):
 
     batch_type = PriorBatch
 
-    def __init__(self, run: str, clip: ClipSpec, prior: PriorSpec, seeds: int = 2, seed: int = 0) -> None:
+    def __init__(self, run: str, clip: ClipSpec | None, prior: PriorSpec, seeds: int = 2, seed: int = 0) -> None:
         super().__init__()
         check_seeds(seeds)
         self.run = Path(run)
@@ -51,12 +51,14 @@ class PriorEvaluation(LightningModule):
         self.prior = prior
         self.seeds = seeds
         self.seed = seed
-        self.distance = FrechetDistance(clip.embed_dim)
         self.rows = Rows("true", "samples")
 
     def on_test_start(self) -> None:
         """Load the prior, and refuse another CLIP's."""
         self._parts = parts_of(self, priors={"prior": self.prior})
+        data: Any = self.trainer
+        width = data.datamodule.embed_dim if self.clip is None else self.clip.embed_dim
+        self.distance = FrechetDistance(width).to(self.device)
 
     def test_step(self, batch: PriorBatch, batch_idx: int) -> None:
         """Embed the captions ``seeds`` times."""
