@@ -48,6 +48,7 @@ from unclip_pl.metrics.attributes import stated_match
 from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.kernel import kernel_values
 from unclip_pl.metrics.neighbours import neighbour_values
+from unclip_pl.metrics.two_sample import told_apart
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
@@ -55,11 +56,13 @@ from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 DIGITS = 7
 #: Captions of a batch when many samples are drawn.
 EMBED_BATCH = 256
+#: Captions of which a prior is asked for more and for less of z_i·z_t.
+ASKED = 512
 #: The cell of a comparison, in its run.
 COMPARISON = Path("cells") / "comparison.json"
 ALONE = "embedding alone"
 
-Kind = Literal["prior", "matched", "table", "curve", "ablation"]
+Kind = Literal["prior", "matched", "table", "curve", "ablation", "frontier"]
 
 
 class Drawn(NamedTuple):
@@ -87,7 +90,8 @@ class Cell(LightningModule):
         out: file to write; pictures lie beside it. None is ``cells/comparison.json`` in the run: the command line then
             draws the run's report.
         kind: place of the arms in the report: ``prior`` (a row of the main tables), ``matched`` (a second row of that
-            prior, at settings equal to the others'), ``table`` (a row of a further table), ``curve`` or ``ablation``.
+            prior, at settings equal to the others'), ``table`` (a row of a further table), ``curve``, ``ablation``, or
+            ``frontier`` (further settings of the contender that ``series`` names, fidelity against diversity).
         title: name of the table, curve or ablation.
         series: name of the row, line or side, where it is not the arm's own name.
         x: place on a curve; None where the arms are named by it.
@@ -110,7 +114,7 @@ class Cell(LightningModule):
 
     Raises:
         InputError: fewer than 2 seeds, the judge is the CLIP that it is to judge, a decoder without a judge or a CLIP,
-            foundations without a decoder, or a table, curve or ablation without a title.
+            foundations without a decoder, a table, curve or ablation without a title, or a frontier without a series.
     """
 
     batch_type = EvaluationBatch
@@ -175,6 +179,8 @@ class Cell(LightningModule):
             raise InputError("Expected a decoder where foundations are measured. Got none: name one.")
         if self.kind in ("table", "curve", "ablation") and not self.title:
             raise InputError(f"Expected a title for a cell of kind {self.kind!r}. Got none: give one.")
+        if self.kind == "frontier" and not self.series:
+            raise InputError("Expected a contender as series of a frontier. Got none: name one.")
 
     def on_test_start(self) -> None:
         """Load every network, refuse to mix CLIPs, and fit the probes of embeddings where attributes are known."""
@@ -306,6 +312,9 @@ class Cell(LightningModule):
             if self._probe is not None and stated is not None:
                 read = [stated_match(self._probe.read(z), stated) for z in samples[name]]
                 values["probe_match"] = torch.stack(read).mean(0)
+            asked = self._asked(prior, pairs) if self.kind in ("prior", "matched") else None
+            if asked is not None:
+                values["dot_obedience"] = asked
             arms[name] = {
                 "values": {},
                 "resamples": {"embed_fd": distances[name]} | {key: self._resampled(x) for key, x in values.items()},
@@ -316,6 +325,18 @@ class Cell(LightningModule):
                 "sampling": settings(self.priors[name]),
             }
         return arms
+
+    def _asked(self, prior: Prior, pairs: PriorBatch) -> Tensor | None:
+        """Return how far samples of the first captions follow what they are asked for, on the CPU."""
+        parts = []
+        for start in range(0, min(ASKED, len(pairs.image_embed)), EMBED_BATCH):
+            rows = slice(start, min(start + EMBED_BATCH, ASKED))
+            batch = PriorBatch(pairs.image_embed[rows], pairs.text.rows(rows))
+            found = prior.obedience(batch.text, generator=streams_for(batch, self.seed))
+            if found is None:
+                return None
+            parts.append(found.cpu())
+        return torch.cat(parts)
 
     def _trained(self, name: str) -> Path:
         """Return the folder of the fit whose checkpoint a prior reads."""
@@ -337,7 +358,11 @@ class Cell(LightningModule):
             if name in drawn.many:
                 values |= diversity_scores(drawn.many[name], drawn.captions, self.diversity_samples)
             arms[name]["values"] = values
-            arms[name]["resamples"] |= {"fd_judge": fd_judge[name], "kid_judge": self._resampled(kernels[name])}
+            arms[name]["resamples"] |= {
+                "fd_judge": fd_judge[name],
+                "kid_judge": self._resampled(kernels[name]),
+                "told_apart": self._resampled(told_apart(real, view.judge)),
+            }
 
     def _distances(self, real: Tensor, views: dict[str, View]) -> dict[str, Tensor]:
         """Return the Fréchet distance of each view's pictures and its resamples, (1 + R,)."""

@@ -6,6 +6,7 @@ the weights and returns a prior that is complete.
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,13 @@ class Prior(ABC):
     def embed_batch(self, batch: PriorBatch, *, generator: Streams | None = None) -> Tensor:
         """Draw one z_i for each pair of a batch, (B, d). A reference may look at the true embedding here."""
         return self.embed(batch.text, generator=generator)
+
+    def obedience(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor | None:
+        """Return how far z_i·z_t of samples follows what is asked for, (B,); None where nothing can be asked.
+
+        1 follows it fully, 0 not at all.
+        """
+        return None
 
     def adjusted(
         self, *, guidance: float | None = None, candidates: int | None = None, sampler: Sampler | None = None
@@ -333,6 +341,33 @@ class ARPrior(Prior):
             )  # (B, N, n)
         z_i = codec.decode(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
         return best_of(z_i, text)
+
+    def obedience(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor | None:
+        """Force the dot-product token low, then high: the change of z_i·z_t, over what the tokens ask for."""
+        edges = self.codec.dot_edges[0]
+        low = len(edges) // 8 + 1  # neither of the outer buckets, which have one edge alone
+        high = len(edges) - low
+        if high <= low:
+            return None
+        states = [stream.get_state() for stream in _streams(generator)]
+        alone, cosines = self.adjusted(candidates=1), []
+        for bucket in (low, high):
+            for stream, state in zip(_streams(generator), states, strict=True):
+                stream.set_state(state)  # both see the same noise
+            forced = F.one_hot(torch.tensor(bucket, device=edges.device), len(edges) + 1) * 1e4
+            handle = self.task.net.dot_head.register_forward_hook(lambda *args, forced=forced: args[2] * 0 + forced)
+            try:
+                cosines.append(F.cosine_similarity(alone.embed(text, generator=generator), text.embed, dim=-1))
+            finally:
+                handle.remove()
+        asked = (edges[high - 1 : high + 1].mean() - edges[low - 1 : low + 1].mean()).item()
+        return (cosines[1] - cosines[0]) / asked
+
+
+def _streams(generator: Streams | None) -> Sequence[torch.Generator]:
+    if generator is None:
+        return [torch.default_generator]
+    return [generator] if isinstance(generator, torch.Generator) else generator
 
 
 def _describe(prior: Prior, task: EmbeddingTask) -> None:
