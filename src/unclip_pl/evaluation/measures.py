@@ -1,6 +1,7 @@
 """Name what a comparison reports: the table in ``measures.yaml``, and how its numbers are printed."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,8 @@ class Measure(NamedTuple):
     percent: bool = False
     digits: int = 3
     any_space: bool = False  # whether samples in the spaces of two CLIPs may be compared by it
+    delta: float | None = None  # largest difference that makes none, see docs/comparison.md
+    distance: bool = False  # whether that is a tenth of the way from the perfect prior to z_t instead
 
     def show(self, value: float) -> str:
         """Return the number in the report's digits."""
@@ -71,3 +74,11 @@ def within_shares(interval: Interval, count: int) -> Interval:
     if count > 1 and low == high and mean in (0.0, 1.0):
         mean, low, high = share_interval(mean, count)
     return Interval(mean, low if math.isnan(low) else max(0.0, low), high if math.isnan(high) else min(1.0, high))
+
+
+def end_of_grid(tried: Iterable[str], chosen: str | float) -> str:
+    """Return "smallest" or "largest" where that was chosen of what was tried, so that the best may lie beyond it."""
+    values = sorted(map(float, tried))
+    if len(values) < 2:
+        return ""
+    return {values[0]: "smallest", values[-1]: "largest"}.get(float(chosen), "")
