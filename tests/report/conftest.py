@@ -19,6 +19,7 @@ VALUES = {
 SPREAD = {"vendi": (4.0, 0.3), "diversity_gap": (0.1, -0.01), "intra_distance": (0.4, 0.05)}
 EMBEDDED = {
     "embed_fd": (0.010, 0.003), "fd_judge": (0.04, 0.01), "cos_true": (0.70, -0.06), "cos_samples": (0.78, -0.09),
+    "kid_judge": (1e-3, 4e-4), "embed_kid": (3e-4, 1e-4), "told_apart": (0.60, 0.06), "dot_obedience": (0.1, 0.0),
     "cos_mean": (0.80, -0.02), "calibration_gap": (-0.08, 0.03), "text_cos": (0.8, -0.04), "probe_match": (0.97, -0.02),
 }  # fmt: skip
 SIZES = {"diffusion": (1.92e6, 3.0e13, 1.3e9, 128), "ar": (1.9e6, 5.0e13, 1.6e8, 33)}
@@ -95,7 +96,7 @@ def write_study(folder: Path, seeds: int = 3) -> Path:
         for title, series, points in (
             ("prior guidance", "diffusion", {"1": 0.0, "2": 0.5, "4": 2.0}),
             ("prior guidance", "ar", {"1": 1.0, "2": 0.9}),
-            ("sampling steps", "fixed", {"1": 5.0, "8": 1.0, "64": 0.0}), ("sampling steps", "analytic", {"8": 0.4}),
+            ("sampling steps", "fixed", {"1": -2.0, "8": 1.0, "64": 0.0}), ("sampling steps", "analytic", {"8": 0.4}),
             ("candidates", "diffusion", {"1": 0.3, "2": 0.0}),
             ("dot quantile", "ar", {"0": 1.0, "0.5": 0.9, "0.95": 1.4}),
         ):  # fmt: skip

@@ -11,8 +11,21 @@ import torch
 
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.metrics.interval import Interval, mean_interval
-from unclip_pl.report.claims import FAILS, HOLDS, OPEN, UNMEASURED, claims_table, difference, judge, verdict
-from unclip_pl.report.study import distinct, metrics, read_study, study_report
+from unclip_pl.report.claims import (
+    DISAGREE,
+    EQUAL,
+    FAILS,
+    HOLDS,
+    OPEN,
+    UNMEASURED,
+    UNTOLD,
+    claims_table,
+    difference,
+    judge,
+    verdict,
+)
+from unclip_pl.report.frontier import frontier
+from unclip_pl.report.study import distinct, metrics, read_study, rows_of, study_report
 
 Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
 CAPTIONS, MANY = 40, 6
@@ -22,7 +35,8 @@ MEANS = {"stated_match": (0.95, -0.03), "clip_score": (65.0, -2.0), "residual": 
 def reduce(folder: Path) -> dict[str, Any]:
     """The report of a folder, without drawing it."""
     paper = claims_table(folder)
-    report = study_report(read_study(folder, paper["order"]), paper)
+    study = read_study(folder, paper["order"])
+    report = study_report(study, paper) | {"frontier": frontier(study.arms, rows_of(study.arms))}
     return report | {"claims": judge(report, paper["claims"])}
 
 
@@ -177,12 +191,15 @@ def _decided(report: dict[str, Any], folder: Path, **moved: tuple[float, float])
 
 
 def test_less_compute_needs_nothing_worse_and_something_better(report: dict[str, Any], tmp_path: Path) -> None:
-    level = {"stated_match": (-1, 1), "clip_score": (-1, 1), "fd_judge": (-1, 1), "embed_fd": (-1, 1)}
+    names = ("stated_match", "clip_score", "fd_judge_corrected", "embed_fd_corrected")
+    level = dict.fromkeys(names, (-9.0, 9.0))
     assert _decided(report, tmp_path) == HOLDS
     assert _decided(report, tmp_path, **level) == OPEN
-    assert _decided(report, tmp_path, **{**level, "fd_judge": (-2, -1)}) == HOLDS
-    assert _decided(report, tmp_path, **{**level, "clip_score": (-2, -1)}) == OPEN  # cheaper and worse: no verdict
-    assert _decided(report, tmp_path, **{**level, "fd_judge": (-2, -1), "clip_score": (-2, -1)}) == OPEN
+    assert _decided(report, tmp_path, **dict.fromkeys(names, (-1e-9, 1e-9))) == HOLDS  # cheaper, and no difference
+    assert _decided(report, tmp_path, **{**level, "fd_judge_corrected": (-2, -1)}) == HOLDS
+    assert _decided(report, tmp_path, **{**level, "clip_score": (-4, -2)}) == OPEN  # cheaper and worse: no verdict
+    both = {**level, "fd_judge_corrected": (-2.0, -1.0), "clip_score": (-4.0, -2.0)}
+    assert _decided(report, tmp_path, **both) == DISAGREE
 
 
 def test_the_top_half_is_best_where_it_beats_every_other_share(report: dict[str, Any], tmp_path: Path) -> None:
@@ -192,17 +209,18 @@ def test_the_top_half_is_best_where_it_beats_every_other_share(report: dict[str,
         sides = {"paper": {"mean": 0.1}, "other": {"mean": 0.1}}
         lines = [
             {"title": f"dot token above 50 or {x} %", "paper": "0.5", "other": f"0.{x}", "seeds": [1, 2],
-             "measures": {"embed_fd": sides | {"difference": {"mean": 0.0, "low": low, "high": high}}}}
+             "measures": {"embed_fd_corrected": sides | {"difference": {"mean": 0.0, "low": low, "high": high}}}}
             for x, (low, high) in zip((70, 85, 95), differences, strict=True)
         ]  # fmt: skip
         changed = {**report, "ablations": lines}
         changed["claims"] = judge(changed, rows)
         return found(changed)["The dot-product token is best drawn from its top half"]["verdict"]
 
-    better, level, worse = (-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0)
+    better, level, worse, same = (-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0), (-1e-4, 1e-4)
     assert decided(better, better, better) == HOLDS
     assert decided(level, better, better) == OPEN
     assert decided(better, better, worse) == FAILS
+    assert decided(better, same, better) == EQUAL
 
 
 def test_a_row_that_says_the_same_is_left_out(report: dict[str, Any]) -> None:
@@ -247,15 +265,15 @@ def test_an_ablation_that_no_table_names_is_compared_all_the_same(tmp_path: Path
 
 def test_every_claim_has_a_verdict_and_a_reason(report: dict[str, Any]) -> None:
     told = found(report)
-    assert len(told) == 18
+    assert len(told) == 20
     for claim in told.values():
-        assert claim["verdict"] in (HOLDS, FAILS, OPEN)
+        assert claim["verdict"] in (HOLDS, FAILS, EQUAL, DISAGREE, OPEN, UNTOLD)
         assert all(claim[key] for key in ("claim", "source", "paper", "ours", "why"))
     assert told["Predicting z_i itself is better than predicting the noise"]["verdict"] == HOLDS
     assert told["A prior is better than feeding the decoder the text embedding"]["verdict"] == HOLDS
     assert told["A linear map is the prior with the lower FID"]["verdict"] == FAILS
     rank = told["CLIP trained with SAM spans a space of drastically lower rank"]
-    assert rank["verdict"] == OPEN  # one CLIP a side
+    assert rank["verdict"] == UNTOLD  # one CLIP a side
     assert "with SAM: effective rank 12.0" in rank["ours"]
     assert told["The diffusion prior needs less training compute"]["verdict"] == HOLDS
 

@@ -1,8 +1,9 @@
 """Set each claim of a table beside what a study measured.
 
-The claims are data: ``paper.yaml`` beside this file, or a study's own ``claims.yaml``. A verdict comes from a 95 %
-interval over training seeds and captions. A claim holds, or does not hold, where the interval leaves the balance point
-out; else it cannot be told at this scale.
+The claims are data: ``paper.yaml`` beside this file, or a study's own ``claims.yaml``. One rule decides all of them, on
+a 95 % interval over training seeds and captions; ``docs/comparison.md`` states it. Where the whole interval lies within
+±δ, there is no difference. Else a claim holds, or does not hold, where the interval leaves 0 out. Else it is open, and
+the verdict says what would close it. The first measure decides; where another one says the opposite, they disagree.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,12 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.settings import read_yaml
 
-HOLDS, FAILS, OPEN, UNMEASURED = "holds", "does not hold", "cannot be told", "not measured"
+HOLDS, FAILS, EQUAL, DISAGREE = "holds", "does not hold", "no difference", "measures disagree"
+OPEN, UNTOLD, UNMEASURED = "open", "cannot be told", "not measured"
+#: Largest difference of a win rate from a half that makes none.
+WIN_DELTA = 0.03
+#: Rows between which a distance's δ is a tenth of the way: the perfect prior, or else the true embedding, and z_t.
+PERFECT, TRUE, TEXT = "true posterior", "ceiling", "text"
 #: A study's own table of claims, in its folder.
 OWN = "claims.yaml"
 
@@ -56,15 +62,68 @@ def judge(report: Report, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [{name: row[name] for name in told} | TESTS[row["test"]](report, row)._asdict() for row in rows]
 
 
-def verdict(interval: dict[str, Any] | None, *, above: bool, balance: float = 0.0) -> str:
-    """Return whether the interval lies wholly on the claimed side of the balance point."""
+def verdict(interval: dict[str, Any] | None, *, above: bool, balance: float = 0.0, delta: float | None = None) -> str:
+    """Return what an interval says of a claim.
+
+    Args:
+        interval: mean and ends; None where nothing was measured.
+        above: whether the claim is that the truth lies above the balance point.
+        balance: value at which there is no difference.
+        delta: largest difference that makes none; None where nobody has said.
+    """
     if not interval or interval.get("low") is None:
         return UNMEASURED if not interval or interval.get("mean") is None else OPEN
-    if interval["low"] > balance:
+    low, high = interval["low"] - balance, interval["high"] - balance
+    if delta is not None and -delta <= low and high <= delta:
+        return EQUAL
+    if low > 0:
         return HOLDS if above else FAILS
-    if interval["high"] < balance:
+    if high < 0:
         return FAILS if above else HOLDS
     return OPEN
+
+
+def together(verdicts: list[str]) -> str:
+    """Return the verdict of several measures: the first one's, unless another one says the opposite."""
+    first = verdicts[0] if verdicts else UNMEASURED
+    return DISAGREE if first in (HOLDS, FAILS) and {HOLDS, FAILS} <= set(verdicts) else first
+
+
+def delta_of(report: Report, name: str) -> float | None:
+    """Return the largest difference of a measure that makes none; None where that is not known.
+
+    Of a distance it is a tenth of the way from the perfect prior's to that of z_t; without a perfect prior, from that
+    of the true embedding.
+    """
+    measure = MEASURES[name]
+    if not measure.distance:
+        return measure.delta
+    rows = report["priors"]
+    near, far = (
+        [rows[row]["metrics"].get(name) for row in names if row in rows] for names in ((PERFECT, TRUE), (TEXT,))
+    )
+    if not near or not far or not near[0] or not far[0] or near[0]["mean"] is None or far[0]["mean"] is None:
+        return None
+    return abs(far[0]["mean"] - near[0]["mean"]) / 10
+
+
+def cost_of(interval: dict[str, Any], delta: float | None) -> str:
+    """Return what would bring the half-width of an open interval down to δ; empty where that is unknown."""
+    if delta is None or interval.get("low") is None:
+        return ""
+    half = (interval["high"] - interval["low"]) / 2
+    if half <= delta:
+        return "open although the half-width is within δ: more seeds and captions move the ends"
+    width = half / delta
+    return f"open: the half-width is {width:.1f} δ, so it takes about {width**2:.0f} times the seeds and captions"
+
+
+def varied(pair: dict[str, Any]) -> str:
+    """Return what a paired interval is over."""
+    if not pair.get("seeds"):
+        return ""
+    seeds = f"{pair['seeds']} seeds and " if pair["seeds"] > 1 else ""
+    return f"varied: {seeds}{pair['captions']:,} captions"
 
 
 def difference(report: Report, measure: str, first: str, second: str) -> dict[str, Any] | None:
@@ -75,7 +134,7 @@ def difference(report: Report, measure: str, first: str, second: str) -> dict[st
     elif f"{second} - {first}" in pairs:
         turned = pairs[f"{second} - {first}"]
         ends = {end: None if turned[other] is None else -turned[other] for end, other in TURNED.items()}
-        found = {**ends, "first": turned["second"], "second": turned["first"]}
+        found = {**turned, **ends, "first": turned["second"], "second": turned["first"]}
     else:
         return None
     return found if found["mean"] is not None else None
@@ -85,48 +144,94 @@ TURNED = {"mean": "mean", "low": "high", "high": "low"}
 
 
 def _duel(report: Report, row: dict[str, Any]) -> Finding:
-    """Judge by win rates head to head: the first measure that there is decides, others are shown."""
+    """Judge by win rates head to head; the further measures may object."""
     found = {duel["matched"]: duel for duel in report["duels"] if (duel["first"], duel["second"]) == _names(row)}
     best, matched = found.get(False), found.get(True)
     names = [name for name in row["measures"] if best and name in best["win_rates"]]
-    if best is None or not names:
-        return Finding(UNMEASURED)
-    told = []
+    told, verdicts = [], []
     for name in names:
+        assert best is not None
         rate = best["win_rates"][name]
         ours = f"{MEASURES[name].label}: {row['first']} wins {_percent(rate)} of the captions"
         ours += f" (sign test p = {rate['p']:.2g})"
-        told.append(f"{ours}; {_percent(matched['win_rates'][name])} matched" if matched else ours)
-    return Finding(verdict(best["win_rates"][names[0]], above=True, balance=0.5), ". ".join(told))
+        ours += f"; {_percent(matched['win_rates'][name])} matched" if matched else ""
+        if _rewards_the_mean(report, name, row.get("mean", "")):
+            ours += f"; it ranks {row['mean']}, which answers with the mean, above the truth, and so decides nothing"
+        else:
+            verdicts.append(verdict(rate, above=True, balance=0.5, delta=WIN_DELTA))
+            ours += _open(verdicts[-1], rate, WIN_DELTA)
+        told.append(ours)
+    if told and best:
+        told.append(varied({"seeds": best["seeds"], "captions": best["win_rates"][names[0]].get("captions", 0)}))
+    if not verdicts and (told or (best and "untold" in row)):
+        return Finding(UNTOLD, ". ".join(told) or row["untold"])
+    return Finding(together(verdicts), ". ".join(told))
+
+
+def _rewards_the_mean(report: Report, name: str, mean: str) -> bool:
+    """Return whether a measure ranks a prior that answers with the mean above the true embedding."""
+    sides = [report["priors"].get(row, {"metrics": {}})["metrics"].get(name) for row in (mean, TRUE)]
+    if any(side is None or side["mean"] is None for side in sides):
+        return False
+    sign = -1 if MEASURES[name].better == "lower" else 1
+    return bool(sign * sides[0]["mean"] > sign * sides[1]["mean"])
 
 
 def _difference(report: Report, row: dict[str, Any]) -> Finding:
-    """Judge by the paired difference of two rows; further ones are shown."""
-    found = difference(report, row["measure"], *_names(row))
-    if found is None:
+    """Judge by the paired difference of two rows; further measures may object, and further rows are shown."""
+    pairs = {name: pair for name in row["measures"] if (pair := difference(report, name, *_names(row)))}
+    if row["measures"][0] not in pairs:
         return Finding(UNMEASURED)
-    lines = [row, *({**{"first": row["first"], "second": row["second"]}, **also} for also in row.get("also", []))]
-    told = [text for line in lines if (text := _told(report, line["measure"], *_names(line)))]
-    higher = {"higher": True, "lower": False}.get(row.get("claimed", ""), MEASURES[row["measure"]].better == "higher")
-    return Finding(verdict(found, above=higher), ". ".join(told))
+    lines = [(name, *_names(row)) for name in pairs]
+    lines += [
+        (also["measure"], also.get("first", row["first"]), also.get("second", row["second"]))
+        for also in row.get("also", [])
+    ]
+    told = [text for line in lines if (text := _told(report, *line))]
+    verdicts = [verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()]
+    first, pair = next(iter(pairs.items()))
+    told[0] += _open(verdicts[0], pair, delta_of(report, first))
+    return Finding(together(verdicts), ". ".join([*told, varied(pair)]).removesuffix(". "))
+
+
+def _above(row: dict[str, Any], name: str) -> bool:
+    """Return whether a claim is that the first side has the larger number."""
+    return {"higher": True, "lower": False}.get(row.get("claimed", ""), MEASURES[name].better == "higher")
+
+
+def _open(found: str, interval: dict[str, Any], delta: float | None) -> str:
+    told = cost_of(interval, delta) if found == OPEN else ""
+    return f"; {told}" if told else ""
 
 
 def _ablation(report: Report, row: dict[str, Any]) -> Finding:
-    """Judge by the paired difference of an ablation, or of all of several, on the first measure that there is."""
+    """Judge by the paired difference of an ablation, or of all of several; further measures may object."""
     lines = {line["title"]: line for line in report["ablations"]}
     there = [lines[title] for title in row["titles"] if title in lines]
-    name = next((name for name in row["measures"] if any(name in line["measures"] for line in there)), None)
-    decisive = [line for line in there if name in line["measures"]]
-    if name is None or not decisive:
+    names = [name for name in row["measures"] if any(name in line["measures"] for line in there)]
+    if not names:
         return Finding(UNMEASURED)
-    above = MEASURES[name].better == "higher"
-    found = {verdict(line["measures"][name]["difference"], above=above) for line in decisive}
-    shown = decisive + [
-        lines[title] for title in row.get("also", []) if name in lines.get(title, {}).get("measures", {})
-    ]
-    told = [_of_ablation(line, name, titled=len(shown) > 1) for line in shown]
-    decided = HOLDS if found == {HOLDS} else FAILS if FAILS in found else OPEN
-    return Finding(decided, f"{MEASURES[name].label}: " + "; ".join(told))
+    verdicts, told = [], []
+    for name in names:
+        decisive = [line for line in there if name in line["measures"]]
+        delta = delta_of(report, name)
+        found = [
+            verdict(line["measures"][name]["difference"], above=_above(row, name), delta=delta) for line in decisive
+        ]
+        verdicts.append(next(word for word in (FAILS, OPEN, EQUAL, HOLDS, UNMEASURED) if word in found))
+        shown = decisive + [
+            lines[title] for title in row.get("also", []) if name in lines.get(title, {}).get("measures", {})
+        ]
+        ours = f"{MEASURES[name].label}: " + "; ".join(
+            _of_ablation(line, name, titled=len(shown) > 1) for line in shown
+        )
+        widest = max(decisive, key=lambda line: _width(line["measures"][name]["difference"]))
+        told.append(ours + _open(verdicts[-1], widest["measures"][name]["difference"], delta))
+    return Finding(together(verdicts), ". ".join(told))
+
+
+def _width(interval: dict[str, Any]) -> float:
+    return 0.0 if interval["low"] is None else interval["high"] - interval["low"]
 
 
 def _of_ablation(line: dict[str, Any], name: str, *, titled: bool) -> str:
@@ -142,7 +247,9 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
     if not ours or not theirs or not theirs["training_flops"]:
         return Finding(UNMEASURED)
     pairs = {name: pair for name in row["measures"] if (pair := difference(report, name, *_names(row)))}
-    found = {verdict(pair, above=MEASURES[name].better == "higher") for name, pair in pairs.items()}
+    if not pairs:
+        return Finding(UNMEASURED)
+    found = {verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()}
     ratio = ours["training_flops"] / theirs["training_flops"]
     sides = ours, theirs
     samples, teraflops, seconds, megaflops = (
@@ -158,8 +265,28 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
         + f". A sample costs {megaflops} MFLOP"
     )
     better, worse = HOLDS in found, FAILS in found
-    one_way = better != worse and better == (ratio < 1)  # cheaper and better, or dearer and worse
-    return Finding((HOLDS if better else FAILS) if one_way else OPEN, text)
+    if better and worse:
+        return Finding(DISAGREE, text)
+    cheaper = (ratio < 1 and not worse) or (ratio > 1 and not better)  # and no worse; or dearer and no better
+    decided = better or worse or found == {EQUAL}
+    return Finding((HOLDS if ratio < 1 else FAILS) if decided and cheaper else OPEN, text)
+
+
+def _frontier(report: Report, row: dict[str, Any]) -> Finding:
+    """Judge where two contenders are as concentrated; further measures may object."""
+    differences = report.get("frontier", {}).get("differences", [])
+    found = next((pair for pair in differences if (pair["first"], pair["second"]) == _names(row)), None)
+    pairs = {name: found["measures"][name] for name in row["measures"] if found and name in found["measures"]}
+    if found is None or not pairs:
+        return Finding(UNMEASURED)
+    verdicts, told = [], [f"At a gap of the cosines of {found['at']:+.3f}"]
+    for name, pair in pairs.items():
+        delta = delta_of(report, name)
+        verdicts.append(verdict(pair, above=_above(row, name), delta=delta))
+        sides = ", ".join(f"{row[side]} {MEASURES[name].show(pair[side])}" for side in ("first", "second"))
+        ours = f"{MEASURES[name].label}: {sides}, difference {_signed(name, pair)}"
+        told.append(ours + _open(verdicts[-1], pair, delta))
+    return Finding(together(verdicts), ". ".join([*told, f"varied: {pair['seeds']} seeds and the captions"]))
 
 
 def _axes(report: Report, row: dict[str, Any]) -> Finding:
@@ -183,11 +310,12 @@ def _rank(report: Report, row: dict[str, Any]) -> Finding:
         for name, space in found.items()
         if space
     ]
-    return Finding(OPEN, "; ".join(told))
+    return Finding(UNTOLD, "; ".join(told))
 
 
 TESTS: dict[str, Callable[[Report, dict[str, Any]], Finding]] = {
-    "duel": _duel, "difference": _difference, "ablation": _ablation, "compute": _compute, "axes": _axes, "rank": _rank,
+    "duel": _duel, "difference": _difference, "ablation": _ablation, "compute": _compute,
+    "frontier": _frontier, "axes": _axes, "rank": _rank,
 }  # fmt: skip
 
 

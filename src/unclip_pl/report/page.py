@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.sheet import Sheet
+from unclip_pl.report.claims import UNMEASURED
 from unclip_pl.report.plots import DPI, colors, curve_file
 from unclip_pl.report.tables import (
     Table,
@@ -87,9 +88,10 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         (
             "",
             [
+                _figure("frontier"),
                 Pictures("grid", WORDS["grid"], 88 if len(sheets["grid"].columns) < 9 else 66)
                 if "grid" in sheets
-                else None
+                else None,
             ],
         ),
         ("What is claimed, what we find", [claim_table(report), _unmeasured(report)]),
@@ -127,7 +129,7 @@ def _figure(name: str, curve: str = "") -> Figure:
 
 
 def _unmeasured(report: Report) -> Text | None:
-    names = [claim["claim"] for claim in report["claims"] if claim["verdict"] == "not measured"]
+    names = [claim["claim"] for claim in report["claims"] if claim["verdict"] == UNMEASURED]
     return Text(f"Not measured here: {'; '.join(names)}.") if names else None
 
 

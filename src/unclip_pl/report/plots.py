@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report.frontier import CONCENTRATION
 from unclip_pl.report.study import MATCHED, distinct
 
 Report = dict[str, Any]
@@ -44,6 +45,8 @@ def draw_plots(report: Report) -> dict[str, bytes]:
     """Return every figure that the report has numbers for, by file name without suffix."""
     rows = distinct(report)
     drawn = {"metrics": draw_metrics(rows), "calibration": draw_calibration(rows), "cost": draw_cost(rows)}
+    if report.get("frontier", {}).get("points"):
+        drawn["frontier"] = draw_frontier(report)
     if report["duels"]:
         drawn["head_to_head"] = draw_duels(report)
     if report["ablations"]:
@@ -155,6 +158,41 @@ def draw_duels(report: Report) -> Figure:
         figure.legend(
             handles.values(), handles.keys(), fontsize=7.5, frameon=False, loc="outside upper center", ncols=2
         )
+    return figure
+
+
+def draw_frontier(report: Report) -> Figure:
+    """Draw fidelity against concentration, every setting of every contender; the perfect prior is a star."""
+    found, palette = report["frontier"], colors(report)
+    every = [point for points in found["points"].values() for point in points]
+    distance = next(
+        (name for name in ("embed_kid", "embed_fd_corrected") if all(name in point for point in every)), None
+    )
+    names = [name for name in ("probe_match", distance) if name and all(name in point for point in every)]
+    figure = new_figure(4.6 * len(names), 3.4)
+    for place, name in enumerate(names):
+        axes, measure = figure.add_subplot(1, len(names), place + 1), MEASURES[name]
+        scale = 100 if measure.percent else 1
+        for label, points in found["points"].items():
+            x, y = [p[CONCENTRATION]["mean"] for p in points], [scale * p[name]["mean"] for p in points]
+            axes.plot(x, y, "o-", color=palette.get(label, INK), markersize=4, linewidth=0.8, alpha=0.85, label=label)
+            for point, left in zip(points, x, strict=True):
+                if point[name]["low"] is not None:
+                    ends = [scale * point[name][end] for end in ("low", "high")]
+                    axes.plot([left, left], ends, color=palette.get(label, INK), linewidth=1.6, alpha=0.3)
+        if found["reference"] and name in found["reference"]:
+            own = found["reference"]
+            axes.plot(own[CONCENTRATION]["mean"], scale * own[name]["mean"], "*", color=REFERENCE, markersize=12)
+            axes.annotate(
+                "perfect prior", (own[CONCENTRATION]["mean"], scale * own[name]["mean"]), (8, -3),
+                textcoords="offset points", fontsize=8, color=REFERENCE,
+            )  # fmt: skip
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_title(measure.heading, fontsize=9, color=INK, loc="left")
+        axes.set_xlabel("← surer than right    gap of the cosines    too spread →", fontsize=8.5)
+        clean(axes, grid="both")
+        if place == 0:
+            axes.legend(fontsize=7.5, frameon=False)
     return figure
 
 

@@ -38,10 +38,15 @@ COSTS = (
 BIASED = ("fd_judge", "embed_fd")
 #: What the name of such a distance ends with.
 CORRECTED = "_corrected"
+#: Measures of pictures that are no means over captions.
+PICTURED = ("fd_judge", "kid_judge", "told_apart")
+#: Scores that are this near to each other, in parts of them, are a tie: float32 holds no more.
+TIE = 1e-6
 #: Measures whose paired differences are reported.
 DIFFERENCES = (
-    "fd_judge", "fd_judge_corrected", "kid_judge", "embed_fd", "embed_fd_corrected", "embed_kid", "stated_match",
-    "clip_score", "residual", "diversity_gap", "vendi", "recall", "cos_true",
+    "fd_judge", "fd_judge_corrected", "kid_judge", "told_apart", "precision", "density", "embed_fd",
+    "embed_fd_corrected", "embed_kid", "stated_match", "clip_score", "retrieval_r10", "residual", "diversity_gap",
+    "vendi", "recall", "cos_true",
 )  # fmt: skip
 
 Arm = dict[int, dict[str, Any]]  # training seed → what its cell says of the arm
@@ -93,7 +98,7 @@ def read_study(folder: Path, order: list[str]) -> Study:
                     f"{source[key, seed]} and {cell['file']}: delete one of them."
                 )
             source[key, seed] = cell["file"]
-            arms[key][seed] = arm | {"base": cell["base"]}
+            arms[key][seed] = arm | {"base": cell["base"], "counts": cell["counts"]}
     _check_bases(cells)
     known = {name: place for place, name in enumerate(order)}
     ordered = sorted(arms, key=lambda key: (key.kind, known.get(key.name, len(known))))
@@ -106,6 +111,8 @@ def key_of(cell: dict[str, Any], arm: str) -> Key:
     kind, title, series = cell["kind"], cell["title"], cell["series"]
     if kind == "curve":
         return Key(kind, title, series or arm, float(arm) if cell["x"] is None else cell["x"])
+    if kind == "frontier":
+        return Key(kind, series, arm)  # many settings of one contender
     return Key(kind, title, series or arm)
 
 
@@ -232,8 +239,15 @@ def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
             first, second = both[: len(a)], both[len(a) :]
             means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
             sides = {side: mean if math.isfinite(mean) else None for side, mean in zip(SIDES, means, strict=True)}
-            return plain(interval(first - second)) | sides
+            size = first.shape[1] if kind == "values" else _captions(a, name)
+            return plain(interval(first - second)) | sides | {"seeds": len(a), "captions": size}
     return None
+
+
+def _captions(arm: Arm, name: str) -> int:
+    """Return the number of captions behind a measure that was resampled."""
+    counts = next(iter(arm.values()))["counts"]
+    return int(counts["captions" if name.partition("_corrected")[0] in PICTURED else "rows"])
 
 
 def differences(groups: list[dict[str, Arm]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -270,11 +284,12 @@ def duel(first: Arm, second: Arm) -> dict[str, Any]:
         ours, theirs = sign * stacked(first, "values", name), sign * stacked(second, "values", name)
         there = ~(ours + theirs).isnan().any(0)
         ours, theirs = ours[:, there], theirs[:, there]
+        theirs = torch.where((ours - theirs).abs() <= TIE * torch.maximum(ours.abs(), theirs.abs()), ours, theirs)
         if ours.shape[1] > 1:
             wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
             intervals = crossed_interval(wins), mean_interval(wins)
             inside, normal = (plain(within_shares(interval, wins.shape[1])) for interval in intervals)
-            rates[name] = inside | {"normal": normal, **sign_test(ours, theirs)._asdict()}
+            rates[name] = inside | {"normal": normal, "captions": wins.shape[1], **sign_test(ours, theirs)._asdict()}
     return {"seeds": len(first), "win_rates": rates}
 
 
@@ -301,7 +316,7 @@ def ablations(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[st
             side by side in the order in which they come.
     """
     pairs = list(_named_pairs(arms, named))
-    known = {title for title, *_ in pairs}
+    known = {key.title for *_, first, second in pairs for key in (first, second)}
     trained = [key for key in arms if key.kind == "ablation" and key.title not in known]
     pairs += [(a.title, a.name, b.name, a, b) for a, b in combinations(trained, 2) if a.title == b.title]
     return [ablation(title, ours, theirs, arms[a], arms[b]) for title, ours, theirs, a, b in pairs]
@@ -316,7 +331,7 @@ def _named_pairs(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> Iterator[
             ours, theirs = (f"{x:g}" if isinstance(x := getattr(key, by), float) else x for key in (first, second))
         else:
             ours, theirs = sides
-            first, second = (Key("ablation", line["title"], side) for side in sides)
+            first, second = (Key("ablation", line.get("ablation", line["title"]), side) for side in sides)
         if first in arms and second in arms:
             yield line["title"], ours, theirs, first, second
 
@@ -336,7 +351,8 @@ def ablation(title: str, ours: str, theirs: str, a: Arm, b: Arm) -> dict[str, An
         for name in names
         if (pair := paired(a, b, name))
     }
-    return {"title": title, "paper": ours, "other": theirs, "seeds": sorted(a), "measures": measures}
+    sides = {"title": title, "paper": ours, "other": theirs}
+    return {**sides, "seeds": sorted(a), "one_space": one_space, "measures": measures}
 
 
 def spaces(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from unclip_pl.evaluation.measures import GROUPS, MEASURES
+from unclip_pl.evaluation.measures import GROUPS, MEASURES, end_of_grid
 from unclip_pl.report.claims import UNMEASURED
 from unclip_pl.report.study import MATCHED, distinct
 
@@ -102,13 +102,17 @@ def ablation_table(report: Report) -> Table | None:
     rows = [
         [
             Cell(line["title"], f"{line['paper']} against {line['other']}, {len(line['seeds'])} seeds"),
-            *(_change(line["measures"].get(name), name) for name in there),
+            *(_change(line["measures"].get(name), name, bold=line["one_space"]) for name in there),
         ]
         for line in report["ablations"]
     ]
     head = ["ablation", *(f"Δ {MEASURES[name].heading}" for name in there)]
     notes = [
         ("Δ", "the first choice less the other, paired by training seed and caption; bold where 0 lies outside"),
+        (
+            "never bold",
+            "two CLIPs, of which each was trained once: what another training would change is in no interval",
+        ),
         ("–", "not measured, or two CLIPs: distances and cosines in different spaces are not compared"),
     ]
     return Table("Ablations", head, rows, notes) if rows else None
@@ -186,20 +190,21 @@ def choice_table(report: Report) -> Table | None:
     notes = [("bold", "what was chosen")]
     for choice in report["choices"]:
         chosen = choice["chosen"]
-        tried = sorted(map(float, choice["learning_rates"]))
-        if len(tried) > 1 and chosen["lr"] in (tried[0], tried[-1]):
-            end = "smallest" if chosen["lr"] == tried[0] else "largest"
-            notes.append((f"{choice['prior']}'s learning rate", f"the {end} tried: one beyond might be better still"))
         for kind, trials, taken in (
             ("learning rate", choice["learning_rates"], chosen["lr"]),
             ("guidance", choice["guidance"], chosen["guidance"]),
         ):
+            if end := end_of_grid(trials, taken):
+                notes.append((f"{choice['prior']}'s {kind}", f"the {end} tried: one beyond might be better still"))
             for value, trial in trials.items():
-                numbers = [f"{trial['joint_fd']:.4f}", f"{trial['embed_fd']:.4f}", f"{trial['text_cos']:.3f}"]
+                error = f"± {trial['joint_fd_error']:.4f}" if trial.get("joint_fd_error") else ""
+                loss = "–" if trial.get("val_loss") is None else f"{trial['val_loss']:.4f}"
+                numbers = [f"{trial['joint_fd']:.4f}", loss, f"{trial['embed_fd']:.4f}", f"{trial['text_cos']:.3f}"]
                 numbers += [f"{100 * trial['retrieval_r10']:.1f}"]
                 best = float(value) == taken
-                rows.append([Cell(choice["prior"]), Cell(kind), *(Cell(x, best=best) for x in (value, *numbers))])
-    head = ["prior", "setting", "value", "joint_fd ↓", "embed_fd ↓", "mean z_i·z_t", "R@10 % ↑"]
+                cells = [Cell(x, error * (i == 1), best) for i, x in enumerate((value, *numbers))]
+                rows.append([Cell(choice["prior"]), Cell(kind), *cells])
+    head = ["prior", "setting", "value", "joint_fd ↓", "validation loss ↓", "embed_fd ↓", "mean z_i·z_t", "R@10 % ↑"]
     return Table("Chosen on validation data", head, rows, notes) if rows else None
 
 
@@ -369,11 +374,11 @@ def _share(rate: dict[str, Any] | None) -> Cell:
     return Cell(f"{100 * rate['mean']:.1f}", f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]", best=clear)
 
 
-def _change(line: dict[str, Any] | None, name: str) -> Cell:
+def _change(line: dict[str, Any] | None, name: str, *, bold: bool) -> Cell:
     if line is None or line["difference"]["low"] is None:
         return Cell("–")
     low, mean, high = (MEASURES[name].signed(line["difference"][key]) for key in ("low", "mean", "high"))
-    clear = line["difference"]["low"] > 0 or line["difference"]["high"] < 0
+    clear = bold and (line["difference"]["low"] > 0 or line["difference"]["high"] < 0)
     return Cell(mean, f"[{low}, {high}]", best=clear)
 
 

@@ -1,0 +1,202 @@
+"""The one rule of all claims (docs/comparison.md), and contenders compared where they are as concentrated."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report.claims import (
+    DISAGREE,
+    EQUAL,
+    FAILS,
+    HOLDS,
+    OPEN,
+    UNMEASURED,
+    UNTOLD,
+    WIN_DELTA,
+    claims_table,
+    cost_of,
+    delta_of,
+    judge,
+    together,
+    verdict,
+)
+from unclip_pl.report.frontier import frontier
+from unclip_pl.report.study import read_study, rows_of, study_report
+from unclip_pl.report.tables import ablation_table
+
+Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
+CLAIM = {"claim": "x", "source": "me", "paper": "", "why": "", "first": "diffusion", "second": "ar"}
+
+
+def judged(report: dict[str, Any], **claim: Any) -> dict[str, str]:
+    return judge(report, [CLAIM | claim])[0]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    study = read_study(folder, ["diffusion", "ar"])
+    return study_report(study, claims_table(folder)) | {"frontier": frontier(study.arms, rows_of(study.arms))}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-0.9, 0.9, EQUAL), (0.1, 0.9, EQUAL), (0.1, 1.1, HOLDS), (-1.1, -0.1, FAILS), (-0.9, 1.1, OPEN), (-5, 5, OPEN)],
+)
+def test_no_difference_is_a_whole_interval_within_delta(low: float, high: float, expected: str) -> None:
+    assert verdict({"mean": 0.0, "low": low, "high": high}, above=True, delta=1.0) == expected
+    assert verdict({"mean": 7.0, "low": 7 + low, "high": 7 + high}, above=True, balance=7, delta=1.0) == expected
+
+
+def test_the_first_measure_decides_and_another_may_object() -> None:
+    assert together([HOLDS, OPEN, EQUAL]) == HOLDS
+    assert together([HOLDS, FAILS]) == together([FAILS, EQUAL, HOLDS]) == DISAGREE
+    assert together([OPEN, HOLDS, FAILS]) == OPEN
+    assert together([EQUAL, FAILS]) == EQUAL
+    assert together([]) == UNMEASURED
+
+
+def test_deltas_are_those_of_the_rule() -> None:
+    rows = {name: {"metrics": {"embed_fd": {"mean": x}}} for name, x in (("ceiling", 0.0), ("text", 0.2))}
+    assert delta_of({"priors": rows}, "embed_fd") == pytest.approx(0.02)
+    rows["true posterior"] = {"metrics": {"embed_fd": {"mean": 0.1}}}
+    assert delta_of({"priors": rows}, "embed_fd") == pytest.approx(0.01)
+    assert delta_of({"priors": {}}, "embed_fd") is None
+    assert delta_of({"priors": rows}, "kid_judge") is None  # not measured
+    shares = {name for name, measure in MEASURES.items() if measure.percent}
+    assert {MEASURES[name].delta for name in shares} == {0.01}
+    assert {MEASURES[name].delta for name in ("cos_true", "cos_samples", "text_cos")} == {0.01}
+    assert (MEASURES["clip_score"].delta, WIN_DELTA) == (1.0, 0.03)  # 100 times a cosine; 3 points
+
+
+def test_what_is_open_says_what_would_close_it() -> None:
+    wide = {"mean": 0.0, "low": -0.03, "high": 0.03}
+    assert cost_of(wide, 0.01) == "open: the half-width is 3.0 δ, so it takes about 9 times the seeds and captions"
+    assert "within δ" in cost_of({"mean": 0.01, "low": -0.001, "high": 0.015}, 0.01)
+    assert cost_of(wide, None) == ""
+
+
+@pytest.fixture
+def report(study_folder: Path) -> dict[str, Any]:
+    return read(study_folder)
+
+
+def test_measures_that_answer_in_opposite_directions_disagree(report: dict[str, Any]) -> None:
+    """The AR prior of this study recalls more, and is worse at all else."""
+    row = {"test": "difference", "measures": ["clip_score", "fd_judge"]}
+    assert judged(report, **row)["verdict"] == HOLDS
+    against = judged(report, **row | {"measures": ["clip_score", "recall"]})
+    assert against["verdict"] == DISAGREE
+    assert "recall: diffusion" in against["ours"]
+    assert judged(report, **row | {"measures": ["kid_judge", "clip_score"]})["verdict"] in (HOLDS, EQUAL)
+
+
+def test_a_claim_whose_measure_is_not_there_is_not_measured(report: dict[str, Any]) -> None:
+    for name in ("clip_score", "kid_judge"):
+        report["differences"][name] = {}
+    row = {"test": "difference", "measures": ["kid_judge", "fd_judge"]}
+    assert judged(report, **row)["verdict"] == UNMEASURED
+
+
+def test_verdicts_name_what_varied(report: dict[str, Any]) -> None:
+    told = judged(report, test="difference", measures=["clip_score"])["ours"]
+    assert told.endswith("varied: 3 seeds and 40 captions")
+    turned = judged(report, test="difference", first="ar", second="diffusion", measures=["embed_fd"])["ours"]
+    assert turned.endswith("varied: 3 seeds and 64 captions")
+    assert judged(report, test="duel", measures=["residual"])["ours"].endswith("varied: 3 seeds and 40 captions")
+
+
+def test_a_measure_that_ranks_the_mean_above_the_truth_decides_nothing(report: dict[str, Any]) -> None:
+    row = {"test": "duel", "measures": ["clip_score", "retrieval_r1"], "mean": "linear"}
+    assert judged(report, **row)["verdict"] == HOLDS
+    report["priors"]["linear"]["metrics"]["clip_score"]["mean"] = 99.0
+    report["duels"][0]["win_rates"]["retrieval_r1"] |= {"mean": 0.4, "low": 0.3, "high": 0.45}
+    turned = judged(report, **row)
+    assert turned["verdict"] == FAILS  # the other measure decides
+    assert "ranks linear, which answers with the mean, above the truth" in turned["ours"]
+    assert judged(report, **row | {"measures": ["clip_score"]})["verdict"] == UNTOLD
+
+
+def test_where_captions_determine_their_picture_diversity_cannot_be_told(report: dict[str, Any]) -> None:
+    row = {"test": "duel", "measures": ["diversity_gap"], "untold": "Captions determine their picture"}
+    assert judged(report, **row)["verdict"] in (HOLDS, FAILS, OPEN, EQUAL)
+    for duel in report["duels"]:
+        del duel["win_rates"]["diversity_gap"]
+    assert judged(report, **row) == {**judged(report, **row), "verdict": UNTOLD, "ours": row["untold"]}
+
+
+def test_scores_that_float32_cannot_tell_apart_are_ties(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    ours, theirs = arm("diffusion", 0), arm("diffusion", 0)
+    theirs["values"]["clip_score"] = [x * (1 + 3e-7) for x in ours["values"]["clip_score"]]
+    theirs["values"]["residual"] = [x * (1 + 3e-5) for x in ours["values"]["residual"]]
+    write_cell(tmp_path, "a", 0, {"diffusion": ours, "ar": theirs})
+    rates = read(tmp_path)["duels"][0]["win_rates"]
+    assert (rates["clip_score"]["mean"], rates["clip_score"]["ties"]) == (0.5, 40)
+    assert rates["residual"]["ties"] == 0
+
+
+def test_one_clip_a_side_is_never_bold(report: dict[str, Any]) -> None:
+    table = ablation_table(report)
+    assert table is not None
+    rows = {row[0].text: row for row in table.rows}
+    assert not any(cell.best for cell in rows["SAM"])
+    assert any(cell.best for cell in rows["prediction"])
+
+
+def line(gaps: dict[float, float], seed: int) -> dict[str, Any]:
+    """Settings by their gap, with a KID of these; resamples move both alike."""
+    noise = [0.0, *(0.001 * torch.randn(20, generator=torch.Generator().manual_seed(seed))).tolist()]
+    return {
+        f"setting {i}": {"calibration_gap": [gap + x for x in noise], "embed_kid": [kid + x for x in noise]}
+        for i, (gap, kid) in enumerate(gaps.items())
+    }
+
+
+def write_lines(folder: Path, arm: Arm, write_cell: Write, lines: dict[str, dict[float, float]]) -> None:
+    for name, gaps in lines.items():
+        for seed in (0, 1):
+            arms = {key: arm("ar", seed, drawn=False) | {"resamples": r} for key, r in line(gaps, 5).items()}
+            write_cell(folder, f"{name}-{seed}", seed, arms, kind="frontier", series=name)
+
+
+def test_lines_are_read_off_at_the_gap_that_both_reach_nearest_to_calibrated(
+    tmp_path: Path, arm: Arm, write_cell: Write
+) -> None:
+    """KID 0.01 + 0.1 · gap against 0.02 + 0.3 · gap, on settings that lie elsewhere: at −0.05 both are 0.005."""
+    ours = {gap: 0.01 + 0.1 * gap for gap in (-0.2, -0.1, -0.05)}
+    theirs = {gap: 0.02 + 0.3 * gap for gap in (-0.15, -0.08, 0.01)}
+    write_lines(tmp_path, arm, write_cell, {"diffusion": ours, "ar": theirs})
+    found = read(tmp_path)
+    (pair,) = found["frontier"]["differences"]
+    assert (pair["first"], pair["second"]) == ("ar", "diffusion")
+    assert pair["at"] == pytest.approx(-0.05)
+    kid = pair["measures"]["embed_kid"]
+    assert (kid["first"], kid["second"]) == pytest.approx((0.005, 0.005), abs=1e-9)
+    assert kid["mean"] == pytest.approx(0, abs=1e-9)
+    assert [p["calibration_gap"]["mean"] for p in found["frontier"]["points"]["ar"]] == pytest.approx(
+        [-0.15, -0.08, 0.01]
+    )
+    row = {"test": "frontier", "measures": ["probe_match", "embed_kid"], "first": "ar", "second": "diffusion"}
+    assert judged(found, **row)["verdict"] in (OPEN, EQUAL)
+    assert judged(found, **row)["ours"].startswith("At a gap of the cosines of -0.050. KID, embeddings: ar 0.00500")
+    assert judged(found, **row | {"first": "linear"})["verdict"] == UNMEASURED
+
+
+def test_lines_that_share_no_gap_are_not_compared(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    lines = {"diffusion": {-0.2: 1.0, -0.1: 2.0}, "ar": {0.0: 1.0, 0.1: 2.0}}
+    write_lines(tmp_path, arm, write_cell, lines)
+    assert read(tmp_path)["frontier"]["differences"] == []
+
+
+def test_cells_of_the_first_round_have_distances_without_bias(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    one = arm("diffusion", 0)
+    write_cell(tmp_path, "a", 0, {"diffusion": one})
+    stored = json.loads((tmp_path / "cells" / "a.json").read_text())["arms"]["diffusion"]["resamples"]["fd_judge"]
+    metrics = read(tmp_path)["priors"]["diffusion"]["metrics"]
+    assert metrics["fd_judge"]["mean"] == pytest.approx(stored[0])
+    expected = 2 * stored[0] - sum(stored[1:]) / len(stored[1:])
+    assert metrics["fd_judge_corrected"]["mean"] == pytest.approx(expected, rel=1e-5)
+    assert "kid_judge" in metrics
