@@ -1,6 +1,8 @@
 """The command line as a user meets it: help at once, one clear line for a mistake, no traceback, nothing lost."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +54,36 @@ def test_help_names_every_command_and_imports_no_torch() -> None:
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert "usage: unclip" in capsys.readouterr().out
+
+
+COMPLETE = """
+source "$1"
+COMP_WORDS=(unclip {words}); COMP_CWORD={last}
+_shtab_unclip; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_a_shell_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print_completion", "bash"]) == 0
+    (tmp_path / "unclip.bash").write_text(capsys.readouterr().out)
+    for words, found in {
+        "re": {"reconstruct", "report", "reproduce"},
+        "pack ''": {"shapes", "folder", "coco"},
+        "sample --prior_s": {"--prior_solver", "--prior_steps"},
+        "sample --solver D": {"DDIM", "DPMSolver"},
+        "fit --con": {"--config"},
+    }.items():
+        script = COMPLETE.format(words=words, last=len(words.split()))
+        done = subprocess.run(["bash", "-c", script, "-", tmp_path / "unclip.bash"], capture_output=True, text=True)
+        assert set(done.stdout.split()) - {"-h", "--help"} >= found, words
+    refused(["--print_completion"], capsys, "Got ''", "name one of these shells")
+    refused(["--print_completion", "cmd"], capsys, "bash", "Got 'cmd'")
+
+
+def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    refused(["--print_completion", "bash"], capsys, "pip install shtab")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +179,40 @@ def test_sample_draws_the_same_bytes_for_the_same_seed(mini_run: Path, tmp_path:
     assert a == b
     assert a != c
     assert Image.open(files[0]).text["captions"].startswith("a red star")
+
+
+@pytest.mark.parametrize("out", ["one.png", "grid.png", "folder"])
+def test_sample_tells_scripts_what_it_drew(
+    out: str, mini_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON alone is on stdout; the score is the cosine by which candidates are chosen."""
+    shown: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda uri: shown.append(uri) or out != "folder")
+    captions = ["a red star"] if out == "one.png" else ["a red star", "a blue ring"]
+    num = 1 if out == "one.png" else 2
+    words = ["sample", *captions, "--run", str(mini_run), "--num", str(num), "--seed", "3", "--candidates", "1"]
+    assert main([*words, "--out", str(tmp_path / out), "--json", "--open"]) == 0
+    said = capfd.readouterr()
+    told = json.loads(said.out)
+    pictures = told["pictures"]
+    assert [(p["caption"], p["seed"]) for p in pictures] == [(c, 3 + i) for c in captions for i in range(num)]
+    grid = {"one.png": None, "grid.png": str(tmp_path / out), "folder": f"{tmp_path / out}/grid.png"}[out]
+    assert told["grid"] == grid
+    assert [p["file"] is None for p in pictures] == [out == "grid.png"] * len(pictures)
+    for picture in pictures:
+        assert -1 <= picture["text_cos"] <= 1
+        if picture["file"]:
+            assert Image.open(picture["file"]).text["seed"] == str(picture["seed"])
+    assert shown == [Path(grid or pictures[0]["file"]).as_uri()]
+    assert "wrote" in said.err
+    assert ("no program here opens" in said.err) == (out == "folder")
+    from unclip_pl.generation.pipeline import Unclip
+
+    unclip = Unclip.load(mini_run)
+    z_i = unclip.generate(captions, num=num, seed=3, candidates=1).image_embed
+    z_t = unclip.clip.describe(captions).embed.repeat_interleave(num, 0)
+    expected = torch.nn.functional.cosine_similarity(z_i, z_t).tolist()
+    assert [p["text_cos"] for p in pictures] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_caption_that_is_too_long_is_cut_with_a_warning(

@@ -27,38 +27,54 @@ from unclip_pl.errors import InputError
 from unclip_pl.moved import moved_in
 from unclip_pl.settings import expanded, find, no_config, parse_yaml, read_yaml
 
-TRAINER = {
-    "fit": "train a part: --config configs/{clip,prior,ar_prior,decoder,upsampler}/*.yaml",
-    "validate": "measure a part's loss on the validation split",
-    "test": "score a model or compare the priors: --config configs/{evaluate,compare}/*.yaml",
-    "predict": "write embeddings (priors) or images (decoder, upsampler)",
+#: Every command by what a person wants to do, with a line about it.
+GROUPS = {
+    "draw pictures": {
+        "sample": 'draw images: unclip sample "a large red star" --run runs/quickstart',
+        "vary": "draw variations of pictures: unclip vary PICTURE…",
+        "interpolate": "draw what lies between two pictures: unclip interpolate PICTURE PICTURE",
+        "edit": 'apply a text diff: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
+        "inpaint": 'draw a part of a picture again: unclip inpaint PICTURE --mask MASK --caption "a blue circle"',
+        "reconstruct": "invert pictures and draw them again: unclip reconstruct PICTURE…",
+        "probe": "draw from more and more dimensions of an embedding: unclip probe PICTURE…",
+    },
+    "train everything at once": {
+        "reproduce": "run the stages of a recipe that are not done: --config configs/reproduce/*.yaml",
+        "configs": "list the configs of the package, or copy them to be edited: unclip configs copy FOLDER NAME…",
+    },
+    "prepare data": {
+        "pack": "make image-caption shards: shapes, folder, coco or emoji",
+        "precompute": "encode shards with a frozen CLIP into an embedding store",
+    },
+    "train one part": {
+        "fit": "train a part: --config configs/{clip,prior,ar_prior,decoder,upsampler}/*.yaml",
+        "validate": "measure a part's loss on the validation split",
+        "codec": "fit the AR prior's codec (PCA and buckets) on a store",
+        "linear": "fit the linear prior (ridge regression) on a store",
+    },
+    "measure and compare": {
+        "test": "score a model or compare the priors: --config configs/{evaluate,compare}/*.yaml",
+        "predict": "write embeddings (priors) or images (decoder, upsampler)",
+        "runs": "show trainings and measurements in a table: unclip runs [FOLDER…] --sort val/loss",
+        "report": "draw a run's or a study's report again from what was measured",
+    },
+    "bring in and hand on": {
+        "import": "use somebody else's checkpoints or embeddings: unclip import {karlo,embeddings} PATH…",
+        "bundle": "pack a run into one file, in half precision: unclip bundle RUN",
+        "unbundle": "make a run of a bundle: unclip unbundle FILE RUN",
+        "export": "write a run for other tools: unclip export diffusers RUN FOLDER",
+    },
 }
-COMMANDS = {
-    "pack": "make image-caption shards: shapes, folder, coco or emoji",
-    "precompute": "encode shards with a frozen CLIP into an embedding store",
-    "codec": "fit the AR prior's codec (PCA and buckets) on a store",
-    "linear": "fit the linear prior (ridge regression) on a store",
-    "sample": 'draw images: unclip sample "a large red star" --run runs/quickstart',
-    "reconstruct": "invert pictures and draw them again: unclip reconstruct PICTURE…",
-    "vary": "draw variations of pictures: unclip vary PICTURE…",
-    "interpolate": "draw what lies between two pictures: unclip interpolate PICTURE PICTURE",
-    "edit": 'apply a text diff: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
-    "inpaint": 'draw a part of a picture again: unclip inpaint PICTURE --mask MASK --caption "a blue circle"',
-    "probe": "draw from more and more dimensions of an embedding: unclip probe PICTURE…",
-    "reproduce": "run the stages of a recipe that are not done: --config configs/reproduce/*.yaml",
-    "bundle": "pack a run into one file, in half precision: unclip bundle RUN",
-    "unbundle": "make a run of a bundle: unclip unbundle FILE RUN",
-    "import": "use somebody else's checkpoints or embeddings: unclip import {karlo,embeddings} PATH…",
-    "configs": "list the configs of the package, or copy them to be edited: unclip configs copy FOLDER NAME…",
-    "runs": "show trainings and measurements in a table: unclip runs [FOLDER…] --sort val/loss",
-    "export": "write a run for other tools: unclip export diffusers RUN FOLDER",
-    "report": "draw a run's or a study's report again from what was measured",
-}
+#: Commands that LightningCLI runs, and those that are plain functions.
+COMMANDS = {word: what for group in GROUPS.values() for word, what in group.items()}
+TRAINER = {word: COMMANDS.pop(word) for word in ("fit", "validate", "test", "predict")}
 
 #: Mistakes that a user can mend: they become one line. Every other error shows its traceback.
 EXPECTED = (InputError, OSError, UnicodeDecodeError, yaml.YAMLError)
 #: Name of Lightning's own class for such mistakes, whose import would take seconds.
 EXPECTED_NAME = "MisconfigurationException"
+#: Option that prints a shell's completion.
+COMPLETION = "--print_completion"
 #: What every one-line error ends with.
 DEBUG_HINT = "(--debug shows the traceback)"
 
@@ -117,9 +133,11 @@ class Parser(ArgumentParser):
 def usage() -> str:
     """Return the text of ``unclip --help``."""
     lines = ["usage: unclip COMMAND [ARGUMENTS]   (unclip COMMAND --help for more; --debug shows tracebacks)", ""]
-    for title, words in (("training and evaluation", TRAINER), ("commands", COMMANDS)):
+    for title, words in GROUPS.items():
         lines += [f"{title}:", *(f"  {word:<11} {what}" for word, what in words.items()), ""]
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, f"unclip {COMPLETION} bash (or zsh, …) prints a script that completes commands and options."]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(importlib.import_module("importlib.metadata").version("unclip_pl"))
         return 0
-    if words[0] not in TRAINER | COMMANDS:
+    if words[0] not in TRAINER | COMMANDS | {COMPLETION: ""}:
         print(f"error: unknown command {words[0]!r}.\n\n{usage()}", file=sys.stderr)
         return 2
     return run(words, debug=debug)
@@ -236,11 +254,51 @@ def _checked(words: list[str]) -> list[str]:
 def dispatch(words: list[str]) -> None:
     """Parse and run one command. Errors pass through."""
     command, rest = words[0], words[1:]
-    if command in COMMANDS:
-        module = importlib.import_module(f"unclip_pl.commands.{command}")
-        call(f"unclip {command}", getattr(module, "COMMANDS", None) or getattr(module, command), rest)
+    if command == COMPLETION:
+        print(completion(rest[0] if rest else ""))
+    elif command in COMMANDS:
+        call(f"unclip {command}", _entry(command), rest)
     else:
         train(words)
+
+
+def _entry(command: str) -> Any:
+    """Return a command's function, or its functions by the word that picks one."""
+    module = importlib.import_module(f"unclip_pl.commands.{command}")
+    return getattr(module, "COMMANDS", None) or getattr(module, command)
+
+
+def completion(shell: str) -> str:
+    """Return the script by which a shell completes commands and options; of LightningCLI's, ``--config`` alone.
+
+    Raises:
+        InputError: another shell, or shtab is not installed.
+    """
+    try:
+        from shtab import SUPPORTED_SHELLS
+    except ImportError as error:
+        raise InputError(
+            "Expected shtab, which writes completions. Got no such package: install it by `pip install shtab`."
+        ) from error
+    if shell not in SUPPORTED_SHELLS:
+        raise InputError(
+            f"Expected {COMPLETION} {'|'.join(SUPPORTED_SHELLS)}. Got {shell!r}: name one of these shells."
+        )
+    program = Parser(prog="unclip")
+    commands = program.add_subcommands()
+    for word, what in (TRAINER | COMMANDS).items():
+        entry = _entry(word) if word in COMMANDS else {}
+        entries: dict[str, Any] = dict(entry) if isinstance(entry, dict) else {"": entry}
+        own = entries.pop("", None)
+        part = _parser(f"unclip {word}", own) if own else Parser(prog=f"unclip {word}")
+        if word in TRAINER:
+            part.add_argument("--config", action="config")
+        commands.add_subcommand(word, part, help=what)
+        if entries:
+            inner = part.add_subcommands(required=False, dest="part")
+            for name, function in entries.items():
+                inner.add_subcommand(name, _parser(f"unclip {word} {name}", function))
+    return program.get_completion_script(f"shtab-{shell}")
 
 
 def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[str]) -> Any:
@@ -267,6 +325,16 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
                 f"Expected `{program}` followed by one of {names}. Got {words[0] if words else 'nothing'}. Add one."
             )
         return call(f"{program} {words[0]}", entry[words[0]], words[1:])
+    parser, shared = _parser(program, entry), entry.__annotations__.get(SHARED)
+    given = vars(parser.instantiate(expanded(parser.parse_args(_spelt_out(words, entry)))))
+    given.pop("config", None)
+    if shared is not None:
+        given[SHARED] = shared(**{field.name: given.pop(field.name) for field in fields(shared)})
+    return entry(**given)
+
+
+def _parser(program: str, entry: Callable[..., Any]) -> Parser:
+    """Return the parser of a function's signature."""
     parser = Parser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     positional = POSITIONAL.keys() & entry.__annotations__.keys()
@@ -276,11 +344,7 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
     if shared is not None:
         parser.add_class_arguments(shared)
     parser.add_function_arguments(entry, skip={*positional, SHARED} if shared else set(positional), sub_configs=True)
-    given = vars(parser.instantiate(expanded(parser.parse_args(_spelt_out(words, entry)))))
-    given.pop("config", None)
-    if shared is not None:
-        given[SHARED] = shared(**{field.name: given.pop(field.name) for field in fields(shared)})
-    return entry(**given)
+    return parser
 
 
 def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:

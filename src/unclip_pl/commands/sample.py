@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from itertools import product
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ def sample(
     previews: NonNegativeInt = 0,
     labels: bool = False,
     batch_size: PositiveInt = 64,
+    open: bool = False,
+    json: bool = False,
 ) -> None:
     """Draw images of captions from a trained run.
 
@@ -43,13 +46,15 @@ def sample(
         previews: number of estimates of every image along the way, to show before it in its row.
         labels: write the labelled grid also for one image.
         batch_size: images drawn at once.
+        open: show what was written in the program that this machine has for pictures.
+        json: print one line of JSON with files, captions, seeds and scores; everything else goes to stderr.
     """
     texts = _texts(captions, prompts, from_embedding)
     if from_embedding and options.of_prior():
         raise InputError("Expected --from_embedding or settings of a prior. Got both: leave one out.")
     if Path(options.out).suffix not in ("", ".png"):
         raise InputError(f"Expected out to be a .png file, or a folder. Got {options.out}: change its ending.")
-    with Studio("sample", options) as studio:
+    with Studio("sample", options, stderr=json) as studio:
         if from_embedding:
             z_i = _embeddings(studio, from_embedding)
             texts = texts if len(texts) > 1 else (texts or [""]) * len(z_i)
@@ -67,9 +72,13 @@ def sample(
             if done < total and done in (round(i / (previews + 1) * total) for i in range(1, previews + 1)):
                 kept.setdefault(f"step {done} of {total}", []).extend(x0.cpu())
 
-        images = draw(num=num, seed=seed, batch_size=batch_size, progress=progress, **studio.decoder_settings()).images
-        facts = options.of_decoder() | facts
-        _save(studio, texts, range(seed, seed + num), images, kept, facts, labels=labels)
+        drawn = draw(num=num, seed=seed, batch_size=batch_size, progress=progress, **studio.decoder_settings())
+        facts, seeds = options.of_decoder() | facts, range(seed, seed + num)
+        grid, files = _save(studio, texts, seeds, drawn.images, kept, facts, labels=labels)
+        if json:
+            print(_told(studio, texts, seeds, drawn.image_embed, grid, files))
+        if open:
+            studio.show(grid or files[0])
 
 
 def _save(
@@ -81,21 +90,38 @@ def _save(
     facts: dict[str, Any],
     *,
     labels: bool,
-) -> None:
-    """Write one image, or a grid, or a folder of both."""
+) -> tuple[str, list[str]]:
+    """Write one image, or a grid, or a folder of both, and return the grid's file and those of single images."""
     folder = "" if Path(studio.out).suffix else studio.out
     if not folder and len(images) == 1 and not previews and not labels:
         studio.save(studio.out, images[0], {"caption": texts[0], "seed": seeds[0], **facts})
         studio.say(f"wrote {studio.out}")
-        return
+        return "", [studio.out]
     rows, columns = _layout(texts, seeds, images, previews)
     whole = {"captions": "\n".join(texts), "seed": seeds[0], **facts}
-    studio.save_grid(rows, columns, whole, f"{folder}/grid.png" if folder else None)
+    grid, files = f"{folder}/grid.png" if folder else studio.out, []
+    studio.save_grid(rows, columns, whole, grid)
     if folder:
         for number, ((text, seed), image) in enumerate(zip(product(texts, seeds), images, strict=True)):
             slug = re.sub(r"\W+", "-", text.lower()).strip("-")[:60] or "no-caption"
-            studio.save(f"{folder}/{number:03d}-{slug}.png", image, {"caption": text, "seed": seed, **facts})
+            files.append(f"{folder}/{number:03d}-{slug}.png")
+            studio.save(files[-1], image, {"caption": text, "seed": seed, **facts})
         studio.say(f"wrote {len(images)} images into {folder}")
+    return grid, files
+
+
+def _told(studio: Studio, texts: list[str], seeds: range, image_embed: "Tensor", grid: str, files: list[str]) -> str:
+    """Return what was drawn as JSON; the score is the cosine of z_i and z_t, by which candidates are chosen."""
+    from torch.nn import functional as F
+
+    z_t = studio.unclip.clip.describe(texts).embed.repeat_interleave(len(seeds), dim=0)
+    scores = F.cosine_similarity(image_embed.to(z_t), z_t).tolist()
+    named = zip(files or [""] * len(scores), product(texts, seeds), scores, strict=True)
+    pictures = [
+        {"file": file or None, "caption": text, "seed": seed, "text_cos": round(score, 4)}
+        for file, (text, seed), score in named
+    ]
+    return dumps({"grid": grid or None, "pictures": pictures, **studio.origin}, ensure_ascii=False)
 
 
 def _layout(

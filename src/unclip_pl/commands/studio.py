@@ -3,6 +3,7 @@
 Networks take seconds to import. They are imported under the first bar, so that it and the help come at once.
 """
 
+import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip_pl.errors import InputError, MissingFileError
@@ -101,6 +103,7 @@ class Studio(AbstractContextManager["Studio"]):
         command: word on the command line.
         options: options that the commands share.
         paths: image files to open; None for a command that takes none.
+        stderr: print bars and lines to stderr, since something else is printed to stdout.
 
     Raises:
         InputError: there are no files, or one is missing.
@@ -109,14 +112,17 @@ class Studio(AbstractContextManager["Studio"]):
     unclip: "Unclip"
     pictures: "Pictures"
 
-    def __init__(self, command: str, options: RunOptions, paths: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, command: str, options: RunOptions, paths: Sequence[str] | None = None, *, stderr: bool = False
+    ) -> None:
         self.options = options
         self.out = options.out or f"{command}.png"
         self.paths = paths
         if paths is not None:
             check_files(paths)  # now, and not after the networks are read
         title = TextColumn("{task.description}", markup=False)
-        self.bars = Progress(title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=stderr)
+        self.bars = Progress(title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
 
     def __enter__(self) -> "Studio":
         """Read the run, then the pictures."""
@@ -188,6 +194,11 @@ class Studio(AbstractContextManager["Studio"]):
     def say(self, line: str) -> None:
         """Print a line above the bars."""
         self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, path: str) -> None:
+        """Open a picture with the program that this machine has for it."""
+        if not webbrowser.open(Path(path).resolve().as_uri()):
+            self.say(f"no program here opens {path}")
 
     def warn_of_unknown(self, captions: Sequence[str]) -> None:
         """Name the words that the run's CLIP has never seen, if there are any."""
