@@ -32,7 +32,7 @@ GROUPS = {
     "draw pictures": {
         "sample": 'draw images: unclip sample "a large red star" --run runs/quickstart',
         "vary": "draw variations of pictures: unclip vary PICTURE…",
-        "interpolate": "draw what lies between two pictures: unclip interpolate PICTURE PICTURE",
+        "interpolate": "draw what lies between two pictures or captions: unclip interpolate PICTURE PICTURE",
         "edit": 'apply a text diff: unclip edit PICTURE… --current "a red circle" --caption "a blue circle"',
         "inpaint": 'draw a part of a picture again: unclip inpaint PICTURE --mask MASK --caption "a blue circle"',
         "reconstruct": "invert pictures and draw them again: unclip reconstruct PICTURE…",
@@ -80,7 +80,12 @@ DEBUG_HINT = "(--debug shows the traceback)"
 
 #: Parameters of commands that stand before the options, with their help.
 POSITIONAL = {
-    **{"captions": "texts to draw", "paths": "files or folders to read", "pictures": "image files"},
+    **{
+        "captions": "texts to draw",
+        "paths": "files or folders to read",
+        "pictures": "image files",
+        "ends": "two image files, or two captions",
+    },
     "names": "folder to write to, then names of configs; without names, all of them",
 }
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unclip_pl.cli import main
+from unclip_pl.generation.manipulation import Manipulator
 from unclip_pl.generation.pictures import CELL, GAP
 from unclip_pl.generation.pipeline import Unclip
 
@@ -67,6 +69,33 @@ def test_a_reconstruction_is_the_picture(mini_run: Path, pictures: list[str], tm
     cells = np.asarray(Image.open(out)).astype(int)[-CELL - GAP : -GAP]
     given, again = (cells[:, GAP + i * (CELL + GAP) :][:, :CELL] for i in range(2))
     assert np.abs(given - again).max() <= 2
+
+
+def test_between_captions_the_ends_are_their_samples(mini_run: Path, tmp_path: Path, run: Unclip) -> None:
+    captions = ("a red star", "a small ring on a navy background")
+    out = tmp_path / "between.png"
+    words = ["interpolate", *captions, "--num", "3", "--seed", "5", "--run", str(mini_run), "--out", str(out)]
+    assert main([*words, "--steps", "3", "--candidates", "2"]) == 0
+    image = Image.open(out)
+    assert image.width == 3 * (CELL + GAP) + GAP
+    assert image.text.items() >= {"captions": "\n".join(captions), "seed": "5", "steps": "3", "candidates": "2"}.items()
+
+
+def test_between_captions_all_that_is_drawn_from_turns(run: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions, seen = ["a red star", "a small ring on a navy background"], []
+    decode = run.decoder.decode
+    monkeypatch.setattr(run.decoder, "decode", lambda *a, **k: (seen.append(a), decode(*a, **k))[1])
+    way = Manipulator(run).between_captions(captions[0], captions[1], num=3, seed=5)
+    (z_i, text), said = seen.pop(), run.clip.describe(captions)
+    for row, end in ((0, 0), (2, 1)):
+        sample = run.generate([captions[end]], seed=5)
+        torch.testing.assert_close(z_i[row], sample.image_embed[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(way[row], sample.images[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(text.embed[row], said.embed[end])
+        assert torch.equal(text.mask[row], said.mask[end])
+    near, far = (torch.nn.functional.cosine_similarity(z_i[1], z_i[row], dim=0) for row in (0, 2))
+    torch.testing.assert_close(near, far)
+    assert near < 1
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +181,10 @@ def test_what_cannot_be_inpainted_is_one_line(
         (["vary", "tests"], "Got the directory tests"),
         (["vary", "pyproject.toml"], "Got pyproject.toml"),
         (["vary"], "Expected one image file or more"),
-        (["interpolate", "PICTURE"], "Expected two image files. Got 1"),
+        (["interpolate", "PICTURE"], "Expected two image files or two captions. Got 1"),
+        (["interpolate", "PICTURE", "a red star"], "and the caption 'a red star': name two of a kind"),
+        (["interpolate", "PICTURE", "nowhere.png"], "No file at nowhere.png"),
+        (["interpolate", "PICTURE", "PICTURE", "--prior_steps", "5"], "Expected two captions for options of a solver"),
         (["interpolate", "PICTURE", "PICTURE", "--num", "1"], "Expected num >= 2"),
         (["probe", "PICTURE", "--dims", "[65]"], "Expected dims from 1 to the embedding's 64. Got [65]"),
         (["reconstruct", "PICTURE", "--steps", "2000"], "Expected from 1 to 1000 steps"),

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from unclip_pl.diffusion import DDIM, CosineSchedule, Denoise, Denoised, GaussianDiffusion
 from unclip_pl.diffusion.schedule import per_sample
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
-from unclip_pl.generation.manipulation import Manipulator, psnr, slerp, turn
+from unclip_pl.generation.manipulation import Manipulator, mix_captions, psnr, slerp, turn
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.nn.space import EmbeddingSpace
+from unclip_pl.types import TextFeatures
 
 D, SIDE, VAR = 6, 4, 0.01
 
@@ -221,3 +222,23 @@ def test_what_is_out_of_range_is_refused(manipulator: Manipulator, images: Tenso
     manipulator.decoder.task.space.components = torch.empty(0)
     with pytest.raises(ValueError, match="knows no principal axes"):
         manipulator.probe(latent.image_embed)
+
+
+def test_captions_are_mixed_position_by_position() -> None:
+    """The ends are the captions; between them norms change linearly, and a token of one caption alone fades."""
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    states = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).masked_fill(~mask[..., None], 0)
+    embed = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    text = TextFeatures(torch.tensor([[1, 2, 3], [4, 5, 0]]), states, mask, embed)
+    mixed = mix_captions(text, torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    for row, end in ((0, 0), (3, 1)):
+        for part, own in zip(mixed, text, strict=True):
+            torch.testing.assert_close(part[row], own[end])
+    assert mixed.mask[1:3].all()
+    assert mixed.tokens[:, 0].tolist() == [1, 1, 4, 4]
+    norms = states.norm(dim=-1)
+    torch.testing.assert_close(mixed.states[1].norm(dim=-1), norms[0].lerp(norms[1], 0.25))
+    torch.testing.assert_close(mixed.states[1, 2], 0.75 * states[0, 2])
+    torch.testing.assert_close(mixed.embed[2].norm(), embed.norm(dim=-1).mean())
+    halfway = [F.cosine_similarity(mixed.embed[2], end, dim=0) for end in embed]
+    torch.testing.assert_close(*halfway)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip_pl.diffusion import Sampler
 from unclip_pl.errors import InputError
 from unclip_pl.generation.decoding import Progress, resize
-from unclip_pl.generation.pipeline import Unclip
+from unclip_pl.generation.pipeline import Unclip, streams
+from unclip_pl.types import TextFeatures
 
 #: Fraction of the angle within which the noise that the network cannot explain fades out: up to there it is still the
 #: picture's own, beyond it is speckle on another picture.
@@ -78,6 +80,29 @@ def turn(z_i: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
     return unit * norm.lerp(other, theta.to(norm))[:, None]
 
 
+def mix_captions(text: TextFeatures, theta: Tensor) -> TextFeatures:
+    """Return what lies between two captions.
+
+    Args:
+        text: raw features of the two.
+        theta: (N,) fractions of the way; at 0 and 1 the captions themselves come out.
+
+    Returns:
+        N captions. A token of one caption alone keeps its direction and fades. Token ids are the nearer caption's.
+    """
+    n, length = len(theta), text.mask.shape[1]
+    a, b = (text.rows(torch.full((n,), end, device=theta.device)) for end in (0, 1))
+    first, second = (
+        torch.where(own.mask[..., None], own.states, other.states).flatten(0, 1) for own, other in ((a, b), (b, a))
+    )
+    way = turn(F.normalize(first, dim=-1), F.normalize(second, dim=-1), theta.repeat_interleave(length))
+    before, after = (part.states.norm(dim=-1) * part.mask for part in (a, b))
+    states = way.unflatten(0, (n, length)) * before.lerp(after, theta[:, None])[..., None]
+    mask = (a.mask & (theta < 1)[:, None]) | (b.mask & (theta > 0)[:, None])
+    tokens = torch.where((theta < 0.5)[:, None], a.tokens, b.tokens)
+    return TextFeatures(tokens, states, mask, turn(a.embed, b.embed, theta))
+
+
 class Manipulator:
     """Inverts pictures and draws them changed. Every ``progress`` is called after each step of the solver.
 
@@ -86,6 +111,7 @@ class Manipulator:
     """
 
     def __init__(self, unclip: Unclip) -> None:
+        self.unclip = unclip
         self.clip = unclip.clip
         self.decoder = unclip.decoder
         self.device = unclip.device
@@ -209,6 +235,58 @@ class Manipulator:
             return self.restore(between, own=_own(torch.minimum(theta, 1 - theta)), seed=seed, progress=progress)
         x_T = self._noise(seed).expand_as(a.x_T)
         return self.restore(a._replace(image_embed=z, x_T=x_T), own=0.0, seed=seed, progress=progress)
+
+    def between_captions(
+        self,
+        first: str,
+        second: str,
+        *,
+        num: int = 9,
+        prior: str = "diffusion",
+        prior_guidance: float | None = None,
+        prior_sampler: Sampler | None = None,
+        candidates: int | None = None,
+        guidance: float | None = None,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw what lies between two captions, (num, 3, S, S), from the same noise of prior and decoder all along.
+
+        z_i and z_t are turned from one to the other, and the decoder's text states position by position, each with a
+        norm that changes linearly. The ends are what :meth:`Unclip.generate` draws of the captions, whose options the
+        others are.
+
+        Args:
+            first: caption of the first picture.
+            second: caption of the last picture.
+            num: pictures, both ends included.
+
+        Raises:
+            InputError: num < 2, or a decoder that reads the captions' words by itself.
+        """
+        if num < 2:
+            raise InputError(f"Expected at least 2 pictures between two captions. Got {num}: ask for more pictures.")
+        encoder = self.decoder.task.net.condition_encoder
+        if encoder is not None and encoder.text_encoder is not None:
+            raise InputError(
+                f"{self.decoder.spec.checkpoint} reads words, and there are none between two captions: use a decoder "
+                "that was trained on CLIP's text states."
+            )
+        chosen = self.unclip.prior(prior).adjusted(
+            guidance=prior_guidance, candidates=candidates, sampler=prior_sampler
+        )
+        text, theta = self.clip.describe([first, second]), torch.linspace(0, 1, num, device=self.device)
+        z_i = chosen.embed(text, generator=streams([seed, seed], "prior"))
+        a, b = (x.expand(num, -1) for x in z_i.split(1))
+        return self.decoder.decode(
+            turn(a, b, theta),
+            mix_captions(text, theta),
+            guidance=guidance,
+            sampler=sampler,
+            generator=streams([seed] * num, "decoder"),
+            progress=progress,
+        )
 
     def edit(
         self,

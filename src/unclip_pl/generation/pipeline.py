@@ -261,7 +261,7 @@ class Unclip:
                 guidance=guidance,
                 sampler=sampler,
                 canvas=None if canvas is None else canvas.rows(rows),
-                generator=_streams(seeds[rows], "decoder"),
+                generator=streams(seeds[rows], "decoder"),
                 progress=progress,
             )
             for rows in _batches(len(seeds), batch_size)
@@ -272,14 +272,14 @@ class Unclip:
 def _embed(prior: Prior, text: TextFeatures, seeds: list[int], batch_size: int) -> Tensor:
     """Draw one z_i for each caption, (B, d), in batches."""
     batches = _batches(len(seeds), batch_size)
-    return torch.cat([prior.embed(text.rows(rows), generator=_streams(seeds[rows], "prior")) for rows in batches])
+    return torch.cat([prior.embed(text.rows(rows), generator=streams(seeds[rows], "prior")) for rows in batches])
 
 
 def _seeds(seed: int, num: int) -> list[int]:
     return list(range(seed, seed + num))
 
 
-def _streams(seeds: Sequence[int], part: str) -> list[torch.Generator]:
+def streams(seeds: Sequence[int], part: str) -> list[torch.Generator]:
     """Return one generator per image. The decoder has its own, so that two priors' images start from the same noise."""
     digests = (blake2b(f"{part} {seed}".encode(), digest_size=4).digest() for seed in seeds)
     return [torch.Generator().manual_seed(int.from_bytes(digest)) for digest in digests]
