@@ -15,6 +15,7 @@ import transformers
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec, _preprocessing_of_tags, architecture
 from unclip_pl.errors import InputError
 from unclip_pl.tasks.clip import ClipTask
+from unclip_pl.types import TextFeatures
 
 #: One config of each way to pool, to mask and to build the text tower.
 KINDS = (
@@ -120,6 +121,12 @@ def test_embeddings_are_open_clips_own(name: str, tmp_path: Path, monkeypatch: p
         )
     assert not ours.states[~ours.mask].any()
     assert not ours.tokens[~ours.mask].any()
+    monkeypatch.setattr(ClipEncoder, "_padding", padding)
+    longest = int(ours.mask[:3].sum(1).max())
+    few = TextFeatures(*(part[:3, :longest] for part in ours[:3]), ours.embed[:3])
+    for kept in (ours, few):  # as a store keeps them, and some of them in a batch of their own
+        again = encoder.with_states(kept._replace(states=kept.states[..., :0]))
+        torch.testing.assert_close(again.states, kept.states, rtol=1e-4, atol=1e-5)
     for row, caption in enumerate(tokens):
         alone = encoder.encode_text(caption[None])
         torch.testing.assert_close(alone.embed[0], theirs[row], rtol=1e-4, atol=1e-5)

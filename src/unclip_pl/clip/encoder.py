@@ -394,6 +394,17 @@ class ClipEncoder(nn.Module):
         features = functional_call(_TextTower(self.model), short, tokens)
         return features["text_intermediates"][-1], features["text_features"]
 
+    def with_states(self, text: TextFeatures) -> TextFeatures:
+        """Return captions that come without token states with those of this CLIP, in the precision of their z_t.
+
+        Args:
+            text: features that :meth:`encode_text` gave, for other batches of the same captions.
+        """
+        padding = self._padding
+        tokens = text.tokens.masked_fill(~text.mask, padding)
+        tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]), value=padding)
+        return text._replace(states=self.encode_text(tokens).states.to(text.embed.dtype))
+
     def describe(self, captions: list[str]) -> TextFeatures:
         """Tokenise and encode captions on this encoder's device."""
         return self.encode_text(self.tokenize(captions).to(self.preprocess.mean.device))

@@ -29,6 +29,7 @@ def precompute(
     devices: PositiveInt = 1,
     num_nodes: PositiveInt = 1,
     verify: bool = False,
+    states: bool = True,
     part: str = "",
     finish: bool = False,
 ) -> None:
@@ -52,6 +53,8 @@ def precompute(
         devices: processes on a node, a device each.
         num_nodes: number of nodes.
         verify: read finished files against their checksums, and make again those that differ.
+        states: keep the captions' token states; no leaves them out, which saves most of the bytes, and training encodes
+            the captions of each batch.
         part: I/N, from 1/N to N/N, to embed every N-th shard alone; empty for all of them and the store's end.
         finish: make the store of what all parts wrote, and embed nothing.
 
@@ -61,16 +64,17 @@ def precompute(
     """
     ours = _part(part, store, finish=finish, verify=verify)
     fabric = _fabric(accelerator, 1 if finish else devices, 1 if finish else num_nodes)
-    share = partial(embed_share, caption_key=caption_key, batch_size=batch_size, verify=verify, part=ours)
-    make_whole = partial(finish_store, caption_key=caption_key, max_bad_fraction=max_bad_fraction)
+    share = partial(embed_share, batch_size=batch_size, verify=verify, part=ours)
+    make_whole = partial(finish_store, max_bad_fraction=max_bad_fraction)
+    kind: dict[str, Any] = {"caption_key": caption_key, "states": states}
     with _stopping_others(fabric):
         fabric.launch()
         encoder = clip.load().to(fabric.device)
         if not finish:
-            share(source, store, encoder, rank=fabric.global_rank, world_size=fabric.world_size)
+            share(source, store, encoder, rank=fabric.global_rank, world_size=fabric.world_size, **kind)
             _wait_for_all(fabric.world_size)
         if fabric.is_global_zero and ours is None:
-            make_whole(source, store, encoder)
+            make_whole(source, store, encoder, **kind)
 
 
 def _part(text: str, store: str, *, finish: bool, verify: bool) -> Part | None:

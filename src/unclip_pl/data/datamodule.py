@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from unclip_pl.clip.encoder import ClipSpec
+from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data.pairs import PairStore
-from unclip_pl.data.precompute import pending, precompute
+from unclip_pl.data.precompute import lacks_states, pending, precompute
 from unclip_pl.data.sampler import Blocks, BlockShuffleSampler, EvaluationSampler, RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import STATISTICS, EmbeddingStore
@@ -327,11 +328,40 @@ class UnclipDataModule(StoreDataModule):
                 f"{f' --caption_key {self.caption_key}' if self.caption_key else ''}` first."
             )
         if missing:
-            precompute(self.source, self.store, self.clip, caption_key=self.caption_key)
+            states = not lacks_states(self.store)
+            precompute(self.source, self.store, self.clip, caption_key=self.caption_key, states=states)
 
     def prepare_data(self) -> None:
         """Complete the store; Lightning calls this on one process while the others wait."""
         self.ensure_store(self.trainer.world_size if self.trainer else 1, allowed=FEW)
+
+    @cached_property
+    def text_encoder(self) -> ClipEncoder:
+        """The CLIP without its image tower, for captions whose token states are not in the store."""
+        with torch.random.fork_rng([]):  # first weights of a network, and all noise, stay those of a run without it
+            encoder = self.clip.load()
+        encoder.model.visual = torch.nn.Identity()
+        return encoder
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Encode the captions' token states where the store leaves them out, on the device of training."""
+        if not hasattr(batch, "text") or self.embeddings.has_states:
+            return batch
+        trainer: Any = self.trainer
+        with trainer.precision_plugin.forward_context() if trainer else nullcontext():
+            return batch._replace(text=self.text_encoder.to(batch.text.embed.device).with_states(batch.text))
+
+    def batch(self, kind: type, rows: RowBatch, device: torch.device) -> Any:
+        """Return a batch of some rows as a Task would get it, with embeddings and captions on a device.
+
+        Args:
+            kind: PriorBatch, DecoderBatch or EvaluationBatch.
+            rows: ascending rows.
+            device: device of embeddings and captions.
+        """
+        batch = self._makers()[kind](rows)
+        batch = batch._replace(image_embed=batch.image_embed.to(device), text=batch.text.to(device))
+        return self.on_after_batch_transfer(batch, 0)
 
     def _makers(self) -> dict[type, Callable[[RowBatch], Any]]:
         store = self.embeddings

@@ -41,6 +41,7 @@ from unclip_pl.data.store import (
     read_record,
     require_caption_key,
     require_one_clip,
+    require_states,
     tool_version,
     write_features,
     write_manifest,
@@ -96,6 +97,7 @@ def precompute(
     max_bad_fraction: float = 0.01,
     device: str = "auto",
     verify: bool = False,
+    states: bool = True,
 ) -> None:
     """Embed a source in this process: :func:`embed_share` and :func:`finish`, whose arguments and errors these are.
 
@@ -108,10 +110,11 @@ def precompute(
         max_bad_fraction: largest share of samples without a readable image and caption.
         device: auto, cpu, cuda, cuda:1, …
         verify: read finished files against their checksums, and make again those that differ.
+        states: keep the captions' token states, too.
     """
     encoder = clip.load().to(resolve_device(device))
-    embed_share(source, store, encoder, caption_key=caption_key, batch_size=batch_size, verify=verify)
-    finish(source, store, encoder, caption_key=caption_key, max_bad_fraction=max_bad_fraction)
+    embed_share(source, store, encoder, caption_key=caption_key, batch_size=batch_size, verify=verify, states=states)
+    finish(source, store, encoder, caption_key=caption_key, max_bad_fraction=max_bad_fraction, states=states)
 
 
 def embed_share(
@@ -122,6 +125,7 @@ def embed_share(
     caption_key: str = "",
     batch_size: int,
     verify: bool = False,
+    states: bool = True,
     part: Part | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -135,29 +139,34 @@ def embed_share(
         caption_key: place of the captions, see ``index_shard``. What another one gave is embedded again.
         batch_size: images, and captions, that CLIP sees at once.
         verify: read finished files against their checksums, and make again those that differ.
+        states: keep the captions' token states, too.
         part: run that this process belongs to; None where one run does all shards.
         rank: number of this process, below ``world_size``.
         world_size: number of processes of this run.
 
     Raises:
         MissingFileError: no shards at ``source``.
-        InputError: the store belongs to another CLIP, or a part would change the captions of a store that is finished.
+        InputError: the store belongs to another CLIP, or is finished and has token states where none are wanted or the
+            reverse, or a part would change its captions.
     """
     listed, folder = list_shards(source), Path(store)
     shards = deal(deal(listed, part.number - 1, part.total) if part else listed, rank, world_size)
     manifest = read_manifest(folder)
     records = {shard: read_record(features_file(folder, shard)) for shard in shards}
     require_one_clip(folder, [*manifest.values(), *filter(None, records.values())], encoder.fingerprint)
+    known = [manifest[shard.name] for shard in listed if shard.name in manifest]
+    require_states(folder, known, states)
     if part:
-        _begin(part, folder, [manifest[shard.name] for shard in shards if shard.name in manifest], caption_key)
+        _begin(part, folder, known, caption_key)
     elif rank == 0:
         _forget_other_captions(folder, listed, manifest, caption_key)
-    todo = [shard for shard, record in records.items() if not _is_done(shard, folder, record, caption_key)]
+    kind = {"caption_key": caption_key, "states": states}
+    todo = [shard for shard, record in records.items() if not _is_done(shard, folder, record, kind)]
     if verify:
         done = [shard for shard in shards if shard not in set(todo)]
         todo += [shard for shard in done if not _is_whole(features_file(folder, shard), manifest.get(shard.name))]
         log.info("%s: %d of %d shards are as they were written.", folder, len(shards) - len(todo), len(shards))
-    _embed(todo, folder, encoder, caption_key, batch_size, quiet=rank > 0)
+    _embed(todo, folder, encoder, kind, batch_size, quiet=rank > 0)
 
 
 def _begin(part: Part, folder: Path, known: list[ShardRecord], caption_key: str) -> None:
@@ -189,7 +198,13 @@ def deal(shards: list[Shard], rank: int, world_size: int) -> list[Shard]:
 
 
 def finish(
-    source: str, store: str, encoder: ClipEncoder, *, caption_key: str = "", max_bad_fraction: float = 0.01
+    source: str,
+    store: str,
+    encoder: ClipEncoder,
+    *,
+    caption_key: str = "",
+    max_bad_fraction: float = 0.01,
+    states: bool = True,
 ) -> None:
     """Make a store of the embedded shards: write statistics first, then the manifest, by which it opens.
 
@@ -199,16 +214,18 @@ def finish(
         encoder: CLIP that embedded them.
         caption_key: place of the captions, see ``index_shard``.
         max_bad_fraction: largest share of samples without a readable image and caption.
+        states: token states are kept, too.
 
     Raises:
         InputError: a shard is missing, has changed or belongs to another CLIP, too many samples are bad, or none is
             good.
     """
+    kind = {"caption_key": caption_key, "states": states}
     shards, folder, manifest = list_shards(source), Path(store), read_manifest(Path(store))
     found = {shard: read_record(features_file(folder, shard)) for shard in shards}
     records = [record for record in found.values() if record]
     require_one_clip(folder, [*manifest.values(), *records], encoder.fingerprint)
-    missing = [shard for shard, record in found.items() if not _seems_done(shard, folder, record, caption_key)]
+    missing = [shard for shard, record in found.items() if not _seems_done(shard, folder, record, kind)]
     if missing:
         raise _unfinished(folder, shards, missing)
     _require_good(source, records, max_bad_fraction)
@@ -226,8 +243,8 @@ def finish(
 
 def _unfinished(folder: Path, shards: list[Shard], missing: list[Shard]) -> InputError:
     """Return the error of a store that lacks shards. It names the parts that were to embed them."""
-    lack = f"{len(missing)} of {len(shards)} shards have no embeddings in {folder}, or have changed since"
-    lack += f", such as {missing[0]}"
+    lack = f"{len(missing)} of {len(shards)} shards have no embeddings in {folder}, or others (caption_key, states), "
+    lack += f"or have changed since, such as {missing[0]}"
     begun = sorted(folder.glob(BEGUN.format("*", "*")), key=lambda mark: mark.stat().st_mtime_ns)
     if not begun:
         return InputError(f"{lack}: run `unclip precompute` again.")
@@ -252,7 +269,7 @@ def pending(source: str, store: str, fingerprint: str, caption_key: str = "") ->
     require_caption_key(folder, [records[shard.name] for shard in shards if shard.name in records], caption_key)
     if not (folder / STATISTICS).is_file():
         return shards
-    return [shard for shard in shards if not _seems_done(shard, folder, records.get(shard.name), caption_key)]
+    return [shard for shard in shards if not _seems_done(shard, folder, records.get(shard.name), {})]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -267,18 +284,25 @@ def features_file(folder: Path, shard: Shard) -> Path:
     return folder / f"{shard.name.removesuffix('.tar')}.safetensors"
 
 
-def _is_done(shard: Shard, folder: Path, record: ShardRecord | None, caption_key: str) -> bool:
-    if record is None or record.caption_key != caption_key:
+def lacks_states(store: str) -> bool:
+    """Say whether the shards that a store holds, finished or not, were embedded without token states."""
+    records = filter(None, map(read_record, Path(store).glob("*.safetensors")))
+    return any(not record.states for record in records)
+
+
+def _is_done(shard: Shard, folder: Path, record: ShardRecord | None, kind: dict[str, Any]) -> bool:
+    """Say whether a shard is embedded; ``kind`` has what its record must say besides."""
+    if record is None or any(getattr(record, name) != value for name, value in kind.items()):
         return False
     file = folder / record.file
     return file.is_file() and record.describes(shard, file)
 
 
-def _seems_done(shard: Shard, folder: Path, record: ShardRecord | None, caption_key: str) -> bool:
+def _seems_done(shard: Shard, folder: Path, record: ShardRecord | None, kind: dict[str, Any]) -> bool:
     """Say whether a shard is embedded, without a request to the server of a remote one, which may have changed."""
     if record is None or not shard.remote:
-        return _is_done(shard, folder, record, caption_key)
-    return record.caption_key == caption_key
+        return _is_done(shard, folder, record, kind)
+    return all(getattr(record, name) == value for name, value in kind.items())
 
 
 def _is_whole(file: Path, line: ShardRecord | None) -> bool:
@@ -342,7 +366,7 @@ class Decoded(NamedTuple):
 
 
 def _embed(
-    todo: list[Shard], folder: Path, encoder: ClipEncoder, caption_key: str, batch_size: int, *, quiet: bool
+    todo: list[Shard], folder: Path, encoder: ClipEncoder, kind: dict[str, Any], batch_size: int, *, quiet: bool
 ) -> None:
     """Embed shards under a progress bar."""
     seen, begin = 0, time.perf_counter()
@@ -355,7 +379,7 @@ def _embed(
             seen += images
             progress.update(task, rate=f"{seen / (time.perf_counter() - begin):,.0f} images/s")
 
-        embedded = embed_shards(todo, folder, encoder, caption_key=caption_key, batch_size=batch_size, advance=advance)
+        embedded = embed_shards(todo, folder, encoder, **kind, batch_size=batch_size, advance=advance)
         for record, skipped in embedded:
             for reason, keys in skipped.items():
                 few = ", ".join(keys[:3])
@@ -369,6 +393,7 @@ def embed_shards(
     encoder: ClipEncoder,
     *,
     caption_key: str = "",
+    states: bool = True,
     batch_size: int,
     advance: Advance,
 ) -> Iterator[tuple[ShardRecord, Skipped]]:
@@ -381,20 +406,21 @@ def embed_shards(
         folder: the store's folder.
         encoder: CLIP, on the device that shall do the work.
         caption_key: place of the captions, see ``index_shard``.
+        states: keep the captions' token states, too.
         batch_size: images, or captions, at a time.
         advance: told the number of images of each batch, good or bad.
 
     Yields:
         Records that are written, each with the keys of its bad samples by reason.
     """
-    made_by = {"clip": encoder.fingerprint, "caption_key": caption_key}
+    made_by = {"clip": encoder.fingerprint, "caption_key": caption_key, "states": states}
     written: list[Future[tuple[ShardRecord, Skipped]]] = []
     read = _ahead(_read(shards, folder, caption_key, encoder.image_size, batch_size), DEPTH)
     with ThreadPoolExecutor(1) as writer, closing(read) as events:
         for opened in events:
             assert isinstance(opened, Opened)
             batches = iter(lambda: next(events), None)  # of this shard: None ends them
-            contents = embed_shard(opened, batches, encoder, batch_size, advance)  # type: ignore[arg-type]
+            contents = embed_shard(opened, batches, encoder, batch_size, advance, states)  # type: ignore[arg-type]
             written.append(writer.submit(_write, opened, contents, folder, made_by))
             if len(written) > 1:
                 yield written.pop(0).result()
@@ -420,9 +446,9 @@ def _read(
 
 
 def embed_shard(
-    opened: Opened, batches: Iterator[Decoded], encoder: ClipEncoder, batch_size: int, advance: Advance
+    opened: Opened, batches: Iterator[Decoded], encoder: ClipEncoder, batch_size: int, advance: Advance, states: bool
 ) -> Contents:
-    """Embed a shard's good samples; each distinct caption is encoded once."""
+    """Embed a shard's good samples; each distinct caption is encoded once, and its token states kept or not."""
     device = next(encoder.parameters()).device
     skipped = {reason: list(keys) for reason, keys in opened.samples.skipped.items()}
     entries: list[Entry] = []
@@ -436,14 +462,17 @@ def embed_shard(
         advance(len(batch.entries) + len(batch.bad))
 
     distinct = list(dict.fromkeys(caption for entry in entries for caption in entry.captions))
-    captions, text_embed, states, tokens, lengths = _embed_captions(distinct, encoder, batch_size, opened.shard)
+    width = encoder.text_width if states else 0
+    captions, text_embed, token_states, tokens, lengths = _embed_captions(
+        distinct, encoder, batch_size, opened.shard, width
+    )
     place = {caption: row for row, caption in enumerate(captions)}
     packed_captions, captions_offsets = pack_texts(captions)
     packed_keys, keys_offsets = pack_texts([entry.key for entry in entries])
     features = ShardFeatures(
         image_embed=_half(torch.cat(embeds), opened.shard),
         text_embed=text_embed,
-        text_states=states,
+        text_states=token_states,
         text_tokens=tokens,
         text_offsets=offsets_of(lengths),
         caption_rows=np.array([place[caption] for entry in entries for caption in entry.captions], np.int32),
@@ -463,23 +492,23 @@ def embed_shard(
 
 
 def _embed_captions(
-    captions: list[str], encoder: ClipEncoder, batch_size: int, shard: Shard
+    captions: list[str], encoder: ClipEncoder, batch_size: int, shard: Shard, width: int
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """Embed captions from short to long, so that a batch is hardly padded.
 
     Returns:
-        The captions in that order, their z_t (M, d), the real tokens' states (T, W) and ids (T,), and the number of
+        The captions in that order, their z_t (M, d), the real tokens' states (T, width) and ids (T,), and the number of
         tokens of each.
     """
     embeds = [np.empty((0, encoder.embed_dim), np.float16)]
-    states, ids = [np.empty((0, encoder.text_width), np.float16)], [np.empty(0, np.int32)]
+    states, ids = [np.empty((0, width), np.float16)], [np.empty(0, np.int32)]
     lengths: list[int] = []
     tokens = encoder.tokenize(captions)
     order = encoder.lengths(tokens).argsort(stable=True)
     for chunk in tokens[order].split(batch_size) if captions else ():
         text = encoder.encode_text(chunk.to(next(encoder.parameters()).device))
         embeds.append(_half(text.embed, shard))
-        states.append(_half(text.states[text.mask], shard))
+        states.append(_half(text.states[text.mask][:, :width], shard))
         ids.append(text.tokens[text.mask].to("cpu", torch.int32).numpy())
         lengths += text.mask.sum(1).tolist()
     ordered = [captions[row] for row in order]

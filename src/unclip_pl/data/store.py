@@ -167,6 +167,15 @@ def require_caption_key(store: Path, records: Iterable[ShardRecord], caption_key
         )
 
 
+def require_states(store: Path, records: Iterable[ShardRecord], states: bool) -> None:
+    """Raise InputError where a store has token states and none are wanted, or the reverse."""
+    if any(record.states != states for record in records):
+        kept, asked = ("no", "yes") if states else ("yes", "no")
+        raise InputError(
+            f"Expected --states {kept}, as {store} was made. Got {asked}: give --states {kept}, or another --store."
+        )
+
+
 # --- One shard's features
 
 

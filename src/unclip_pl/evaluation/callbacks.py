@@ -36,6 +36,7 @@ from unclip_pl.metrics.clip_score import retrieval_recall
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, Task
+from unclip_pl.types import EvaluationBatch, PriorBatch
 
 #: Captions of which embeddings or pictures are drawn at once.
 BATCH = 64
@@ -135,8 +136,7 @@ class PriorScores(ValidationScores):
 
     def draw(self, task: Any, data: UnclipDataModule, rows: RowBatch) -> tuple[Tensor, ...]:
         """Return (B, S, d) samples and (B, d) true embeddings."""
-        batch = data.embeddings.prior_batch(rows)
-        batch = batch._replace(image_embed=batch.image_embed.to(task.device), text=batch.text.to(task.device))
+        batch = data.batch(PriorBatch, rows, task.device)
         prior = prior_of(task, int(self.steps))
         draws = [prior.embed_batch(batch, generator=streams_for(batch, s)) for s in range(SAMPLES)]
         return torch.stack(draws, dim=1).float().cpu(), batch.image_embed.float().cpu()
@@ -179,15 +179,14 @@ class DecoderScores(ValidationScores):
 
     def check(self, data: UnclipDataModule, rows: list[int]) -> None:
         """Refuse data that are no shapes, with an :class:`InputError`, and build the oracle."""
-        true_attributes(data.embeddings.metadata(_fixed(rows[:1])))
+        true_attributes(data.batch(EvaluationBatch, _fixed(rows[:1]), torch.device("cpu")).metadata)
         self._oracle = ShapesOracle(data.image_size)
 
     def draw(self, task: Any, data: UnclipDataModule, rows: RowBatch) -> tuple[Tensor, ...]:
         """Return (B, A) readings, (B, A) stated attributes, and (B,) residuals."""
-        batch = data.embeddings.evaluation_batch(rows)
+        batch = data.batch(EvaluationBatch, rows, task.device)
         spec = DecoderSpec(checkpoint="", image_size=data.image_size, sampler=DDIM(int(self.steps)), guidance=1.0)
-        image_embed, text = batch.image_embed.to(task.device), batch.text.to(task.device)
-        images = Decoder(spec, task).decode(image_embed, text, generator=streams_for(batch))
+        images = Decoder(spec, task).decode(batch.image_embed, batch.text, generator=streams_for(batch))
         read, _, residual = self._oracle(images.float().cpu())
         return read, stated_indices(batch.captions), residual
 
