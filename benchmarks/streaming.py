@@ -1,7 +1,7 @@
 """Streamed images: throughput and memory with 10, 100 and 1,000 shards, in fsspec's memory and over http on loopback.
 
 Every shard has 100 images of 32 px. There are ten different ones; the others are copies under other names. One reader
-reads the same number of images from each number of shards, through a buffer of 1,000. Seconds are those of the
+reads the same number of images from each number of shards, through a buffer of 200. Seconds are those of the
 processor, so that other work on the machine does not count.
 """
 
@@ -75,7 +75,7 @@ def opened(root: str, address: str, count: int) -> Shuffled:
     marks = {shard.name: shard.stamp().mark for shard in list_shards(source)}
     write_manifest(store, [records[name]._replace(source_mark=mark) for name, mark in marks.items()])
     embeddings = StreamedStore(store, source, image_size=32)
-    options = {"buffer": 10 * IMAGES, "seed": 0, "rank": 0, "world_size": 1}
+    options = {"buffer": 2 * IMAGES, "seed": 0, "rank": 0, "world_size": 1}
     return Shuffled(embeddings, embeddings.decoder_batch, BATCH, **options)
 
 
