@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 #: From the ground up. Packages in one row do not know each other.
 LAYERS = [
     {"errors", "moved"},
-    {"files", "settings", "streams", "types"},
+    {"files", "origin", "settings", "streams", "types"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
     {"data"},
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 #: torch, numpy and open_clip are enough here: who takes the mathematics does not wait for a trainer.
-PURE = {"errors", "moved", "files", "streams", "types", "diffusion", "nn", "clip", "shapes"}
+PURE = {"errors", "moved", "files", "origin", "streams", "types", "diffusion", "nn", "clip", "shapes"}
 #: The only file that uses private names of Lightning.
 PRIVATE = "training/private.py"
 #: Private names of Python and torch that files which import Lightning may use.

@@ -1,6 +1,7 @@
 """A table of runs: what their logs end with, what was measured, and what may be asked of it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from unclip_pl.cli import main
 from unclip_pl.errors import InputError
 from unclip_pl.metrics.interval import mean_interval
+from unclip_pl.origin import commit
 
 CELL = Path(__file__).parents[2] / "results" / "rematch-shapes" / "cells" / "matched-ar-1.json"
 
@@ -27,6 +29,8 @@ def study(tmp_path: Path) -> Path:
         for step, value in ((0, 5.5), (20, 5.0)):
             log.add_scalar("val/loss", value, step)
     torch.save({"global_step": 1940}, folder / "ar-10" / "checkpoints" / "last.ckpt")
+    noted = {"command": "unclip fit --config x.yaml", "commit": "ba9876543210"}
+    (folder / "diffusion-2" / "command.json").write_text(json.dumps(noted))
     lines = ["step,train/loss,val/loss", "19,0.5,", "39,0.25,", "39,,nan"]
     (folder / "diffusion-2" / "metrics.csv").write_text("\n".join(lines) + "\n")
     (folder / "cells").mkdir()
@@ -50,6 +54,7 @@ def test_rows_are_what_was_logged_and_measured(study: Path, capsys: pytest.Captu
     assert diffusion == {
         **{"run": "diffusion-2", "part": "DiffusionPrior", "steps": 39},
         **{"train/loss": 0.25, "val/loss": "nan"},  # JSON has no NaN
+        **{"command": "unclip fit --config x.yaml", "commit": "ba9876543210"},
     }
     arm = json.loads(CELL.read_text())["arms"]["ar"]
     assert cell["command"] == "unclip make cell"
@@ -104,3 +109,17 @@ def test_a_broken_cell_is_named(study: Path) -> None:
     (study / "cells" / CELL.name).write_text("{")
     with pytest.raises(InputError, match=CELL.name):
         list(find_rows(study))
+
+
+def test_a_fit_notes_its_command(
+    mini_run: Path, tmp_path: Path, small: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = small("prior", tmp_path, "--trainer.max_steps", "1")
+    assert main(["fit", *words, "--trainer.logger.init_args.name", "a b"]) == 0
+    capsys.readouterr()
+    (row,) = rows(capsys, tmp_path)
+    assert row["part"] == "DiffusionPrior"
+    assert str(row["command"]).startswith("unclip fit --config configs/prior/tiny.yaml --data.init_args.source ")
+    assert "name 'a b'" in str(row["command"])
+    assert row["commit"] == commit()
+    assert row["steps"] == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from unclip_pl import origin
 from unclip_pl.files import write_json
 from unclip_pl.generation import provenance
 
@@ -16,26 +17,26 @@ def test_the_commit_is_this_codes_own(tmp_path: Path, monkeypatch: pytest.Monkey
         who = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
         return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout
 
-    module = tmp_path / "provenance.py"
+    module = tmp_path / "origin.py"
     module.write_text("")
     (tmp_path / "theirs.py").write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(module))
-    assert provenance.commit() == "unknown"
+    monkeypatch.setattr(origin, "__file__", str(module))
+    assert origin.commit() == "unknown"
     git("init")
     git("add", "theirs.py")
     git("commit", "-m", "theirs")
-    assert provenance.commit() == "unknown"
-    git("add", "provenance.py")
+    assert origin.commit() == "unknown"
+    git("add", "origin.py")
     git("commit", "-m", "ours")
-    assert provenance.commit() == git("rev-parse", "--short=12", "HEAD").strip()
+    assert origin.commit() == git("rev-parse", "--short=12", "HEAD").strip()
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cell.json").write_text("1")
     git("add", "results")
     git("commit", "-m", "a cell")
     (tmp_path / "results" / "cell.json").write_text("2")
-    assert provenance.commit() == git("rev-parse", "--short=12", "HEAD").strip()
+    assert origin.commit() == git("rev-parse", "--short=12", "HEAD").strip()
     module.write_text("changed")
-    assert provenance.commit().endswith("with local changes")
+    assert origin.commit().endswith("with local changes")
 
 
 def test_time_with_two_stages_side_by_side_counts_once(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from unclip_pl.errors import InputError
 from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json, write_text
 from unclip_pl.generation.bundle import read_notes, write_bundle
 from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec
-from unclip_pl.generation.provenance import commit, stage_records
+from unclip_pl.generation.provenance import stage_records
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
+from unclip_pl.origin import commit
 from unclip_pl.report.card import CARD, model_card
 from unclip_pl.settings import expanded
 

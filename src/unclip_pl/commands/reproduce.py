@@ -29,8 +29,9 @@ from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.data.store import MANIFEST
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
-from unclip_pl.generation.provenance import STAGES, commit
+from unclip_pl.generation.provenance import STAGES
 from unclip_pl.nn.kernels import fast_bfloat16
+from unclip_pl.origin import commit
 from unclip_pl.settings import find, no_config, read_yaml
 
 #: File in the run's folder: what the source's shards hold.

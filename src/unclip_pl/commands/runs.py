@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.generation.provenance import STAGES, stage_records
+from unclip_pl.origin import COMMAND
 from unclip_pl.report.study import CELLS, metrics, read_cell
 from unclip_pl.settings import read_yaml
 
@@ -45,8 +46,7 @@ def runs(
 ) -> None:
     """Show what was trained and measured below some folders: part, steps, last losses, scores, commit and command.
 
-    A row is a folder that a fit or a test logged to, or one arm of a measurement. Commit and command are known of what
-    a recipe made.
+    A row is a folder that a fit or a test logged to, or one arm of a measurement.
 
     Args:
         paths: folders to look through; without any, runs.
@@ -103,6 +103,8 @@ def _row(folder: Path, path: Path, part: str, made: dict[Path, dict[str, Any]]) 
     row: Row = {"run": path.relative_to(folder).as_posix(), "part": part}
     if record := made.get(path):
         row |= {"commit": ", ".join(record["commits"]), "command": f"unclip {record['command']}"}
+    elif (noted := path / COMMAND).is_file():
+        row |= loads(noted.read_text(encoding="utf-8"))
     return row
 
 

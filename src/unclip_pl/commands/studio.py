@@ -208,7 +208,7 @@ class Studio(AbstractContextManager["Studio"]):
     @cached_property
     def origin(self) -> dict[str, str]:
         """The run and the commit of this code; for a bundle, the commit of the training too."""
-        from unclip_pl.generation.provenance import commit
+        from unclip_pl.origin import commit
 
         run, trained, _ = self.unclip.origin
         return {"run": run, "commit": commit()} | ({"trained at commit": trained} if trained else {})

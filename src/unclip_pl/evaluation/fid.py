@@ -21,9 +21,9 @@ from unclip_pl.evaluation.task import check_judge, parts_of, streams_for, to_byt
 from unclip_pl.files import read_tensors, sha256, write_json, write_tensors
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec
-from unclip_pl.generation.provenance import commit
 from unclip_pl.metrics.clip_score import clip_scores
 from unclip_pl.metrics.frechet import FeatureMoments, moments_distance
+from unclip_pl.origin import commit
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 #: How real pictures are brought to their size; the extractors' own resizing comes after it, for both sides.

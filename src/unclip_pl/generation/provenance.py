@@ -3,13 +3,14 @@
 import json
 import os
 import platform
-import subprocess
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from unclip_pl.origin import commit
 
 #: Folder of a run, or of a study's results, in which ``unclip reproduce`` notes its stages: a record and a log of each.
 STAGES = "stages"
@@ -75,27 +76,6 @@ def wall_seconds(folder: Path) -> float:
 def _started(record: dict[str, Any]) -> float:
     """Return the second at which a stage started, had it run without a break."""
     return datetime.fromisoformat(record["ended"]).timestamp() - record["seconds"] if "ended" in record else 0.0
-
-
-def commit() -> str:
-    """Return the commit of the working tree that this code belongs to, marked where the tree has changes."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        run = [subprocess.run([*git, *words], capture_output=True, text=True, timeout=10) for words in _QUESTIONS]
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    if any(answer.returncode for answer in run):
-        return "unknown"
-    commit, changes, _ = (answer.stdout.strip() for answer in run)
-    return f"{commit} with local changes" if changes else commit
-
-
-_QUESTIONS = (
-    ["rev-parse", "--short=12", "HEAD"],
-    # A study writes its cells into results/ as they come: that changes no number of the next one.
-    ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"],
-    ["ls-files", "--error-unmatch", Path(__file__).name],
-)
 
 
 def _hardware(device: torch.device) -> str:

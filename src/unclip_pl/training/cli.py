@@ -1,5 +1,6 @@
 """LightningCLI with arguments linked to the data, with our callbacks, and with exact resume."""
 
+import shlex
 import signal
 import sys
 import threading
@@ -20,7 +21,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import read_checkpoint
+from unclip_pl.files import read_checkpoint, write_json
+from unclip_pl.origin import COMMAND, commit
 from unclip_pl.settings import expanded, read_yaml
 from unclip_pl.tasks import Task
 from unclip_pl.training.callbacks import FiniteLoss, StepProgressBar, TimeLimit
@@ -70,7 +72,7 @@ class UnclipCLI(ConfiguredCLI):
             parser_class=parser_class,
             parser_kwargs={"prog": "unclip"},
             save_config_callback=RunConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "words": args},
             args=args,
             run=run,
         )
@@ -268,7 +270,19 @@ def only_plain(strategy: Strategy) -> None:
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved ``config.yaml``, and stores it in checkpoints, so that a resumed run can say what differs."""
+    """Writes the resolved ``config.yaml`` and ``command.json``, and stores the config in checkpoints.
+
+    A resumed run can then say what differs, and ``unclip runs`` what made a run.
+
+    Args:
+        *args: parser and config, see Lightning's class.
+        words: command line.
+        **kwargs: further options of Lightning's class.
+    """
+
+    def __init__(self, *args: Any, words: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.words = words
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write where something is logged or trained: a test without a logger would litter the current folder."""
@@ -276,8 +290,11 @@ class RunConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give it to the loggers, too."""
+        """Give it to the loggers, too, and note the command."""
         log_settings(trainer.loggers, self._plain())
+        if trainer.log_dir:
+            told = {"command": shlex.join(["unclip", *self.words]), "commit": commit()}
+            write_json(Path(trainer.log_dir) / COMMAND, told, indent=2)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the config as plain data."""
