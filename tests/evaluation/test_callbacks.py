@@ -65,11 +65,13 @@ def test_the_best_is_found_by_name(small: Small, tmp_path: Path, capsys: pytest.
     assert "random" not in capsys.readouterr().err
 
 
-def test_a_score_that_nothing_logs_cannot_decide(small: Small, tmp_path: Path) -> None:
+def test_a_score_that_nothing_logs_keeps_no_best(small: Small, tmp_path: Path) -> None:
     cli = build(small("prior", tmp_path))
     next(c for c in cli.trainer.callbacks if isinstance(c, StepCheckpoint)).monitor = "val/emded_fd"
-    with pytest.raises(InputError, match=r"val/embed_fd.*Got 'val/emded_fd'"):
+    with pytest.warns(UserWarning, match=r"keeps no best.ckpt.*'val/emded_fd', but .*val/embed_fd"):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert next(tmp_path.rglob("last.ckpt")).is_file()
+    assert not list(tmp_path.rglob("best.ckpt"))
 
 
 def test_scores_of_the_truth_itself() -> None:

@@ -159,20 +159,17 @@ class StepCheckpoint(ModelCheckpoint):
             save_last(self, trainer)
 
     def _keep_best(self, trainer: Trainer) -> None:
-        """Save where this validation is the best so far.
-
-        Raises:
-            InputError: it did not log the score.
-        """
+        """Save where this validation is the best so far, or warn that it did not log the score."""
         if trainer.state.fn != TrainerFn.FITTING or getattr(trainer, "fast_dev_run", False):
             return
         score = trainer.callback_metrics.get(str(self.monitor))
         if score is None:
             logged = ", ".join(sorted(key for key in trainer.callback_metrics if key.startswith("val/")))
-            raise InputError(
-                f"Expected StepCheckpoint.monitor to be a score that validations log ({logged}). Got {self.monitor!r}: "
-                "add the callback that logs it, or leave monitor out."
+            rank_zero_warn(
+                f"StepCheckpoint keeps no {BEST}: validations do not log its monitor {self.monitor!r}, but {logged}. "
+                "Add the callback that logs it, or set another monitor."
             )
+            return
         sign = 1 if self.mode == "min" else -1
         if score.isfinite() and (self.best_model_score is None or sign * score < sign * self.best_model_score):
             self.best_model_score, self.best_model_path = score.clone(), str(Path(str(self.dirpath)) / BEST)
