@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -12,6 +13,7 @@ from unclip_pl.cli import main
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import StreamedImages, UnclipDataModule
 from unclip_pl.data.precompute import Part, embed_share, finish, precompute
+from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
 from unclip_pl.nn.prior import PriorTransformer
@@ -73,6 +75,20 @@ def test_batches_are_those_of_a_store_with_states(
             torch.testing.assert_close(ours.text.states, theirs.text.states, rtol=2e-3, atol=2e-3)
             for name in ("tokens", "mask", "embed"):
                 assert torch.equal(getattr(ours.text, name), getattr(theirs.text, name))
+
+
+def test_chosen_rows_are_complete_batches(source: Path, store: Path, bare: Path, clip: ClipSpec) -> None:
+    """Scores while training ask for some rows, for later ones, and for earlier ones again."""
+    exact = UnclipDataModule(str(source), str(store), clip)
+    others = [UnclipDataModule(str(source), str(bare), clip), StreamedImages(str(source), str(store), clip)]
+    for rows in ([1, 4, 30], [31, 60], [0]):
+        chosen = RowBatch(np.array(rows), np.zeros(len(rows), np.uint64))
+        expected = exact.batch(EvaluationBatch, chosen, torch.device("cpu"))
+        for data in others:
+            found = data.batch(EvaluationBatch, chosen, torch.device("cpu"))
+            assert (found.captions, found.metadata) == (expected.captions, expected.metadata)
+            assert torch.equal(found.image, expected.image)
+            torch.testing.assert_close(found.text.states, expected.text.states, rtol=2e-3, atol=2e-3)
 
 
 class Losses(Callback):
