@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv quickstart notebooks bench test test-slow test-oldest lint format clean
+.PHONY: help venv quickstart notebooks docs bench test test-slow test-oldest lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +21,10 @@ quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, re
 
 notebooks: venv ## run the notebooks again and keep their outputs; UNCLIP_RUN=… names a run other than the package's own
 	$(BIN)/python notebooks/run.py
+
+docs: venv ## the documentation site, into docs/_build/html; an unknown name or a broken link fails
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -b html -W -n --keep-going -c docs . docs/_build/html
 
 # Peers live in an environment of their own. dalle2-pytorch names packages that it does not import and an old open_clip:
 # it comes without them, and what it does import is listed here.
@@ -41,8 +45,8 @@ bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torc
 test: venv lint ## what CI runs: ruff, mypy and the tests, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: venv ## what takes longer, with the trackers W&B and MLflow
-	$(BIN)/python -m pip install --quiet --editable '.[dev,trackers]'
+test-slow: venv ## what takes longer, with the trackers W&B and MLflow, and the documentation site
+	$(BIN)/python -m pip install --quiet --editable '.[dev,trackers,docs]'
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ] # 5: no test is marked slow
 
 # uv can choose the oldest releases that pyproject.toml allows; pip cannot.
@@ -67,4 +71,4 @@ format: venv ## let ruff rewrite the layout
 	$(BIN)/ruff format .
 
 clean: ## the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) $(BENCH) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(OLDEST) docs/_build docs/_reference .pytest_cache .mypy_cache .ruff_cache

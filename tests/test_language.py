@@ -48,7 +48,7 @@ def files(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             generated = file.parent.parent.name == "results" and file.name == "report.md"
-            generated |= file.parent.suffix == ".egg-info"
+            generated |= file.parent.suffix == ".egg-info" or not {"_build", "_reference"}.isdisjoint(file.parts)
             if file.is_file() and file.suffix in SUFFIXES and not generated and file != Path(__file__):
                 yield file
 

@@ -262,12 +262,12 @@ def dispatch(words: list[str]) -> None:
     if command == COMPLETION:
         print(completion(rest[0] if rest else ""))
     elif command in COMMANDS:
-        call(f"unclip {command}", _entry(command), rest)
+        call(f"unclip {command}", function_of(command), rest)
     else:
         train(words)
 
 
-def _entry(command: str) -> Any:
+def function_of(command: str) -> Any:
     """Return a command's function, or its functions by the word that picks one."""
     module = importlib.import_module(f"unclip_pl.commands.{command}")
     return getattr(module, "COMMANDS", None) or getattr(module, command)
@@ -292,7 +292,7 @@ def completion(shell: str) -> str:
     program = Parser(prog="unclip")
     commands = program.add_subcommands()
     for word, what in (TRAINER | COMMANDS).items():
-        entry = _entry(word) if word in COMMANDS else {}
+        entry = function_of(word) if word in COMMANDS else {}
         entries: dict[str, Any] = dict(entry) if isinstance(entry, dict) else {"": entry}
         own = entries.pop("", None)
         part = _parser(f"unclip {word}", own) if own else Parser(prog=f"unclip {word}")

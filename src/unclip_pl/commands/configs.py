@@ -12,7 +12,7 @@ def listing() -> None:
     configs = shipped_configs()
     width = max(map(len, configs))
     for name, path in configs.items():
-        print(f"{name:<{width}}  {_header(path)}")
+        print(f"{name:<{width}}  {header(path)}")
 
 
 def copy(names: list[str]) -> None:
@@ -40,7 +40,7 @@ def copy(names: list[str]) -> None:
     print(f"{len(files)} configs: {folder}")
 
 
-def _header(path: Path) -> str:
+def header(path: Path) -> str:
     """Return the first sentence of the comment at the beginning of a config."""
     lines = path.read_text(encoding="utf-8").splitlines()
     end = next(number for number, line in enumerate(lines) if not line.startswith("# "))

@@ -79,8 +79,8 @@ class Inversion:
         """Return data from x_T.
 
         The lowest level still holds noise: the picture's own, which is kept, and fresh noise of eta > 0, which is
-        removed. The picture's own has a share of `survival`² of the variance. The same share is kept of the difference
-        between the lowest level and the estimate of x0.
+        removed. The picture's own has a share of the variance, the square of `survival`. The same share is kept of the
+        difference between the lowest level and the estimate of x0.
 
         Args:
             denoise: estimates x0 from x_t and t, as for `Sampler.sample`.

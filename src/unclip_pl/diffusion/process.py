@@ -17,9 +17,10 @@ Prediction = Literal["x0", "eps", "v", "velocity"]
 class Denoised(NamedTuple):
     """What a solver sees of a network.
 
-    x0: estimate of the clean data, (B, ...).
-    frac: learned variance as a fraction of the way, in logarithms, from beta_tilde (0) to beta (1); the network's raw
-        output v as (v + 1) / 2, unclamped (Nichol & Dhariwal 2021, eq. 15). Same shape as x0.
+    Attributes:
+        x0: estimate of the clean data, (B, ...).
+        frac: learned variance as a fraction of the way, in logarithms, from beta_tilde (0) to beta (1); the network's
+            raw output v as (v + 1) / 2, unclamped (Nichol & Dhariwal 2021, eq. 15). Same shape as x0.
     """
 
     x0: Tensor
@@ -107,14 +108,14 @@ class GaussianDiffusion:
 
     A parameterisation is two numbers per time, x0 = c_skip x_t + c_out F:
 
-    ==========  ======  ============  =======================
-    prediction  c_skip  c_out         F estimates
-    ==========  ======  ============  =======================
-    x0          0       1             x0
-    eps         1/alpha -sigma/alpha  eps (Ho et al. 2020)
-    v           alpha   -sigma        alpha eps - sigma x0 (Salimans & Ho 2022; variance-preserving schedules)
-    velocity    1       -sigma        eps - x0 (Liu et al. 2023; straight paths)
-    ==========  ======  ============  =======================
+    ==========  =======  ============  =======================
+    prediction  c_skip   c_out         F estimates
+    ==========  =======  ============  =======================
+    x0          0        1             x0
+    eps         1/alpha  -sigma/alpha  eps (Ho et al. 2020)
+    v           alpha    -sigma        alpha eps - sigma x0 (Salimans & Ho 2022; variance-preserving schedules)
+    velocity    1        -sigma        eps - x0 (Liu et al. 2023; straight paths)
+    ==========  =======  ============  =======================
 
     A straight path has no signal at t = 1, so no eps leads back to x0 there.
 

@@ -114,7 +114,7 @@ class ValidationScores(Callback):
         return rows[np.arange(count) * len(rows) // max(count, 1)].tolist()
 
     def check(self, data: UnclipDataModule, rows: list[int]) -> None:
-        """Refuse data that cannot be scored, with an :class:`InputError`."""
+        """Refuse data that cannot be scored, with an ``InputError``."""
 
     @abstractmethod
     def draw(self, task: Any, data: UnclipDataModule, rows: RowBatch) -> tuple[Tensor, ...]:
@@ -178,7 +178,7 @@ class DecoderScores(ValidationScores):
     tasks = (DecoderTask,)
 
     def check(self, data: UnclipDataModule, rows: list[int]) -> None:
-        """Refuse data that are no shapes, with an :class:`InputError`, and build the oracle."""
+        """Refuse data that are no shapes, with an ``InputError``, and build the oracle."""
         true_attributes(data.batch(EvaluationBatch, _fixed(rows[:1]), torch.device("cpu")).metadata)
         self._oracle = ShapesOracle(data.image_size)
 

@@ -132,7 +132,7 @@ def diversity_scores(view: View, captions: Sequence[str], samples: int) -> dict[
 
 
 def caption_gap(read: Tensor, stated: Mapping[str, str]) -> float:
-    """Return the mean :func:`diversity_gap` of the attributes that a caption leaves open; NaN where it leaves none.
+    """Return the mean ``diversity_gap`` of the attributes that a caption leaves open; NaN where it leaves none.
 
     Args:
         read: (K, A) indices read from K pictures of the caption.

@@ -147,7 +147,7 @@ class Manipulator:
         Args:
             latent: latents of B pictures, which may have been changed.
             eta: DDIM's eta, 0 to 1.
-            own: share of x_T that belongs to the picture, see :meth:`~unclip_pl.diffusion.Inversion.restore`.
+            own: share of x_T that belongs to the picture, see :meth:`~unclip_pl.diffusion.inversion.Inversion.restore`.
             seed: seed of the noise that eta > 0 draws, and of the upsamplers.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -254,8 +254,8 @@ class Manipulator:
         """Draw what lies between two captions, (num, 3, S, S), from the same noise of prior and decoder all along.
 
         z_i and z_t are turned from one to the other, and the decoder's text states position by position, each with a
-        norm that changes linearly. The ends are what :meth:`Unclip.generate` draws of the captions, whose options the
-        others are.
+        norm that changes linearly. The ends are what :meth:`~unclip_pl.generation.pipeline.Unclip.generate` draws of
+        the captions, whose options the others are.
 
         Args:
             first: caption of the first picture.

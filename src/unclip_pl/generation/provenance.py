@@ -47,8 +47,9 @@ def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
         folder: folder of a run, or of a study's results.
 
     Returns:
-        By the stage's name: ``command``, ``out``, ``seconds``, ``ended`` (UTC; absent in a stage that was measured
-        before times were noted), ``done``, ``commits``, ``threads``, and the stamps that tell results apart.
+        Records by the stage's name, each with ``command``, ``out``, ``seconds``, ``ended`` (UTC; absent in a stage that
+        was measured before times were noted), ``done``, ``commits``, ``threads``, and the stamps that tell results
+        apart.
     """
     files = sorted((folder / STAGES).glob("[!.]*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

@@ -58,7 +58,7 @@ class PriorTransformer(PrefixTransformer):
             x_t: (B, K, d) noised, scaled image embeddings z_i^(t).
             index: (B, K) 0-based timesteps, t·T − 1.
             prefix: keys and values of the B captions. A draw sees the caption and itself, never another draw.
-            overwrite: use the room for 3·K tokens at the end of the prefix (:meth:`Prefix.pad`) at every call, so that
+            overwrite: use the room for 3·K tokens at the end of the prefix (``Prefix.pad``) at every call, so that
                 a sampler need not copy the caption's keys at every step. No gradient passes there.
         """
         draws = index.shape[1]

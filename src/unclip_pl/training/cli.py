@@ -250,7 +250,7 @@ def refuse_tools(barebones: bool, callbacks: list[Any]) -> None:
 def only_plain(strategy: Strategy) -> None:
     """Make a strategy of Lightning's that reads checkpoints by pickle check first that a file holds plain data only.
 
-    FSDP and DeepSpeed are such strategies. Loading anything else raises an :class:`InputError`.
+    FSDP and DeepSpeed are such strategies. Loading anything else raises an ``InputError``.
     """
     kind = type(strategy)
     if kind.load_checkpoint is Strategy.load_checkpoint or not kind.__module__.startswith("lightning."):
