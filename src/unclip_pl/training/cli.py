@@ -283,18 +283,20 @@ class RunConfig(SaveConfigCallback):
     def __init__(self, *args: Any, words: list[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.words = words
+        self._folder: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write where something is logged or trained: a test without a logger would litter the current folder."""
         if trainer.loggers or stage == TrainerFn.FITTING:
+            self._folder = trainer.log_dir  # asks every rank, and one rank alone saves
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give it to the loggers, too, and note the command."""
         log_settings(trainer.loggers, self._plain())
-        if trainer.log_dir:
+        if self._folder:
             told = {"command": shlex.join(["unclip", *self.words]), "commit": commit()}
-            write_json(Path(trainer.log_dir) / COMMAND, told, indent=2)
+            write_json(Path(self._folder) / COMMAND, told, indent=2)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the config as plain data."""

@@ -78,7 +78,8 @@ class StageProfile(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file. A fit shorter than the warm-up writes none."""
-        if trainer.log_dir is None or not trainer.is_global_zero or self._steps <= self.warmup:
+        folder = trainer.log_dir  # asks every rank, and one rank alone writes
+        if folder is None or not trainer.is_global_zero or self._steps <= self.warmup:
             return
         on_gpu = pl_module.device.type == "cuda"
         _wait(on_gpu)
@@ -87,7 +88,7 @@ class StageProfile(Callback):
         peak = next((peak for word, peak in PEAKS.items() if word in name), None)
         done = self._flops * steps / seconds
         write_json(
-            Path(trainer.log_dir) / PROFILE,
+            Path(folder) / PROFILE,
             {
                 "device": name,
                 "steps": steps,
