@@ -1,4 +1,4 @@
-"""Make the four pictures of these pages from the weights in the package; made again, they are the same bytes.
+"""Make the pictures of these pages from the weights in the package; made again, they are the same bytes.
 
 Run it as ``python docs/pictures.py``, from the folder of the project. It takes a minute of one core.
 """
@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip_pl.generation.manipulation import Manipulator, turn
 from unclip_pl.generation.pictures import grid, save_png, to_image
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.shapes.captions import caption
-from unclip_pl.shapes.render import draw_attributes, render
+from unclip_pl.shapes.render import VALUES, draw_attributes, render
 
 CAPTION = "a large red star on a black background"
 SEED = 1
@@ -115,11 +116,48 @@ def pipeline(unclip: Unclip) -> Image.Image:
     return canvas
 
 
+def steered(unclip: Unclip, thetas: list[float]) -> Tensor:
+    """Turn the z_i of a red star towards what tells "blue" from "red", by fractions of the angle: (N, d)."""
+    z_i = unclip.generate([CAPTION], seed=SEED).image_embed
+    red, blue = F.normalize(unclip.clip.describe([CAPTION, CAPTION.replace("red", "blue")]).embed, dim=-1)
+    wide = (len(thetas), -1)
+    return turn(z_i.expand(*wide), (blue - red).expand(*wide), torch.tensor(thetas))
+
+
+def cut(unclip: Unclip, dims: list[int]) -> Tensor:
+    """Keep the first principal axes of the red star's z_i: (N, d)."""
+    z_i = unclip.generate([CAPTION], seed=SEED).image_embed
+    return Manipulator(unclip).project(z_i, dims)[0]
+
+
+def means(unclip: Unclip, attribute: str) -> Tensor:
+    """Average the z_i of those of 2,000 pictures that share a colour, a shape or a position: (values, d)."""
+    rng = np.random.default_rng(5)
+    names = draw_attributes(2000, split="train", rng=rng)
+    pixels = torch.from_numpy(render(names, rng=rng)).permute(0, 3, 1, 2).div(127.5).sub(1)
+    z_i = F.normalize(torch.cat([unclip.clip.encode_image(part) for part in pixels.split(250)]), dim=-1)
+    rows = [[getattr(one, attribute) == value for one in names] for value in VALUES[attribute]]
+    return F.normalize(torch.stack([z_i[row].mean(0) for row in rows]), dim=-1)
+
+
+def embedding(unclip: Unclip) -> Image.Image:
+    """Draw embeddings that belong to no picture, without a caption and all from the same noise."""
+    thetas, dims = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [1, 2, 4, 8, 16, 32, 64]
+    rows = {
+        f"turned from red to blue by θ = {', '.join(map(str, thetas))}": steered(unclip, thetas),
+        f"its first {', '.join(map(str, dims))} principal axes": cut(unclip, dims),
+    }
+    for attribute in ("color", "shape", "position"):
+        title = f"the mean of pictures of one {attribute}: {', '.join(VALUES[attribute])}"
+        rows[title] = means(unclip, attribute)
+    return grid([(title, [*unclip.decode(z_i, seed=SEED).images]) for title, z_i in rows.items()])
+
+
 def main(folder: Path) -> None:
-    """Write all four pictures into a folder."""
+    """Write all pictures into a folder."""
     torch.set_num_threads(1)
     unclip = Unclip.load(Path(str(files("unclip_pl") / "demo.zip")))
-    for make in (guidance, priors, noise, pipeline):
+    for make in (guidance, priors, noise, pipeline, embedding):
         save_png(make(unclip), folder / f"{make.__name__}.png", {"made by": "docs/pictures.py"})
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-NAMES = ("guidance", "priors", "noise", "pipeline")
+NAMES = ("guidance", "priors", "noise", "pipeline", "embedding")
 PAGES = Path("docs")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_shows_it(name: str) -> None:
-    assert any(f"](pictures/{name}.png)" in page.read_text() for page in PAGES.glob("*.md"))
+    assert any(f"pictures/{name}.png)" in page.read_text() for page in PAGES.rglob("*.md"))
     with Image.open(PAGES / "pictures" / f"{name}.png") as picture:
         assert picture.text["made by"] == "docs/pictures.py"
 

@@ -12,7 +12,12 @@ from unclip_pl.cli import main
 from unclip_pl.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/README.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/tutorials").glob("*.md")),
+    ROOT / "data/README.md",
+]
 DOCUMENTS += sorted(ROOT.glob("results/*/README.md"))
 
 
