@@ -40,6 +40,7 @@ html_additional_pages = {"index": "front.html"}  # the start page is docs/index.
 templates_path = ["_templates"]
 html_math_renderer = "mathml"  # MathJax would come from a server of somebody else
 html_copy_source = False
+smartquotes = False  # two hyphens are an option of a command
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
@@ -68,14 +69,17 @@ nitpick_ignore_regex = [
 ]
 
 
-#: Sizes of brackets, which docutils does not know and MathML does by itself.
+#: Sizes of brackets, which docutils does not know and MathML chooses by itself.
 SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
+#: A letter with an accent: docutils would put an index that follows under the letter.
+ACCENTED = re.compile(r"(\\(?:bar|hat|tilde)\s*(?:\\[a-zA-Z]+|\{[^{}]*\}|\w))")
 
 
 def mathml(self: Any, node: nodes.Element) -> None:
     """Write a formula as MathML, which browsers draw without a script."""
-    block = isinstance(node, nodes.math_block)
-    self.body.append(tex2mathml(SIZES.sub("", node.astext()), as_block=block))
+    formula = ACCENTED.sub(r"\1{}", SIZES.sub("", node.astext()))
+    drawn = tex2mathml(formula, as_block=isinstance(node, nodes.math_block))
+    self.body.append(drawn.replace(' accent="true"', ""))  # Chromium draws a bar into the letter
     raise nodes.SkipNode
 
 

@@ -116,6 +116,7 @@ def kind_of(annotation: Any, shown: dict[str, type]) -> str:
     """Return a type as Markdown; a class that has a table of its own is a link to it."""
     text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
     text = re.sub(r"(?:[a-z_]\w*\.)+(?=[A-Z]\w*)", "", text).replace("NoneType", "None")
+    text = re.sub(r"Optional\[(.*)\]$", r"\1 | None", text)
     names = "|".join(shown) or "$^"
     pieces = re.split(rf"\b({names})\b", text.replace("|", r"\|"))
     return "".join(
@@ -206,7 +207,7 @@ def commands() -> str:
     for title, words in cli.GROUPS.items():
         lines += [f"## To {title}", ""]
         for word, what in words.items():
-            lines += [f"### unclip {word}", "", plain(what[0].upper() + what[1:]), ""]
+            lines += [f"### unclip {word}", "", plain(re.sub(r"((?:unclip|--config) .*)$", r"`\1`", what[0].upper() + what[1:])), ""]
             if word in cli.TRAINER:
                 lines += [
                     "The options are the keys of configs ([every key](configs.md)), such as `--model.init_args.…` and",

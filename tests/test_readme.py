@@ -23,7 +23,7 @@ DOCUMENTS += sorted(ROOT.glob("results/*/README.md"))
 
 def commands(document: Path) -> list[str]:
     """Return every line of a code block that calls ``unclip``, without the settings of its environment."""
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
     lines = (re.sub(r"^(\w+=\S+ )+", "", line) for block in blocks for line in block.splitlines())
     return [line for line in lines if re.match(r"unclip [a-z]", line)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion
+from unclip_pl.diffusion import DDIM, Denoised, GaussianDiffusion, Sampler
 from unclip_pl.errors import InputError
 
 EarlyNoise = runpy.run_path("examples/early_noise.py")["EarlyNoise"]
@@ -21,9 +21,9 @@ def exact(x_t: Tensor, t: Tensor) -> Denoised:
     return Denoised(MEAN + gain * (x_t - alpha * MEAN))
 
 
-def drawn(solver: object) -> Tensor:
+def drawn(solver: Sampler) -> Tensor:
     x_T = torch.randn(4096, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return solver.sample(exact, x_T, DIFFUSION, generator=torch.Generator().manual_seed(1))  # type: ignore[attr-defined]
+    return solver.sample(exact, x_T, DIFFUSION, generator=torch.Generator().manual_seed(1))
 
 
 def test_its_ends_are_ddim() -> None:
