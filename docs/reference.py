@@ -207,7 +207,8 @@ def commands() -> str:
     for title, words in cli.GROUPS.items():
         lines += [f"## To {title}", ""]
         for word, what in words.items():
-            lines += [f"### unclip {word}", "", plain(re.sub(r"((?:unclip|--config) .*)$", r"`\1`", what[0].upper() + what[1:])), ""]
+            what = re.sub(r"((?:unclip|--config) .*)$", r"`\1`", what[0].upper() + what[1:])
+            lines += [f"### unclip {word}", "", plain(what), ""]
             if word in cli.TRAINER:
                 lines += [
                     "The options are the keys of configs ([every key](configs.md)), such as `--model.init_args.…` and",
