@@ -37,7 +37,7 @@ def test_a_prior_that_follows_its_dot_token_is_obedient(share: float) -> None:
             return cosine * z_t + (1 - cosine**2).sqrt() * across
 
     prior = Following()
-    found = prior.obedience(captions(6), generator=torch.Generator().manual_seed(0))
+    found = prior.obedience(captions(6), generator=torch.Generator().manual_seed(1))  # not what drew the captions
     assert found is not None
     torch.testing.assert_close(found, torch.full((6,), share), atol=1e-4, rtol=0)
     assert not prior.task.net.dot_head._forward_hooks
