@@ -145,7 +145,7 @@ def one_trial(stages: dict[str, Stage], folder: Path) -> None:
 def test_a_study_from_end_to_end_and_without_its_run(
     mini_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Takes some 50 s of one core: 25 trainings and measurements. Nothing else sees that stages, cells and report agree."""
+    """Takes some 50 s of one core, for 25 stages: nothing else sees that stages, cells and report agree."""
     monkeypatch.setattr("unclip_pl.report.plots.DPI", 30)  # nobody looks
     recipe = read("rematch-shapes")
     stages = {name: small(recipe[name], matrix) for name, matrix in KINDS.items()}
