@@ -1,5 +1,6 @@
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +26,16 @@ from unclip_pl.data.shards import Split, decode_entries, index_shard, parse_json
 from unclip_pl.data.transforms import load_square, suffix_of
 from unclip_pl.packing import pack as module
 from unclip_pl.packing.pack import AS_THEY_ARE, Form, pack_shards, read_packed, write_shards
-from unclip_pl.packing.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
+from unclip_pl.packing.samples import (
+    FileSamples,
+    Sample,
+    coco_samples,
+    scene_samples,
+    shapes_samples,
+    table_samples,
+)
 from unclip_pl.shapes.captions import parse
+from unclip_pl.shapes.scenes import parse_scene
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -163,6 +173,65 @@ def test_shapes_say_what_they_show(tmp_path: Path) -> None:
             meta = parse_json(read_span(file, *entry.json))
         assert parse(entry.captions[0]) == meta["stated"]
         assert meta["stated"].items() <= meta["attributes"].items()
+
+
+#: What 40 samples of seed 3 were before there were words and scenes: images, keys, captions and JSON.
+BEFORE = {
+    (32, "train"): "60a3009385b18c28", (32, "val"): "affbfdc1dbd9fd37", (32, "heldout"): "73100b2685ae9197",
+    (64, "train"): "5357d5bd86048072", (64, "val"): "bce220f26d1d8c3b", (64, "heldout"): "4c1058ba83b68417",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "split"), BEFORE)
+def test_shapes_are_what_they_always_were(size: int, split: Any) -> None:
+    found = hashlib.sha256()
+    for sample in shapes_samples(40, split=split, size=size, seed=3):
+        assert isinstance(sample.image, np.ndarray)
+        found.update(sample.image.tobytes())
+        found.update(json.dumps([sample.key, sample.captions, sample.extra]).encode())
+    assert found.hexdigest()[:16] == BEFORE[size, split]
+
+
+def test_words_are_written_over_the_same_pictures() -> None:
+    """Half of the captions of pictures with a word say it; all else is what it is without words."""
+    plain, written = (list(shapes_samples(400, split="train", size=64, words=words)) for words in (False, True))
+    said = []
+    for before, after in zip(plain, written, strict=True):
+        word = after.extra.pop("word")
+        assert np.array_equal(before.image, after.image) == (not word)
+        if word and "shape" in before.extra["stated"]:
+            said.append(before.extra["stated"] != after.extra["stated"] or word == before.extra["attributes"]["shape"])
+            assert after.extra["stated"]["shape"] in (word, before.extra["stated"]["shape"])
+        assert parse(after.captions[0]) == after.extra["stated"]
+        assert after.extra["attributes"] == before.extra["attributes"]
+    assert 0.4 < np.mean(said) < 0.7
+    plain, written = (list(shapes_samples(40, split="heldout", size=64, words=words)) for words in (False, True))
+    assert [sample.captions for sample in plain] == [sample.captions for sample in written]
+    assert all(sample.extra["word"] != sample.extra["attributes"]["shape"] for sample in written)
+
+
+def test_scenes_say_what_they_show() -> None:
+    for sample in scene_samples(60, split="heldout"):
+        assert sample.image.shape == (64, 64, 3)  # type: ignore[union-attr]
+        assert parse_scene(sample.captions[0]) == sample.extra["stated"]
+        assert sample.extra["stated"].items() <= sample.extra["attributes"].items()
+    assert not any(sample.extra["unseen_pair"] for sample in scene_samples(60, split="train"))
+
+
+def test_words_and_scenes_are_packed_at_64_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = ["--train", "3", "--val", "0", "--heldout", "0"]
+    for name, option in (("plain", []), ("words", ["--words", "true"]), ("scenes", ["--objects", "2"])):
+        assert main(["pack", "shapes", "--out", str(tmp_path / name), *counts, *option]) == 0
+        (entry, *_) = index_shard(tmp_path / name / "train-000000.tar").entries
+        with (tmp_path / name / "train-000000.tar").open("rb") as file:
+            side = Image.open(io.BytesIO(read_span(file, *entry.image))).size[0]
+        assert side == (32 if name == "plain" else 64)
+    out = str(tmp_path / "both")
+    assert main(["pack", "shapes", "--out", out, *counts, "--words", "true", "--objects", "2"]) == 1
+    assert main(["pack", "shapes", "--out", out, *counts, "--words", "true", "--size", "32"]) == 1
+    said = capsys.readouterr().err
+    assert "leave one of them out" in said
+    assert "give --size 64" in said
 
 
 def test_splits_of_one_seed_differ() -> None:

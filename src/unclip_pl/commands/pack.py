@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,7 +14,14 @@ from unclip_pl.data.transforms import Encoding
 from unclip_pl.errors import InputError
 from unclip_pl.packing.emoji import EmojiSamples, EmojiSets, read_pairs, write_card
 from unclip_pl.packing.pack import Form, pack_shards, require_good
-from unclip_pl.packing.samples import FileSamples, Sample, coco_samples, shapes_samples, table_samples
+from unclip_pl.packing.samples import (
+    FileSamples,
+    Sample,
+    coco_samples,
+    scene_samples,
+    shapes_samples,
+    table_samples,
+)
 from unclip_pl.shapes.render import Split
 
 Quality = restricted_number_type("Quality", int, [(">=", 1), ("<=", 100)], join="and")
@@ -25,7 +33,9 @@ def pack_shapes(
     train: NonNegativeInt = 20000,
     val: NonNegativeInt = 1000,
     heldout: NonNegativeInt = 2000,
-    size: PositiveInt = 32,
+    size: PositiveInt | None = None,
+    words: bool = False,
+    objects: Literal[1, 2] = 1,
     seed: NonNegativeInt = 0,
     shard_size: PositiveInt = 2000,
     num_workers: NonNegativeInt = 0,
@@ -37,14 +47,21 @@ def pack_shapes(
         train: training images.
         val: validation images.
         heldout: images of (shape, colour) pairs that train never shows together.
-        size: side in pixels.
+        size: side in pixels; without it 64 with words or two objects, else 32.
+        words: write the name of a shape over half of the training images; half of their captions name it in the place
+            of the shape. Every held-out image has another shape's name.
+        objects: shapes in an image; two are small, of different colours, beside or above each other.
         seed: base seed of every random draw.
         shard_size: images of a shard.
         num_workers: threads that encode and write; 0 is this one.
     """
+    if words and objects == 2:
+        raise InputError("Expected words over one shape. Got --words with --objects 2: leave one of them out.")
+    size = size or (64 if words or objects == 2 else 32)
     for split, count in zip(get_args(Split), (train, val, heldout), strict=True):
         if count:
-            samples = shapes_samples(count, split=split, size=size, seed=seed)
+            one = partial(shapes_samples, words=words)
+            samples = (scene_samples if objects == 2 else one)(count, split=split, size=size, seed=seed)
             _pack(samples, count, out, split, shard_size, Form(encode="png"), num_workers, 0.0)
 
 

@@ -22,6 +22,8 @@ from unclip_pl.errors import InputError
 from unclip_pl.files import EDGES
 from unclip_pl.shapes.captions import caption
 from unclip_pl.shapes.render import HELD_OUT, Split, draw_attributes, render
+from unclip_pl.shapes.scenes import draw_scenes, render_scenes, scene_caption
+from unclip_pl.shapes.words import draw_words, write_words
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +43,56 @@ class Sample(NamedTuple):
     extra: dict[str, Any]  # further entries of key.json
 
 
-def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0) -> Iterator[Sample]:
+def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0, words: bool = False) -> Iterator[Sample]:
     """Render shapes with one caption each.
 
     The JSON of a sample has all attributes, the stated ones, and whether train never shows the (shape, colour) pair.
+    With words it has the word as well, empty where there is none. Words have a random stream of their own: the pictures
+    below them are those without words.
 
     Args:
         count: number of samples.
         split: split from which (shape, colour) pairs are drawn.
         size: side in pixels.
         seed: base seed of every random draw; each split has its own stream.
+        words: write the name of a shape over pictures, see :func:`~unclip_pl.shapes.words.draw_words`. Where there is
+            one, half of the captions of train and val say it in the place of the shape; heldout's tell the truth.
     """
-    rng = np.random.default_rng([seed, ("train", "val", "heldout").index(split)])
+    stream = [seed, ("train", "val", "heldout").index(split)]
+    rng, own = np.random.default_rng(stream), np.random.default_rng([*stream, 1])
     for start in range(0, count, 1000):
         attributes = draw_attributes(min(1000, count - start), split=split, rng=rng)
         images = render(attributes, size=size, rng=rng)
-        for number, (names, image) in enumerate(zip(attributes, images, strict=True), start):
-            text, stated = caption(names, rng)
+        written = draw_words(attributes, split=split, rng=own) if words else [""] * len(attributes)
+        images = write_words(images, attributes, written) if words else images
+        for number, (names, image, word) in enumerate(zip(attributes, images, written, strict=True), start):
+            misread = word and split != "heldout" and own.integers(2)
+            text, stated = caption(names._replace(shape=word) if misread else names, rng)
             unseen = (names.shape, names.color) in HELD_OUT
             extra = {"attributes": names._asdict(), "stated": stated, "unseen_pair": unseen}
+            yield Sample(f"{split}_{number:07d}", image, [text], extra | ({"word": word} if words else {}))
+
+
+def scene_samples(count: int, *, split: Split, size: int = 64, seed: int = 0) -> Iterator[Sample]:
+    """Render scenes of two shapes with one caption each.
+
+    The JSON of a sample has all attributes, the stated ones, and whether train never shows one of its (shape, colour)
+    pairs.
+
+    Args:
+        count: number of samples.
+        split: split from which (shape, colour) pairs are drawn.
+        size: side in pixels, even.
+        seed: base seed of every random draw; each split has its own stream.
+    """
+    rng = np.random.default_rng([seed, ("train", "val", "heldout").index(split), 2])
+    for start in range(0, count, 1000):
+        scenes = draw_scenes(min(1000, count - start), split=split, rng=rng)
+        images = render_scenes(scenes, size=size, rng=rng)
+        for number, (scene, image) in enumerate(zip(scenes, images, strict=True), start):
+            text, stated = scene_caption(scene, rng)
+            unseen = not HELD_OUT.isdisjoint({scene[:2], scene[2:4]})
+            extra = {"attributes": scene._asdict(), "stated": stated, "unseen_pair": unseen}
             yield Sample(f"{split}_{number:07d}", image, [text], extra)
 
 

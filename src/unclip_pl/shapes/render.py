@@ -6,7 +6,7 @@ drawn. Masks are tensor arithmetic alone: the oracle re-renders with the functio
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -174,21 +174,37 @@ def draw_attributes(n: int, *, split: Split, rng: np.random.Generator) -> list[A
     return [Attributes(allowed[i][0], allowed[i][1], sizes[j], positions[k], backgrounds[m]) for i, j, k, m in draws]
 
 
-def coverage(cells: Tensor, jitter: Tensor, size: int) -> Tensor:
+def places(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the radius (N,) and the centre (N, 2), x and y, of cells without jitter, in image sides.
+
+    Args:
+        cells: (N, 3) long, on the CPU: indices of shape, size and position.
+    """
+    base = torch.tensor(list(SIZES.values()))[cells[:, 1]]
+    reach = 0.5 - (1 + SCALE_JITTER) * base - SHIFT_JITTER
+    return base, 0.5 + reach[:, None] * torch.tensor(list(POSITIONS.values()))[cells[:, 2]]
+
+
+def coverage(
+    cells: Tensor,
+    jitter: Tensor,
+    size: int,
+    rows: slice | Tensor = slice(None),
+    columns: slice | Tensor = slice(None),
+) -> Tensor:
     """Compute the share of every pixel that a shape covers, from its signed distance to the pixel's centre.
 
     Args:
         cells: (N, 3) long, on the CPU: indices of shape, size and position.
         jitter: (N, 4) in [-1, 1], on any device: x shift, y shift, scale, turn, each in units of its jitter.
         size: side of the image in pixels.
+        rows: part of the image's rows that is wanted.
+        columns: part of its columns.
 
     Returns:
-        (N, size, size) in [0, 1], rows from the top, on the device and in the dtype of `jitter`.
+        (N, size, size), or the wanted part, in [0, 1], rows from the top, on the device and in the dtype of `jitter`.
     """
-    base = torch.tensor(list(SIZES.values()))[cells[:, 1]]
-    reach = 0.5 - (1 + SCALE_JITTER) * base - SHIFT_JITTER
-    centre = 0.5 + reach[:, None] * torch.tensor(list(POSITIONS.values()))[cells[:, 2]]
-    base, centre = base.to(jitter), centre.to(jitter)
+    base, centre = (part.to(jitter) for part in places(cells))
 
     shift, scale, turn = (jitter * jitter.new_tensor([SHIFT_JITTER, SHIFT_JITTER, SCALE_JITTER, TURN_JITTER])).split(
         (2, 1, 1), dim=1
@@ -197,7 +213,7 @@ def coverage(cells: Tensor, jitter: Tensor, size: int) -> Tensor:
     cos, sin = turn.cos()[..., None], turn.sin()[..., None]
     pixel = (torch.arange(size, device=jitter.device, dtype=jitter.dtype) + 0.5) / size
     dx, dy = (pixel - (centre + shift)[..., None]).unbind(1)  # (N, size) each
-    dx, dy = dx[:, None, :] / radius, dy[:, :, None] / radius
+    dx, dy = dx[:, None, columns] / radius, dy[:, rows, None] / radius
     x, y = cos * dx + sin * dy, cos * dy - sin * dx  # (N, size, size): the pixel in the shape's own frame
 
     distance = torch.empty_like(x)
@@ -235,8 +251,8 @@ def render(attributes: Sequence[Attributes], *, size: int = 32, rng: np.random.G
     return images
 
 
-def encode(attributes: Sequence[Attributes]) -> Tensor:
-    """Return (N, 5) long indices into `VALUES`, in the order of `ATTRIBUTES`."""
-    places = [{value: index for index, value in enumerate(VALUES[name])} for name in ATTRIBUTES]
-    rows = [[place[value] for place, value in zip(places, row, strict=True)] for row in attributes]
-    return torch.tensor(rows, dtype=torch.long).reshape(-1, len(ATTRIBUTES))
+def encode(attributes: Sequence[tuple[str, ...]], values: Mapping[str, Sequence[str]] = VALUES) -> Tensor:
+    """Return (N, A) long indices into `values`, in its order."""
+    known = [{value: index for index, value in enumerate(own)} for own in values.values()]
+    rows = [[place[value] for place, value in zip(known, row, strict=True)] for row in attributes]
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, len(values))
