@@ -45,8 +45,8 @@ bench: $(BENCH)/.installed ## measure against diffusers, dalle2-pytorch and torc
 test: venv lint ## what CI runs: ruff, mypy and the tests, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: venv ## what takes longer, with the trackers W&B and MLflow, and the documentation site
-	$(BIN)/python -m pip install --quiet --editable '.[dev,trackers,docs]'
+test-slow: venv ## what takes longer, with the trackers W&B and MLflow, the documentation site, and the page in a browser
+	$(BIN)/python -m pip install --quiet --editable '.[dev,trackers,docs,play-test]'
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ] # 5: no test is marked slow
 
 # uv can choose the oldest releases that pyproject.toml allows; pip cannot.

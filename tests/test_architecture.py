@@ -21,7 +21,7 @@ LAYERS = [
     {"generation"},
     {"evaluation"},
     {"report"},
-    {"interop"},
+    {"interop", "play"},  # a page that `unclip play` serves: like other people's formats, nothing below needs it
     {"commands"},
     {"cli"},
     {"__main__"},

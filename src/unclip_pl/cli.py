@@ -37,6 +37,7 @@ GROUPS = {
         "inpaint": 'draw a part of a picture again: unclip inpaint PICTURE --mask MASK --caption "a blue circle"',
         "reconstruct": "invert pictures and draw them again: unclip reconstruct PICTURE…",
         "probe": "draw from more and more dimensions of an embedding: unclip probe PICTURE…",
+        "play": "draw, edit and look inside on a page in the browser: unclip play",
     },
     "train everything at once": {
         "reproduce": "run the stages of a recipe that are not done: --config configs/reproduce/*.yaml",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unclip_pl.generation.bundle import read_notes
 from unclip_pl.origin import commit
 
 #: Folder of a run, or of a study's results, in which ``unclip reproduce`` notes its stages: a record and a log of each.
@@ -59,6 +60,12 @@ def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
 def stage_seconds(folder: Path) -> dict[str, float]:
     """Return what each stage of ``unclip reproduce`` took in seconds, in the order in which they ended."""
     return {name: record["seconds"] for name, record in stage_records(folder).items()}
+
+
+def trained_on_shapes(run: Path) -> bool:
+    """Return whether a run was trained on rendered shapes, by what is noted of its stages."""
+    noted = [*read_notes(run).get("recipe", {}).values(), *(x["command"] for x in stage_records(run).values())]
+    return any("pack shapes" in command for command in noted)
 
 
 def wall_seconds(folder: Path) -> float:

@@ -1,0 +1,61 @@
+"""``unclip play``: a page to play with."""
+
+import os
+import socket
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from jsonargparse.typing import PositiveInt
+
+from unclip_pl.errors import InputError
+
+
+def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", *, open: bool = False) -> None:
+    """Serve a page on which one can draw, vary, edit and look inside, for this machine alone.
+
+    Args:
+        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
+        port: port of 127.0.0.1.
+        device: device to compute on.
+        open: show the page in this machine's browser.
+    """
+    port = int(port)
+    _check_port(port)
+    with TemporaryDirectory(prefix="unclip-play-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads go when the page does
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = (
+            "False"  # nothing leaves the machine, before and after the page is made
+        )
+        page = _page()
+        from unclip_pl.generation.pipeline import Unclip
+        from unclip_pl.play.drawing import Playground
+        from unclip_pl.play.examples import examples
+
+        playground = Playground(Unclip.load(run, device))
+        blocks = page.page(playground, examples(playground.unclip, Path(folder)))
+        print(f"http://127.0.0.1:{port}   (Ctrl-C ends)   drawn with {playground.unclip.origin.text}", flush=True)
+        page.launch(blocks, port, inbrowser=open)
+
+
+def _page() -> ModuleType:
+    try:
+        from unclip_pl.play import page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError(
+            "Expected Gradio, which serves the page. Got no such package: run `pip install 'unclip_pl[play]'`."
+        ) from error
+    return page
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as test:
+        try:
+            test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            test.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(
+                f"Expected a free port of 127.0.0.1. Got {port}, which is in use: choose another with --port."
+            ) from error
