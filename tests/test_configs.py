@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from unclip_pl.cli import main
 from unclip_pl.data.shards import index_shard
 from unclip_pl.tasks import Task, load_task
+from unclip_pl.tasks.base import count_parameters
 from unclip_pl.training.cli import LINKS, build
 from unclip_pl.training.resume import StepCheckpoint
 from unclip_pl.types import TextFeatures
@@ -29,6 +30,10 @@ WHOLE = [*CONFIGS.glob("evaluate/*.yaml"), *CONFIGS.glob("predict/*.yaml")]
 #: They need upsamplers, a set of images or imported embeddings: test_cascade.py, test_fid.py and
 #: tests/interop/test_embeddings.py.
 WHOLE = sorted(path for path in WHOLE if path.stem not in ("cascade", "coco-30k", "embeddings"))
+#: Contenders that are laid over configs/ar_prior/matched.yaml, and those that no other test trains.
+CODES, NEW = {"ar"}, {"flow", "mlp"}
+#: Parameters of the diffusion prior of the rematch.
+MATCHED = 1_344_064
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -56,6 +61,31 @@ def test_a_tiny_config_trains_and_reloads(path: Path, mini_run: Path, tmp_path: 
     loaded = task.state_dict()
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("contenders/*.yaml")))
+def test_a_contender_is_as_large_as_the_others_trains_and_draws(name: str, mini_run: Path, tmp_path: Path) -> None:
+    """Laid over the matched config, as the recipe does; drawn as its arm says."""
+    part = "ar_prior" if name in CODES else "prior"
+    words = ["--config", f"configs/{part}/matched.yaml", "--config", f"configs/contenders/{name}.yaml"]
+    data = ["--data.init_args.source", f"{mini_run}/data", "--data.init_args.store", f"{mini_run}/store"]
+    data += ["--data.init_args.clip.pretrained", f"{mini_run}/clip/checkpoints/last.ckpt"]
+    codec = ["--model.init_args.codec", f"{mini_run}/codec.safetensors"] if part == "ar_prior" else []
+    words += [*data, *codec, "--data.init_args.batch_size", "8", "--data.init_args.eval_batch_size", "8"]
+    words += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "2"]
+    words += ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path)]
+    cli = build(words)
+    assert count_parameters(cli.model.net) == pytest.approx(MATCHED, rel=0.05)
+    if name not in NEW:
+        return
+    cli.fit(model=cli.model, datamodule=cli.datamodule)
+    compare = ["--config", "configs/compare/rematch-shapes.yaml", "--config", f"configs/arms/{name}.yaml"]
+    prior = build([*compare, *data]).model.priors[name].load(tmp_path)
+    batch = next(iter(cli.datamodule.val_dataloader()))
+    drawn = [prior.embed(batch.text, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(*drawn)
+    torch.testing.assert_close(drawn[0].norm(dim=-1), torch.ones(len(batch.text.embed)))
+    assert prior.num_parameters == count_parameters(cli.model.net)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -51,7 +51,7 @@ def test_defaults_are_those_of_signatures(reference: dict[str, Any]) -> None:
         "| `text_drop` | `float` | `0.1` | share of captions replaced by the empty one; z\\_i^(t) is never hidden. |"
         in page
     )
-    assert "| `net` | [`PriorTransformer`](#key-priortransformer) | required | causal transformer. |" in page
+    assert "| `net` | [`PriorNetwork`](#key-priornetwork) | required | causal transformer, or an MLP. |" in page
     assert re.search(r"^\| `statistics` \| `str` \| from the data \|", page, re.MULTILINE)
 
 

@@ -111,11 +111,9 @@ def test_a_recipe_holds_every_arm_that_the_claims_name(name: str) -> None:
     for prior in ("diffusion", "ar"):
         for seed in range(1, STUDIES[name] + 1):
             assert f"{prior}-{seed}" in written[f"matched-{seed}-{prior}"].needs
-    configs = {path for stage in written.values() for path in re.findall(r"--config (configs/\S+)", stage.run)}
-    assert all(Path(path).is_file() for path in configs), configs
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [*STUDIES, "rematch-contenders"])
 def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> None:
     recipe = Recipe(read(name), {"{run}": "run", "{source}": "data", "{base}": "base", "{results}": f"results/{name}"})
     texts = [f"{stage.run} {json.dumps(recipe.configs(key))}" for key, stage in recipe.stages.items()]
@@ -123,6 +121,23 @@ def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> 
     assert not {word for text in texts for word in re.findall(r"\{(\w+)\}", text)} - known
     files = [stage.out for stage in recipe.stages.values()]
     assert len(files) == len(set(files)) > 50
+    configs = {path for stage in recipe.stages.values() for path in re.findall(r"--config (configs/\S+)", stage.run)}
+    assert all(Path(path).is_file() for path in configs), configs
+
+
+def test_every_contender_is_tried_chosen_trained_and_measured() -> None:
+    stages = write_out(read("rematch-contenders"))
+    for path in (RECIPES.parent / "contenders").glob("*.yaml"):
+        for seed in (1, 2, 3):
+            (cell,) = [name for name in stages[f"best-{path.stem}-{seed}"].needs if "fit" in name]
+            assert str(path.relative_to(RECIPES.parent.parent)) in stages[cell].run
+            assert stages[cell].out == f"{{run}}/{path.stem}-{seed}"
+            assert f"choice-{path.stem}" in stages[cell].needs
+        tried = [stages[name].out for name in stages[f"choice-{path.stem}"].needs if "try" in name]
+        assert len(tried) == 3
+        weights = yaml.safe_load((RECIPES.parent / "base" / "choice-contenders.yaml").read_text())["model"]["init_args"]
+        listed = [folder.replace("{prior}", path.stem) for (folder,) in weights["weights"].values()]
+        assert tried == listed
 
 
 def make(stages: dict[str, Stage], base: Path, folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from unclip_pl.generation.priors import (
     best_of,
 )
 from unclip_pl.nn.codec import EmbeddingCodec
-from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.prior import PriorMLP, PriorNetwork, PriorTransformer
 from unclip_pl.nn.ridge import fit_ridge, save_linear_prior
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.tasks import DiffusionPriorTask
@@ -49,10 +49,14 @@ def statistics(tmp_path: Path) -> str:
     return str(tmp_path / "s.safetensors")
 
 
-@pytest.fixture
-def task(statistics: str) -> DiffusionPriorTask:
+@pytest.fixture(params=["transformer", "mlp"])
+def task(statistics: str, request: pytest.FixtureRequest) -> DiffusionPriorTask:
     torch.manual_seed(0)
-    net = PriorTransformer(D, W, CONTEXT, width=16, layers=2, heads=2)
+    net: PriorNetwork = PriorTransformer(D, W, CONTEXT, width=16, layers=2, heads=2)
+    if request.param == "mlp":
+        net = PriorMLP(D, W, width=16, blocks=2)
+        for layer in (net.out_proj, *(block.out_proj for block in net.blocks)):
+            torch.nn.init.normal_(layer.weight, std=0.2)  # it starts at zero, and so deaf
     return DiffusionPriorTask(net, statistics, draws_per_caption=2).eval()
 
 

@@ -263,13 +263,9 @@ class DiffusionPrior(Prior):
 
     def _look(self, task: DiffusionPriorTask, text: TextFeatures, *, unconditional: bool = False) -> Denoise:
         """Return a network's ``denoise(x_t, t)``; of 2B captions, the last B empty, if asked for."""
-        space, diffusion, net, candidates = task.space, task.diffusion, task.net, self.spec.candidates
-        prefix = net.encode_prefix(space.scale_text(text))
-        if unconditional:
-            null = net.encode_prefix(task.null_text)
-            prefix = prefix.cat(null.expand(len(text.embed)))
-        prefix = prefix.pad(prefix.mask.shape[1] + 3 * candidates)
-        step = recorded(partial(net, prefix=prefix, overwrite=True), text.embed.device)
+        diffusion, null = task.diffusion, task.null_text if unconditional else None
+        step = task.net.under(task.space.scale_text(text), null, draws=self.spec.candidates)
+        step = recorded(step, text.embed.device)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
             index = diffusion.index(t)[:, None].expand(x_t.shape[:2])

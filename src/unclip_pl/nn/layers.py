@@ -228,11 +228,7 @@ class PrefixTransformer(nn.Module):
         text_embed_dim: int = 0,
     ) -> None:
         super().__init__()
-        if text_states and not text_width:
-            raise InputError(
-                "The data have no token states: set model.init_args.net.init_args.text_states to false, and z_t alone "
-                "is read."
-            )
+        require_states(text_states, text_width)
         self.embed_dim = embed_dim
         self.text_embed_dim = text_embed_dim or embed_dim
         self.context_length = context_length
@@ -273,14 +269,7 @@ class PrefixTransformer(nn.Module):
         z_t = self.text_emb_proj(text.embed)[:, None] + positions[:, self.context_length, None]
         if self.text_enc_proj is None:
             return z_t
-        states = self.token_states(text)
-        if states.shape[2] != (text_width := self.text_enc_proj.in_features):
-            if length:
-                raise InputError(
-                    f"Expected token states of width {text_width}. Got {states.shape[2]}: give data with them, or "
-                    "train with model.init_args.net.init_args.text_states set to false."
-                )
-            states = states.new_zeros(len(states), 0, text_width)
+        states = states_of_width(self.token_states(text), self.text_enc_proj.in_features)
         return torch.cat([self.text_enc_proj(states) + positions[:, :length], z_t], dim=1)
 
     def causal_prefix(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
@@ -291,6 +280,31 @@ class PrefixTransformer(nn.Module):
         tokens = self.prefix_tokens(text)
         count, place = text.mask.sum(1, keepdim=True), torch.arange(tokens.shape[1], device=tokens.device)
         return torch.where((place < count)[..., None], tokens, tokens[:, -1:]), place <= count
+
+
+def require_states(text_states: bool, text_width: int) -> None:
+    """Raise InputError where token states are to be read, and the data have none."""
+    if text_states and not text_width:
+        raise InputError(
+            "The data have no token states: set model.init_args.net.init_args.text_states to false, and z_t alone is "
+            "read."
+        )
+
+
+def states_of_width(states: Tensor, width: int) -> Tensor:
+    """Return token states (B, L, width); of no tokens they may come without a width.
+
+    Raises:
+        InputError: they have another width.
+    """
+    if states.shape[2] == width:
+        return states
+    if states.shape[1]:
+        raise InputError(
+            f"Expected token states of width {width}. Got {states.shape[2]}: give data with them, or train with "
+            "model.init_args.net.init_args.text_states set to false."
+        )
+    return states.new_zeros(len(states), 0, width)
 
 
 def causal_mask(keys: Tensor) -> Tensor:

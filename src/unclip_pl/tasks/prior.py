@@ -8,7 +8,7 @@ from torch.nn.functional import one_hot
 
 from unclip_pl.diffusion import GaussianDiffusion, PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
-from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.nn.prior import PriorNetwork
 from unclip_pl.nn.space import Scaling
 from unclip_pl.tasks.base import EmbeddingTask, NullText, Optimization
 from unclip_pl.types import PriorBatch, TextFeatures
@@ -25,10 +25,10 @@ class Draws(NamedTuple):
 
 
 class DiffusionPriorTask(EmbeddingTask):
-    """Trains a :class:`~unclip_pl.nn.prior.PriorTransformer`: L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2).
+    """Trains a :class:`~unclip_pl.nn.prior.PriorNetwork`: L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2).
 
     Args:
-        net: causal transformer.
+        net: causal transformer, or an MLP.
         statistics: file of the embedding store (linked from the data).
         scaling: scale of z_i, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
         diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, x0.
@@ -41,12 +41,12 @@ class DiffusionPriorTask(EmbeddingTask):
 
     batch_type = PriorBatch
     edges = ("net.out_proj",)
-    net: PriorTransformer
+    net: PriorNetwork
     diffusion: GaussianDiffusion
 
     def __init__(
         self,
-        net: PriorTransformer,
+        net: PriorNetwork,
         statistics: str = "",
         scaling: Scaling = "unit",
         diffusion: GaussianDiffusion | None = None,
@@ -78,14 +78,12 @@ class DiffusionPriorTask(EmbeddingTask):
         """
         draws = self.draws_per_caption
         z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
-        one_pass = draws == 1 and z_i.device.type == "cuda"
-        prefix = None if one_pass else self.net.encode_prefix(text)
         t = self.share(lambda n: self.diffusion.draw_t(n, z_i.device, generator), len(z_i) * draws)
         x0 = z_i.flatten(0, 1)  # (B·K, d)
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
         noised, index = x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws)
-        F = self.net.in_one_pass(noised, index, text) if prefix is None else self.net(noised, index, prefix)
+        F = self.net.predict(noised, index, text)
         return Draws(t, x0, x_t, F.flatten(0, 1), self.diffusion.target(x0, eps, t))
 
     def on_validation_epoch_start(self) -> None:
