@@ -56,7 +56,7 @@ default_role = "literal"  # docstrings put names into single backticks
 #: The pages of other projects are on the network, where a build never looks: their names stay without a link.
 ELSEWHERE = (
     r"torch|lightning|torchmetrics|open_clip|jsonargparse|typing|collections|pathlib|numpy|np|PIL|matplotlib|yaml|rich|"
-    r"concurrent|abc|enum|datetime|argparse|io|tarfile|types|contextlib|fsspec|safetensors|pyarrow|tqdm|builtins|zipfile"
+    r"concurrent|abc|enum|datetime|argparse|io|tarfile|types|contextlib|fsspec|safetensors|pyarrow|tqdm|builtins|zipfile|gradio|gr"
 )
 nitpick_ignore_regex = [
     (r"py:.*", rf"({ELSEWHERE})\..*"),

@@ -1,11 +1,11 @@
 """``unclip play``: what keeps a page from being served is one clear line."""
 
 import socket
-import sys
 
 import pytest
 
 from unclip_pl.cli import main
+from unclip_pl.play import page
 
 
 def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,8 +19,7 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_page_without_gradio_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "unclip_pl.play.page", raising=False)
+    monkeypatch.setattr(page, "gr", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

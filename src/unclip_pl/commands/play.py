@@ -4,7 +4,6 @@ import os
 import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 from jsonargparse.typing import PositiveInt
 
@@ -27,7 +26,9 @@ def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", 
         os.environ["GRADIO_ANALYTICS_ENABLED"] = (
             "False"  # nothing leaves the machine, before and after the page is made
         )
-        page = _page()
+        from unclip_pl.play import page
+
+        page.require_gradio()
         from unclip_pl.generation.pipeline import Unclip
         from unclip_pl.play.drawing import Playground
         from unclip_pl.play.examples import examples
@@ -36,18 +37,6 @@ def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", 
         blocks = page.page(playground, examples(playground.unclip, Path(folder)))
         print(f"http://127.0.0.1:{port}   (Ctrl-C ends)   drawn with {playground.unclip.origin.text}", flush=True)
         page.launch(blocks, port, inbrowser=open)
-
-
-def _page() -> ModuleType:
-    try:
-        from unclip_pl.play import page
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise InputError(
-            "Expected Gradio, which serves the page. Got no such package: run `pip install 'unclip_pl[play]'`."
-        ) from error
-    return page
 
 
 def _check_port(port: int) -> None:

@@ -1,14 +1,19 @@
 """Lay out the page. Gradio is imported here alone, and gets a run's pictures as HTML."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import gradio as gr
 
 from unclip_pl.errors import InputError
 from unclip_pl.play.drawing import Frame, Playground
 from unclip_pl.play.examples import Examples
 from unclip_pl.play.sheet import CSS, line, show
+
+try:
+    import gradio as gr
+except ModuleNotFoundError:  # every module can be imported without an extra
+    gr = None
 
 #: Mistakes that a visitor can mend: they become one line.
 EXPECTED = (InputError, OSError)
@@ -37,6 +42,18 @@ def page(playground: Playground, examples: Examples) -> gr.Blocks:
         with gr.Tab("Draw"):
             _draw(playground, examples)
     return blocks
+
+
+def require_gradio() -> None:
+    """Refuse to make a page without Gradio.
+
+    Raises:
+        InputError: the extra is not installed.
+    """
+    if gr is None:
+        raise InputError(
+            "Expected Gradio, which serves the page. Got no such package: run `pip install 'unclip_pl[play]'`."
+        )
 
 
 def launch(blocks: gr.Blocks, port: int, **settings: Any) -> None:
