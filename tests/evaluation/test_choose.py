@@ -16,7 +16,8 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.choose import Choice, Trial, standard_error, validation_loss, within_noise
 from unclip_pl.evaluation.measures import end_of_grid
-from unclip_pl.generation.priors import Prior, PriorSpec, TextEmbeddingSpec
+from unclip_pl.generation.priors import Prior, PriorSpec
+from unclip_pl.report.tables import choice_table
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 
@@ -138,7 +139,31 @@ def test_what_was_chosen_is_a_config_to_lay_over_others(batches: list[Evaluation
     assert sampling == {"model": {"init_args": {"priors": {"mine": {"init_args": {"guidance": 1.0}}}}}}
 
 
-def test_one_prior_with_guidance_is_expected(tmp_path: Path) -> None:
-    for priors in ({}, {"text": TextEmbeddingSpec()}, {"a": NoisySpec(), "b": NoisySpec()}):
-        with pytest.raises(ValueError, match="one prior, with a setting `guidance`"):
-            Choice("run", ClipSpec("tiny-rn"), priors, {}, [1.0], str(tmp_path / "x.json"))
+def test_one_prior_is_expected_with_networks(tmp_path: Path) -> None:
+    for priors in ({}, {"a": NoisySpec(), "b": NoisySpec()}):
+        with pytest.raises(ValueError, match=r"Expected one prior\. Got"):
+            Choice("run", ClipSpec("tiny-rn"), priors, {"0.1": ["run"]}, [1.0], str(tmp_path / "x.json"))
+    for weights in ({}, {"0.1": []}):
+        with pytest.raises(ValueError, match="networks of every learning rate"):
+            Choice("run", ClipSpec("tiny-rn"), {"a": NoisySpec()}, weights, [1.0], str(tmp_path / "x.json"))
+
+
+@dataclass(frozen=True)
+class PlainSpec(PriorSpec):
+    """A prior that guidance cannot change."""
+
+    def load(self, root: Path, device: str = "cpu") -> Noisy:
+        return Noisy(NoisySpec(), float(root.name))
+
+
+def test_without_guidance_the_learning_rate_alone_is_chosen(
+    batches: list[EvaluationBatch], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choose(batches, PlainSpec(), tmp_path, [1.0, 2.0])
+    found = json.loads((tmp_path / "best/mine.json").read_text())
+    assert (found["chosen"], found["guidance"]) == ({"lr": 0.002}, {})
+    assert yaml.safe_load((tmp_path / "best/mine-sampling.yaml").read_text()) == {"model": {"init_args": {}}}
+    table = choice_table({"choices": [found]})
+    assert table is not None
+    assert [row[1].text for row in table.rows] == ["learning rate"] * 2
+    assert "mine: learning rate 0.002: " in capsys.readouterr().out

@@ -29,13 +29,21 @@ from unclip_pl.evaluation.drawing import gather
 from unclip_pl.evaluation.scores import stated_indices, true_attributes
 from unclip_pl.evaluation.task import streams_for
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
-from unclip_pl.generation.priors import ARPrior, ARPriorSpec, DiffusionPrior, DiffusionPriorSpec, Prior
+from unclip_pl.generation.priors import (
+    ARPrior,
+    ARPriorSpec,
+    DiffusionPrior,
+    DiffusionPriorSpec,
+    Prior,
+    RegressionPrior,
+    RegressionPriorSpec,
+)
 from unclip_pl.metrics import FrechetDistance
 from unclip_pl.metrics.attributes import captions_right, stated_match
 from unclip_pl.metrics.clip_score import retrieval_recall
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, Task
+from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, RegressionPriorTask, Task
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 #: Captions of which embeddings or pictures are drawn at once.
@@ -128,10 +136,10 @@ class ValidationScores(Callback):
 class PriorScores(ValidationScores):
     """Scores a prior: Fréchet distance of its samples to the true embeddings, calibration cosines, and retrieval.
 
-    Two samples are drawn for each caption. An AR prior draws them code by code, and takes no notice of ``steps``.
+    Two samples are drawn for each caption. Only a diffusion prior takes notice of ``steps``.
     """
 
-    tasks = (DiffusionPriorTask, ARPriorTask)
+    tasks = (DiffusionPriorTask, ARPriorTask, RegressionPriorTask)
     fewest = 2
 
     def draw(self, task: Any, data: UnclipDataModule, rows: RowBatch) -> tuple[Tensor, ...]:
@@ -157,7 +165,7 @@ class PriorScores(ValidationScores):
         }
 
 
-def prior_of(task: DiffusionPriorTask | ARPriorTask, steps: int) -> Prior:
+def prior_of(task: DiffusionPriorTask | ARPriorTask | RegressionPriorTask, steps: int) -> Prior:
     """Return a prior of a Task's present weights, which draws one embedding for each caption.
 
     Args:
@@ -166,6 +174,8 @@ def prior_of(task: DiffusionPriorTask | ARPriorTask, steps: int) -> Prior:
     """
     if isinstance(task, ARPriorTask):
         return ARPrior(ARPriorSpec(checkpoint=""), task)
+    if isinstance(task, RegressionPriorTask):
+        return RegressionPrior(RegressionPriorSpec(checkpoint=""), task)
     return DiffusionPrior(DiffusionPriorSpec(checkpoint="", sampler=DDIM(steps), candidates=1), task)
 
 

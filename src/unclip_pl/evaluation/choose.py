@@ -75,7 +75,7 @@ def _mean(values: list[float]) -> float:
 
 
 class Choice(LightningModule):
-    """``unclip validate --config configs/compare/choice.yaml``: chooses a learning rate and a guidance.
+    """``unclip validate --config configs/compare/choice.yaml``: chooses a learning rate, and perhaps a guidance.
 
     It writes ``NAME.json`` (every trial, and what was chosen) and two configs to lay over others:
     ``NAME-training.yaml`` with the learning rate, ``NAME-sampling.yaml`` with the guidance. Where the validation split
@@ -84,17 +84,17 @@ class Choice(LightningModule):
     Args:
         run: folder that CLIP is named relative to.
         clip: the CLIP whose embeddings these are; None takes the data's word for it.
-        priors: the prior by its name in the study; it has a setting ``guidance``. Its checkpoint is named relative to
-            the folder of each learning rate.
+        priors: the prior by its name in the study. Its checkpoint is named relative to the folder of each learning
+            rate.
         weights: learning rate → folders of the networks that were trained with it, one for each training seed.
-        guidance: scales to try on the chosen networks.
+        guidance: scales to try on the chosen networks, where the prior has such a setting.
         out: file to write, NAME.json.
         skip: number of first captions to leave out: those that cells are measured on, under ``unclip test``.
         resamples: number of bootstrap resamples for the bias of a distance.
         seed: base seed of every random draw; every trial sees the same noise.
 
     Raises:
-        InputError: not one prior, one without guidance, or a learning rate without networks.
+        InputError: not one prior, or a learning rate without networks.
     """
 
     batch_type = PriorBatch
@@ -112,16 +112,15 @@ class Choice(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if len(priors) != 1 or not hasattr(next(iter(priors.values())), "guidance"):
-            names = ", ".join(priors) or "none"
-            raise InputError(f"Expected one prior, with a setting `guidance`. Got {names}: name one such prior.")
-        if not all(weights.values()):
+        if len(priors) != 1:
+            raise InputError(f"Expected one prior. Got {', '.join(priors) or 'none'}: name one.")
+        if not weights or not all(weights.values()):
             raise InputError("Expected networks of every learning rate. Got one without: name a folder at least.")
         self.run = Path(run)
         self.clip = clip
         self.name, self.prior = next(iter(priors.items()))
         self.weights = weights
-        self.guidance = guidance
+        self.guidance = guidance if hasattr(self.prior, "guidance") else []
         self.out = Path(out)
         self.skip = skip
         self.resamples = resamples
@@ -161,16 +160,19 @@ class Choice(LightningModule):
             f"{scale:g}": [self._try(batches, folder, scale, fingerprint) for folder in self.weights[rate]]
             for scale in self.guidance
         }
-        scale = within_noise(scales, {name: abs(float(name) - 1) for name in scales})
-        self._write(batches, rates, rate, scales, scale)
-        for what, tried, chosen in (("learning rate", rates, rate), ("guidance", scales, scale)):
-            if end := end_of_grid(list(tried), chosen):
-                print(f"{self.name}: {what} {chosen} is the {end} that was tried: try one beyond it.")
-        print(f"{self.name}: learning rate {rate}, guidance {scale}: {self.out}")
+        chosen = {"lr": rate}
+        if scales:
+            chosen["guidance"] = within_noise(scales, {name: abs(float(name) - 1) for name in scales})
+        self._write(batches, rates, scales, chosen)
+        tried = {"lr": ("learning rate", rates), "guidance": ("guidance", scales)}
+        for name, taken in chosen.items():
+            if end := end_of_grid(list(tried[name][1]), taken):
+                print(f"{self.name}: {tried[name][0]} {taken} is the {end} that was tried: try one beyond it.")
+        print(f"{self.name}: {', '.join(f'{tried[name][0]} {taken}' for name, taken in chosen.items())}: {self.out}")
 
     def _try(self, batches: list[PriorBatch], folder: str, guidance: float, fingerprint: str) -> Trial:
-        spec = replace(self.prior, guidance=guidance)  # type: ignore[call-arg] # the constructor has looked
-        prior = spec.load(Path(folder), str(self.device))
+        settings: dict[str, Any] = {"guidance": guidance} if self.guidance else {}
+        prior = replace(self.prior, **settings).load(Path(folder), str(self.device))
         check_clip(fingerprint, prior.fingerprint, f"the prior in {folder}")
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.cat([prior.embed_batch(batch, generator=generator) for batch in batches])
@@ -190,21 +192,21 @@ class Choice(LightningModule):
         self,
         batches: list[PriorBatch],
         rates: dict[str, list[Trial]],
-        rate: str,
         scales: dict[str, list[Trial]],
-        scale: str,
+        chosen: dict[str, str],
     ) -> None:
         content = {
             "prior": self.name,
             "captions": sum(len(batch.image_embed) for batch in batches),
             "learning_rates": {name: summed_up(own) for name, own in rates.items()},
             "guidance": {name: summed_up(own) for name, own in scales.items()},
-            "chosen": {"lr": float(rate), "guidance": float(scale)},
+            "chosen": {name: float(taken) for name, taken in chosen.items()},
             "meta": provenance(self.device),
         }
         # The file that `reproduce` looks for comes last.
-        sampling = {"priors": {self.name: {"init_args": {"guidance": float(scale)}}}}
-        self._overlay("training", {"optimization": {"lr": float(rate)}})
+        guidance = {name: float(taken) for name, taken in chosen.items() if name == "guidance"}
+        sampling = {"priors": {self.name: {"init_args": guidance}}} if guidance else {}
+        self._overlay("training", {"optimization": {"lr": float(chosen["lr"])}})
         self._overlay("sampling", sampling)
         write_json(self.out, content)
 

@@ -37,7 +37,7 @@ from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.kernels import packed, recorded
 from unclip_pl.streams import Streams
-from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, load_task
+from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, RegressionPriorTask, load_task
 from unclip_pl.tasks.base import TrainingRecord, count_parameters
 from unclip_pl.types import PriorBatch, TextFeatures
 
@@ -370,6 +370,43 @@ def _describe(prior: Prior, task: EmbeddingTask) -> None:
     prior.num_parameters = count_parameters(task.net)
     prior.record = task.record or TrainingRecord()
     prior.fingerprint = task.space.fingerprint
+
+
+@dataclass(frozen=True)
+class RegressionPriorSpec(PriorSpec):
+    """Asks a :class:`~unclip_pl.tasks.RegressionPriorTask` once.
+
+    Args:
+        checkpoint: file of the trained Task, relative to the run.
+    """
+
+    checkpoint: str
+
+    def load(self, root: Path, device: str = "cpu") -> "RegressionPrior":
+        """Read the checkpoint."""
+        return RegressionPrior(self, load_task(root / self.checkpoint, RegressionPriorTask).to(device))
+
+
+class RegressionPrior(Prior):
+    """A network's one answer to a caption: the conditional mean, or what ECLIPSE makes of it."""
+
+    task: RegressionPriorTask
+
+    def __init__(self, spec: PriorSpec, task: RegressionPriorTask) -> None:
+        super().__init__(spec)
+        _describe(self, task)
+        self.task = task
+
+    @property
+    def evaluations(self) -> int:
+        """One."""
+        return 1
+
+    @torch.no_grad()
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
+        """Return the network's answer, (B, d) of unit norm; nothing is drawn."""
+        with packed(self.task.net):
+            return F.normalize(self.task.space.unscale(self.task.answer(text)), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,9 @@ def choice_table(report: Report) -> Table | None:
         chosen = choice["chosen"]
         for kind, trials, taken in (
             ("learning rate", choice["learning_rates"], chosen["lr"]),
-            ("guidance", choice["guidance"], chosen["guidance"]),
+            ("guidance", choice["guidance"], chosen.get("guidance")),  # not every prior has one
         ):
-            if end := end_of_grid(trials, taken):
+            if trials and (end := end_of_grid(trials, taken)):
                 notes.append((f"{choice['prior']}'s {kind}", f"the {end} tried: one beyond might be better still"))
             for value, trial in trials.items():
                 error = f"± {trial['joint_fd_error']:.4f}" if trial.get("joint_fd_error") else ""

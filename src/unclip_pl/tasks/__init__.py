@@ -6,6 +6,7 @@ from unclip_pl.tasks.clip import ClipTask
 from unclip_pl.tasks.decoder import DecoderTask
 from unclip_pl.tasks.loading import load_task
 from unclip_pl.tasks.prior import DiffusionPriorTask
+from unclip_pl.tasks.regression import RegressionPriorTask
 from unclip_pl.tasks.upsampler import UpsamplerTask
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DiffusionPriorTask",
     "EmbeddingTask",
     "Optimization",
+    "RegressionPriorTask",
     "Task",
     "UpsamplerTask",
     "load_task",

@@ -399,7 +399,8 @@ class EmbeddingTask(Task):
         scaling: how z_i is scaled for the network, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
         text_drop: share of captions replaced by the empty one, for classifier-free guidance.
         optimization: settings of AdamW.
-        learned_null: width of the vector that is learned in place of the empty caption's z_t; 0 learns none.
+        learned_null: width of the vector that is learned in place of the empty caption's z_t; 0 learns none, and takes
+            the empty caption's features. None needs neither, since no caption is dropped.
 
     Raises:
         InputError: none is learned, and the data have no features of the empty caption.
@@ -412,13 +413,13 @@ class EmbeddingTask(Task):
         text_drop: float,
         optimization: Optimization | None = None,
         *,
-        learned_null: int = 0,
+        learned_null: int | None = 0,
     ) -> None:
         super().__init__(optimization)
         self.space = EmbeddingSpace(statistics, scaling)
         self.text_drop = text_drop
         self.learned_null = nn.Parameter(torch.zeros(learned_null)) if learned_null else None
-        if statistics and not learned_null and not self.space.null_embed.numel():
+        if statistics and learned_null == 0 and not self.space.null_embed.numel():
             raise InputError(
                 f"{statistics} has no features of the empty caption: set model.init_args.null_text to learned."
             )
