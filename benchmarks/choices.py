@@ -30,7 +30,8 @@ from unclip_pl.generation.provenance import provenance
 from unclip_pl.metrics import FrechetDistance
 from unclip_pl.metrics.clip_score import retrieval_recall
 from unclip_pl.nn.codec import EmbeddingCodec
-from unclip_pl.tasks import ClipTask, load_task
+from unclip_pl.parts import load_part
+from unclip_pl.tasks import ClipTask
 
 OUT = Path(__file__).parent.parent / "results" / "choices"
 
@@ -111,7 +112,7 @@ def rank(run: Path, clips: dict[str, Path]) -> list[dict[str, Any]]:
     store = PairStore(str(run / "data" / "val-*.tar"), clip.load().tokenize, image_size=clip.image_size)
     rows = []
     for name, path in clips.items():
-        task = load_task(path, ClipTask)
+        task = load_part(path, ClipTask)
         image, text, losses = [], [], []
         for batch in map(store.batch, batches_of(store.rows(Split.VAL))):
             z_i, z_t, _ = task.net(task.preprocess(batch.image), batch.tokens)

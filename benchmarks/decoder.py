@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.nn.unet import UNet
+from unclip_pl.parts import count_parameters
 from unclip_pl.tasks import DecoderTask
-from unclip_pl.tasks.base import count_parameters
 from unclip_pl.types import DecoderBatch, TextFeatures
 
 D, CONTEXT, HEAD, LENGTH, BATCH, GUIDANCE = 256, 192, 64, 13, 8, 2.0

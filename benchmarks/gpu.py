@@ -27,7 +27,7 @@ from torch import Tensor
 import unclip_pl.generation.priors
 import unclip_pl.nn.ar_prior
 from unclip_pl.diffusion import Ancestral
-from unclip_pl.tasks.base import count_parameters
+from unclip_pl.parts import count_parameters
 from unclip_pl.training.callbacks import WarmupEMA, compile_blocks
 
 DEVICE = torch.device("cuda")

@@ -15,8 +15,8 @@ from peers import KarloPrior, dalle2_prior
 from torch import Tensor, nn
 
 from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.parts import count_parameters
 from unclip_pl.tasks import DiffusionPriorTask
-from unclip_pl.tasks.base import count_parameters
 from unclip_pl.types import PriorBatch, TextFeatures
 
 D, CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 512, 77, 512, 6, 8, 16

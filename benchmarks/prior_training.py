@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unclip_pl.commands.reproduce import precision
 from unclip_pl.nn.prior import PriorTransformer
+from unclip_pl.parts import Optimization, count_parameters
 from unclip_pl.tasks import DiffusionPriorTask
-from unclip_pl.tasks.base import Optimization, count_parameters
 from unclip_pl.training.callbacks import WarmupEMA
 from unclip_pl.types import PriorBatch, TextFeatures
 

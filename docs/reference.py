@@ -61,7 +61,8 @@ def parameters(entry: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, A
     """Yield the parameters of a class or function, what ``**kwargs`` passes on among them, with type and meaning."""
     function: Any = entry.__init__ if inspect.isclass(entry) else entry  # type: ignore[misc]
     types = typing.get_type_hints(function)
-    said = {arg.arg_name: arg.description or "" for arg in parse(inspect.getdoc(entry) or "").params}
+    owner = next(one for one in entry.__mro__ if "__init__" in vars(one)) if inspect.isclass(entry) else entry
+    said = {arg.arg_name: arg.description or "" for arg in parse(inspect.getdoc(owner) or "").params}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             yield from parameters(parent) if (parent := heir(entry)) else ()

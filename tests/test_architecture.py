@@ -12,13 +12,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "unclip_pl"
 #: From the ground up. Packages in one row do not know each other.
 LAYERS = [
     {"errors", "moved"},
-    {"files", "origin", "settings", "streams", "types"},
+    {"files", "imports", "origin", "settings", "streams", "types"},
     {"diffusion", "nn", "clip", "shapes"},
     {"metrics"},
+    {"parts"},
     {"data"},
+    {"generation"},
     {"packing", "tasks"},
     {"training"},
-    {"generation"},
     {"evaluation"},
     {"report"},
     {"interop", "play"},  # a page that `unclip play` serves: like other people's formats, nothing below needs it
@@ -28,7 +29,9 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 #: torch, numpy and open_clip are enough here: who takes the mathematics does not wait for a trainer.
-PURE = {"errors", "moved", "files", "origin", "streams", "types", "diffusion", "nn", "clip", "shapes"}
+PURE = {"errors", "imports", "moved", "files", "origin", "streams", "types", "diffusion", "nn", "clip", "shapes"}
+#: Who draws does not wait for Lightning, which takes a second or two to import.
+LIGHT = PURE | {"parts", "generation"}
 #: The only file that uses private names of Lightning.
 PRIVATE = "training/private.py"
 #: Private names of Python and torch that files which import Lightning may use.
@@ -92,7 +95,8 @@ def faults(path: Path, source: Path = SOURCE) -> list[str]:
     for name in imported(path):
         if name.startswith("."):
             found.append(f"relative import {name}")
-        if here in PURE and name.split(".")[0] in {"lightning", "torchmetrics", "jsonargparse"}:
+        slow = {"lightning", "torchmetrics"} if here in LIGHT else set()
+        if name.split(".")[0] in slow | ({"jsonargparse"} if here in PURE else set()):
             found.append(f"{here} imports {name}")
         if name.startswith("unclip_pl."):
             there = name.split(".")[1]

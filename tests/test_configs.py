@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from unclip_pl.cli import main
 from unclip_pl.data.shards import index_shard
-from unclip_pl.tasks import Task, load_task
-from unclip_pl.tasks.base import count_parameters
+from unclip_pl.parts import count_parameters, load_part
+from unclip_pl.tasks import Task
 from unclip_pl.training.cli import LINKS, build
 from unclip_pl.training.resume import StepCheckpoint
 from unclip_pl.types import TextFeatures
@@ -55,7 +55,7 @@ def test_a_tiny_config_trains_and_reloads(path: Path, mini_run: Path, tmp_path: 
     trained = cli.model.state_dict()
     assert not all(torch.equal(value, first[name]) for name, value in trained.items())
 
-    task = load_task(tmp_path / "part" / "checkpoints" / "last.ckpt", Task)
+    task = load_part(tmp_path / "part" / "checkpoints" / "last.ckpt", Task)
     assert task.record is not None
     assert task.record.steps == 3
     loaded = task.state_dict()

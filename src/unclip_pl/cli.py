@@ -24,6 +24,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from unclip_pl.errors import InputError
+from unclip_pl.imports import kept
 from unclip_pl.moved import moved_in
 from unclip_pl.settings import expanded, find, no_config, parse_yaml, read_yaml
 
@@ -270,7 +271,8 @@ def dispatch(words: list[str]) -> None:
 
 def function_of(command: str) -> Any:
     """Return a command's function, or its functions by the word that picks one."""
-    module = importlib.import_module(f"unclip_pl.commands.{command}")
+    with kept():
+        module = importlib.import_module(f"unclip_pl.commands.{command}")
     return getattr(module, "COMMANDS", None) or getattr(module, command)
 
 
@@ -363,10 +365,11 @@ def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
 
 def train(words: list[str]) -> Any:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with LightningCLI; draw a comparison's report afterwards."""
-    from lightning import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningArgumentParser
+    with kept():
+        from lightning import LightningDataModule, LightningModule
+        from lightning.pytorch.cli import LightningArgumentParser
 
-    from unclip_pl.training.cli import UnclipCLI
+        from unclip_pl.training.cli import UnclipCLI
 
     class TrainerParser(Parser, LightningArgumentParser):
         """Lightning's parser, with our errors."""

@@ -18,7 +18,8 @@ from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.generation.run import read_run
 from unclip_pl.nn.unet import UpsamplerUNet
-from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
+from unclip_pl.parts import load_part
+from unclip_pl.tasks import DecoderTask, UpsamplerTask
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_guidance_of_a_decoder_by_interval_and_by_a_guide(mini_run: Path) -> Non
     checkpoint = "decoder/checkpoints/last.ckpt"
     z_i = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 
-    task = load_task(mini_run / checkpoint, DecoderTask)
+    task = load_part(mini_run / checkpoint, DecoderTask)
 
     def drawn(guide: DecoderTask | None = None, **settings: Any) -> Tensor:
         decoder = Decoder(DecoderSpec(checkpoint, 32, DDIM(4), **settings), task, guide=guide)
@@ -163,7 +164,7 @@ def test_guidance_of_a_decoder_by_interval_and_by_a_guide(mini_run: Path) -> Non
     assert not torch.allclose(plain, off, atol=1e-3)
     with pytest.raises(ValueError, match=r"Got \[3, 0.2\]: put the lower one first"):
         DecoderSpec(checkpoint, guidance_interval=(3.0, 0.2))
-    with pytest.raises(ValueError, match=r"holds a DiffusionPriorTask. Expected a DecoderTask"):
+    with pytest.raises(ValueError, match=r"holds a DiffusionPriorPart. Expected a DecoderPart"):
         DecoderSpec(checkpoint, guide=GuideSpec("prior/checkpoints/last.ckpt")).load(mini_run)
 
 
@@ -175,8 +176,8 @@ def test_a_guide_leads_an_upsampler(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.nn.init.normal_(p, std=0.1)
         return UpsamplerTask(net, factor=2 if path.name == "double.ckpt" else 4).eval()
 
-    monkeypatch.setattr(decoding, "load_task", load)
-    monkeypatch.setattr(guide, "load_task", load)
+    monkeypatch.setattr(decoding, "load_part", load)
+    monkeypatch.setattr(guide, "load_part", load)
     low = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def drawn(**settings: Any) -> Tensor:
@@ -259,7 +260,7 @@ def test_a_cascade_has_a_schedule_and_a_sampler_for_every_stage(monkeypatch: pyt
         diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
         return UpsamplerTask(UpsamplerUNet(8, [1], 1, dropout=0.0), diffusion=diffusion).eval()
 
-    monkeypatch.setattr(decoding, "load_task", load)
+    monkeypatch.setattr(decoding, "load_part", load)
     with pytest.raises(ValueError, match=r"last_step first.ckpt to be trained on the noise levels of second.ckpt"):
         UpsamplerSpec("second.ckpt", DDIM(15), last_step="first.ckpt").load(Path())
     specs = [UpsamplerSpec("first.ckpt"), UpsamplerSpec("second.ckpt", DDIM(15))]
@@ -281,7 +282,7 @@ def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.Monk
         diffusion = GaussianDiffusion(LinearSchedule()) if path.name == "second.ckpt" else None
         return UpsamplerTask(UpsamplerUNet(8, [1, 1, 2], 1, dropout=0.0), diffusion=diffusion).eval()
 
-    monkeypatch.setattr(decoding, "load_task", load)
+    monkeypatch.setattr(decoding, "load_part", load)
     second = UpsamplerSpec("second.ckpt", DDIM(15))
     decoder.upsamplers = [stage.load(Path()) for stage in (UpsamplerSpec("first.ckpt"), second)]
     z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))

@@ -174,7 +174,7 @@ def test_a_guide_that_does_not_fit_is_refused(
     def refused(change: Callable[[DiffusionPriorTask], None], match: str) -> None:
         other = copy.deepcopy(task)
         change(other)
-        monkeypatch.setattr(guide, "load_task", lambda *_: other)
+        monkeypatch.setattr(guide, "load_part", lambda *_: other)
         with pytest.raises(ValueError, match=match):
             GuideSpec("weak.ckpt").load(tmp_path, "cpu", task)
 

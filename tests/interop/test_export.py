@@ -17,8 +17,9 @@ from unclip_pl.clip.encoder import build_clip
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.interop.runs import write_checkpoint
 from unclip_pl.nn.space import Moments, write_statistics
+from unclip_pl.parts import load_part
 from unclip_pl.settings import read_yaml
-from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, Task, UpsamplerTask, load_task
+from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, Task, UpsamplerTask
 
 KINDS: dict[str, type[Any]] = {"prior": DiffusionPriorTask, "decoder": DecoderTask, "upsampler": UpsamplerTask}
 STEPS = {"prior": 5, "decoder": 4, "super_res": 7}
@@ -122,7 +123,7 @@ def test_the_import_of_the_export_has_our_weights(run: Run, folder: Path, tmp_pa
 
     def weights(root: Path, part: str) -> dict[str, Tensor]:
         kind: type[Task] = KINDS[part.removesuffix("_last")]
-        return load_task(root / part / "checkpoints" / "last.ckpt", kind).state_dict()
+        return load_part(root / part / "checkpoints" / "last.ckpt", kind).state_dict()
 
     for part in ("prior", "decoder", "upsampler", "upsampler_last"):
         ours, theirs = weights(run.folder, part.removesuffix("_last")), weights(tmp_path / "run", part)

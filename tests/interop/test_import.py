@@ -17,7 +17,8 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.run import read_run
 from unclip_pl.interop.files import read_karlo
-from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task
+from unclip_pl.parts import load_part
+from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask
 from unclip_pl.types import TextFeatures
 
 D, CONTEXT, CONTEXT_WIDTH = 64, 16, 48
@@ -96,7 +97,7 @@ def test_both_layouts_are_one_run(runs: tuple[Path, Path]) -> None:
     assert (a / "run.json").read_text() == (b / "run.json").read_text()
     kinds = {"prior": DiffusionPriorTask, "decoder": DecoderTask}
     for part in ("prior", "decoder", "upsampler", "upsampler_last"):
-        tasks = [load_task(run / part / "checkpoints" / "last.ckpt", kinds.get(part, UpsamplerTask)) for run in runs]
+        tasks = [load_part(run / part / "checkpoints" / "last.ckpt", kinds.get(part, UpsamplerTask)) for run in runs]
         states = [task.state_dict() for task in tasks]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), part

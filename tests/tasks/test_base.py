@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.errors import InputError
 from unclip_pl.nn.kernels import fast_bfloat16
-from unclip_pl.tasks.base import ITERATIONS, QUINTIC, Muon, Optimization, Task, orthogonalised
+from unclip_pl.parts import Optimization
+from unclip_pl.tasks.base import ITERATIONS, QUINTIC, Muon, Task, orthogonalised
 from unclip_pl.training.cli import build
 
 

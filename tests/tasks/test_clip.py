@@ -6,8 +6,8 @@ import pytest
 import torch
 from open_clip.loss import ClipLoss
 
+from unclip_pl.parts import Optimization
 from unclip_pl.tasks import ClipTask
-from unclip_pl.tasks.base import Optimization
 from unclip_pl.types import ClipBatch
 
 LR = 1e-3

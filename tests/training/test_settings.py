@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from unclip_pl.cli import main
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
-from unclip_pl.tasks import load_task
+from unclip_pl.parts import load_part
 from unclip_pl.training.callbacks import LOOK, FiniteLoss, SampleGrid, TimeLimit
 from unclip_pl.training.cli import build, callbacks_in
 from unclip_pl.training.resume import CheckpointFiles
@@ -93,7 +93,7 @@ def test_weights_that_are_not_finite_are_refused(
     checkpoint["state_dict"][name][0] = torch.nan
     torch.save(checkpoint, broken := tmp_path / "broken.ckpt")
     with pytest.raises(InputError, match=rf"broken.ckpt.*NaN or infinity in {name}"):
-        load_task(broken, LightningModule)  # type: ignore[type-var]
+        load_part(broken, LightningModule)  # type: ignore[type-var]
     description = json.loads((mini_run / "run.json").read_text())
     description["decoder"]["init_args"]["checkpoint"] = str(broken)
     (mini_run / "run.json").rename(kept := mini_run / "kept.json")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.imports import kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +130,8 @@ class Studio(AbstractContextManager["Studio"]):
         self.bars.start()
         try:
             reading = self.bars.add_task(f"reading {self.options.run or 'the run'}", total=None)
-            from unclip_pl.generation.pipeline import Unclip
+            with kept():
+                from unclip_pl.generation.pipeline import Unclip
 
             self.unclip = Unclip.load(self.options.run, self.options.device)
             self.bars.update(reading, total=1, completed=1)

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.generation.priors import Prior
+from unclip_pl.parts import EmbeddingPart
 from unclip_pl.settings import read_yaml
-from unclip_pl.tasks import Task
 from unclip_pl.types import PriorBatch
 
 
@@ -100,7 +100,7 @@ def sampling_flops(prior: Prior, pairs: PriorBatch, captions: int = 8) -> int:
     return work // len(few.image_embed)
 
 
-def training_flops(task: Task, pairs: PriorBatch, captions: int = 8) -> int:
+def training_flops(task: EmbeddingPart, pairs: PriorBatch, captions: int = 8) -> int:
     """Return the operations of one training sample, forward and backward, counted over the first few pairs."""
     with torch.inference_mode(False), torch.enable_grad():
         # A test runs in inference mode, whose tensors know no gradients: copies do.

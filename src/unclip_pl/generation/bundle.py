@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.files import replacing, require_format, require_unpacked
-from unclip_pl.tasks.loading import check_classes
+from unclip_pl.parts.loading import check_classes
 
 #: Version of the layout described here.
 FORMAT = 1

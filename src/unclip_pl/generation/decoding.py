@@ -28,8 +28,8 @@ from unclip_pl.diffusion import (
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.generation.guide import GuideSpec
+from unclip_pl.parts import DecoderPart, UpsamplerPart, load_part
 from unclip_pl.streams import Streams
-from unclip_pl.tasks import DecoderTask, UpsamplerTask, load_task
 from unclip_pl.types import TextFeatures
 
 Progress = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
@@ -93,8 +93,8 @@ class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path an
 
     def load(self, root: Path, device: str = "cpu") -> "Upsampler":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
-        task = load_task(root / self.checkpoint, UpsamplerTask).to(device)
-        last = load_task(root / self.last_step, UpsamplerTask).to(device) if self.last_step else task
+        task = load_part(root / self.checkpoint, UpsamplerPart).to(device)
+        last = load_part(root / self.last_step, UpsamplerPart).to(device) if self.last_step else task
         guide = self.guide.load(root, device, task) if self.guide and self.guidance != 1 else None
         return Upsampler(self, task, last, guide)
 
@@ -105,9 +105,9 @@ class Upsampler:
     def __init__(
         self,
         spec: UpsamplerSpec,
-        task: UpsamplerTask,
-        finisher: UpsamplerTask,
-        guide: UpsamplerTask | None = None,
+        task: UpsamplerPart,
+        finisher: UpsamplerPart,
+        guide: UpsamplerPart | None = None,
     ) -> None:
         self.spec = spec
         self.sampler = spec.sampler or DDIM(27)
@@ -165,7 +165,7 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
 
     def load(self, root: Path, device: str = "cpu") -> "Decoder":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
-        task = load_task(root / self.checkpoint, DecoderTask).to(device)
+        task = load_part(root / self.checkpoint, DecoderPart).to(device)
         guide = self.guide.load(root, device, task) if self.guide else None
         return Decoder(self, task, [upsampler.load(root, device) for upsampler in self.upsamplers], guide)
 
@@ -179,9 +179,9 @@ class Decoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        task: DecoderTask,
+        task: DecoderPart,
         upsamplers: Sequence[Upsampler] = (),
-        guide: DecoderTask | None = None,
+        guide: DecoderPart | None = None,
     ) -> None:
         self.spec = spec
         self.image_size = spec.image_size

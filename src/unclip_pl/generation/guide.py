@@ -8,9 +8,9 @@ import torch
 
 from unclip_pl.diffusion.process import same_levels
 from unclip_pl.errors import InputError
-from unclip_pl.tasks import DecoderTask, DiffusionPriorTask, UpsamplerTask, load_task
+from unclip_pl.parts import DecoderPart, DiffusionPriorPart, UpsamplerPart, load_part
 
-Diffused = TypeVar("Diffused", DiffusionPriorTask, DecoderTask, UpsamplerTask)
+Diffused = TypeVar("Diffused", DiffusionPriorPart, DecoderPart, UpsamplerPart)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GuideSpec:
         Raises:
             InputError: the two were not trained on the same noise levels, embeddings or enlargement.
         """
-        guide = load_task(root / self.checkpoint, type(guided)).to(device)
+        guide = load_part(root / self.checkpoint, type(guided)).to(device)
         self._check(guide, guided)
         return guide
 
@@ -42,12 +42,12 @@ class GuideSpec:
         what, other = f"The guide {self.checkpoint}", "give a weaker network of the same kind and data"
         if not same_levels(guide.diffusion, guided.diffusion):
             raise InputError(f"{what} was trained on other noise levels than the network that it guides: {other}.")
-        if isinstance(guide, UpsamplerTask) and isinstance(guided, UpsamplerTask):
+        if isinstance(guide, UpsamplerPart) and isinstance(guided, UpsamplerPart):
             if guide.factor != guided.factor:
                 raise InputError(f"{what} enlarges {guide.factor} times, and the other {guided.factor}: {other}.")
             return
-        assert not isinstance(guide, UpsamplerTask)
-        assert not isinstance(guided, UpsamplerTask)
+        assert not isinstance(guide, UpsamplerPart)
+        assert not isinstance(guided, UpsamplerPart)
         if guide.space.fingerprint != guided.space.fingerprint:
             raise InputError(
                 f"{what} was trained on embeddings of CLIP {guide.space.fingerprint!r}, and the network that it guides "

@@ -36,9 +36,16 @@ from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.nn.ar_prior import check_draws
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.nn.kernels import packed, recorded
+from unclip_pl.parts import (
+    ARPriorPart,
+    DiffusionPriorPart,
+    EmbeddingPart,
+    RegressionPriorPart,
+    TrainingRecord,
+    count_parameters,
+    load_part,
+)
 from unclip_pl.streams import Streams
-from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, EmbeddingTask, RegressionPriorTask, load_task
-from unclip_pl.tasks.base import TrainingRecord, count_parameters
 from unclip_pl.types import PriorBatch, TextFeatures
 
 
@@ -82,7 +89,7 @@ class Prior(ABC):
     #: The solver that draws it, if there is one.
     sampler: Sampler | None = None
     #: The trained Task behind it, if there is one.
-    task: EmbeddingTask | None = None
+    task: EmbeddingPart | None = None
 
     def __init__(self, spec: PriorSpec) -> None:
         self.spec = spec
@@ -159,7 +166,7 @@ def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
 
 @dataclass(frozen=True)
 class DiffusionPriorSpec(PriorSpec):
-    """Samples a :class:`~unclip_pl.tasks.DiffusionPriorTask`.
+    """Samples a :class:`~unclip_pl.parts.DiffusionPriorPart`.
 
     Args:
         checkpoint: file of the trained Task, relative to the run.
@@ -194,7 +201,7 @@ class DiffusionPriorSpec(PriorSpec):
 
     def load(self, root: Path, device: str = "cpu") -> "DiffusionPrior":
         """Read the checkpoint."""
-        task = load_task(root / self.checkpoint, DiffusionPriorTask).to(device)
+        task = load_part(root / self.checkpoint, DiffusionPriorPart).to(device)
         return DiffusionPrior(self, task, self.guide.load(root, device, task) if self.guide else None)
 
 
@@ -202,11 +209,11 @@ class DiffusionPrior(Prior):
     """The paper's better prior: diffusion over embeddings."""
 
     spec: DiffusionPriorSpec
-    task: DiffusionPriorTask
+    task: DiffusionPriorPart
     sampler: Sampler
 
     def __init__(
-        self, spec: DiffusionPriorSpec, task: DiffusionPriorTask, guide: DiffusionPriorTask | None = None
+        self, spec: DiffusionPriorSpec, task: DiffusionPriorPart, guide: DiffusionPriorPart | None = None
     ) -> None:
         super().__init__(spec)
         _describe(self, task)
@@ -261,7 +268,7 @@ class DiffusionPrior(Prior):
             whole = within(spec.guidance_interval, self.task.diffusion.schedule, whole, alone())
         return whole if spec.x0_bound is None else clip_x0(whole, spec.x0_bound)
 
-    def _look(self, task: DiffusionPriorTask, text: TextFeatures, *, unconditional: bool = False) -> Denoise:
+    def _look(self, task: DiffusionPriorPart, text: TextFeatures, *, unconditional: bool = False) -> Denoise:
         """Return a network's ``denoise(x_t, t)``; of 2B captions, the last B empty, if asked for."""
         diffusion, null = task.diffusion, task.null_text if unconditional else None
         step = task.net.under(task.space.scale_text(text), null, draws=self.spec.candidates)
@@ -276,7 +283,7 @@ class DiffusionPrior(Prior):
 
 @dataclass(frozen=True)
 class ARPriorSpec(PriorSpec):
-    """Samples an :class:`~unclip_pl.tasks.ARPriorTask` code by code.
+    """Samples an :class:`~unclip_pl.parts.ARPriorPart` code by code.
 
     Args:
         checkpoint: file of the trained Task, relative to the run.
@@ -299,17 +306,17 @@ class ARPriorSpec(PriorSpec):
 
     def load(self, root: Path, device: str = "cpu") -> "ARPrior":
         """Read the checkpoint."""
-        return ARPrior(self, load_task(root / self.checkpoint, ARPriorTask).to(device))
+        return ARPrior(self, load_part(root / self.checkpoint, ARPriorPart).to(device))
 
 
 class ARPrior(Prior):
     """The paper's other prior: a language model over the codes of an embedding."""
 
     spec: ARPriorSpec
-    task: ARPriorTask
+    task: ARPriorPart
     codec: EmbeddingCodec
 
-    def __init__(self, spec: ARPriorSpec, task: ARPriorTask) -> None:
+    def __init__(self, spec: ARPriorSpec, task: ARPriorPart) -> None:
         super().__init__(spec)
         _describe(self, task)
         self.task = task
@@ -366,7 +373,7 @@ def _streams(generator: Streams | None) -> Sequence[torch.Generator]:
     return [generator] if isinstance(generator, torch.Generator) else generator
 
 
-def _describe(prior: Prior, task: EmbeddingTask) -> None:
+def _describe(prior: Prior, task: EmbeddingPart) -> None:
     prior.num_parameters = count_parameters(task.net)
     prior.record = task.record or TrainingRecord()
     prior.fingerprint = task.space.fingerprint
@@ -374,7 +381,7 @@ def _describe(prior: Prior, task: EmbeddingTask) -> None:
 
 @dataclass(frozen=True)
 class RegressionPriorSpec(PriorSpec):
-    """Asks a :class:`~unclip_pl.tasks.RegressionPriorTask` once.
+    """Asks a :class:`~unclip_pl.parts.RegressionPriorPart` once.
 
     Args:
         checkpoint: file of the trained Task, relative to the run.
@@ -384,15 +391,15 @@ class RegressionPriorSpec(PriorSpec):
 
     def load(self, root: Path, device: str = "cpu") -> "RegressionPrior":
         """Read the checkpoint."""
-        return RegressionPrior(self, load_task(root / self.checkpoint, RegressionPriorTask).to(device))
+        return RegressionPrior(self, load_part(root / self.checkpoint, RegressionPriorPart).to(device))
 
 
 class RegressionPrior(Prior):
     """A network's one answer to a caption: the conditional mean, or what ECLIPSE makes of it."""
 
-    task: RegressionPriorTask
+    task: RegressionPriorPart
 
-    def __init__(self, spec: PriorSpec, task: RegressionPriorTask) -> None:
+    def __init__(self, spec: PriorSpec, task: RegressionPriorPart) -> None:
         super().__init__(spec)
         _describe(self, task)
         self.task = task

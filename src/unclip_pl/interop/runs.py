@@ -1,4 +1,4 @@
-"""Write Karlo's parts as a run: ``run.json``, and checkpoints that ``load_task`` and ``fit --ckpt_path`` read."""
+"""Write Karlo's parts as a run: ``run.json``, and checkpoints that ``load_part`` and ``fit --ckpt_path`` read."""
 
 from pathlib import Path
 from typing import Any

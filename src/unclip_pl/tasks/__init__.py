@@ -1,10 +1,10 @@
-"""LightningModules, one per part of unCLIP: network + loss + batch contract."""
+"""LightningModules, one per part of unCLIP: how Lightning trains it."""
 
+from unclip_pl.parts.base import Optimization
 from unclip_pl.tasks.ar_prior import ARPriorTask
-from unclip_pl.tasks.base import EmbeddingTask, Optimization, Task
+from unclip_pl.tasks.base import EmbeddingTask, Task
 from unclip_pl.tasks.clip import ClipTask
 from unclip_pl.tasks.decoder import DecoderTask
-from unclip_pl.tasks.loading import load_task
 from unclip_pl.tasks.prior import DiffusionPriorTask
 from unclip_pl.tasks.regression import RegressionPriorTask
 from unclip_pl.tasks.upsampler import UpsamplerTask
@@ -19,5 +19,4 @@ __all__ = [
     "RegressionPriorTask",
     "Task",
     "UpsamplerTask",
-    "load_task",
 ]

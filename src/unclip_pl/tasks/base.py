@@ -1,12 +1,10 @@
 """What every Task shares: one step, one name in the logger, one optimizer, and the record of its training."""
 
-import math
 import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -15,47 +13,9 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from unclip_pl.diffusion.process import GaussianDiffusion, noise_like
 from unclip_pl.errors import InputError
-from unclip_pl.files import require_finite
 from unclip_pl.nn.kernels import fast_bfloat16
-from unclip_pl.nn.space import EmbeddingSpace, Scaling
-from unclip_pl.nn.text import mix_text
-from unclip_pl.types import TextFeatures
-
-
-@dataclass
-class Optimization:
-    """AdamW (the paper's "corrected" weight decay) or Muon beside it, warm-up, and the learning rate after it.
-
-    Args:
-        lr: peak learning rate of AdamW.
-        muon_lr: peak learning rate of :class:`Muon`, which then trains the matrices between a network's first and last
-            layers; 0 leaves them to AdamW. About 0.01 suits it.
-        weight_decay: decay of matrices; biases, gains and embeddings of rank < 2 are left alone.
-        betas: decay rates of Adam's moments.
-        eps: offset of Adam's denominator.
-        warmup_steps: optimizer steps of linear warm-up. The paper gives none.
-        decay: learning rate after warm-up: constant as in the paper, or half a cosine to zero at the last step.
-    """
-
-    lr: float = 1.2e-4
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup_steps: int = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    muon_lr: float = 0.0
-
-    def factor(self, step: int, total: float) -> float:
-        """Return the learning rate at ``step`` as a share of the peak."""
-        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        if self.decay == "constant" or not math.isfinite(total):
-            return warm
-        rest = max(1.0, total - self.warmup_steps)
-        progress = min(1.0, max(0.0, (step - self.warmup_steps) / rest))
-        return warm * 0.5 * (1 + math.cos(math.pi * progress))
-
+from unclip_pl.parts.base import EmbeddingPart, Optimization, Part
 
 #: Coefficients of the quintic that one Newton-Schulz iteration applies to singular values, and how often it is applied.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 3
@@ -174,23 +134,12 @@ def _local(stack: Any) -> Tensor:
     return stack.to_local() if hasattr(stack, "to_local") else stack
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
-    """The cost of a part's training.
+class Task(Part, LightningModule):
+    """A part that Lightning trains: loss + batch contract. Sampling has no settings here.
 
     Args:
-        steps: number of optimizer steps.
-        samples: number of samples seen, over all ranks and accumulated batches; a caption counts once, not per draw.
-        seconds: wall clock inside training steps.
+        optimization: settings of AdamW.
     """
-
-    steps: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-
-
-class Task(LightningModule):
-    """Network + loss + batch contract. The network arrives built, and sampling has no settings here."""
 
     #: Type of the batches. The DataModule asks for it, so data and tasks meet in types alone.
     batch_type: ClassVar[type]
@@ -198,19 +147,11 @@ class Task(LightningModule):
     #: First and last layers, which Muon leaves to AdamW: their rows or columns are pixels, values or codes.
     edges: ClassVar[tuple[str, ...]] = ()
 
-    #: Cost of the training of a loaded checkpoint; None on a Task that was not loaded.
-    record: TrainingRecord | None = None
-
-    net: nn.Module
-    #: Forward process of a Task that denoises.
-    diffusion: GaussianDiffusion | None = None
-
     def __init__(self, optimization: Optimization | None = None) -> None:
-        super().__init__()
-        self.optimization = optimization or Optimization()
+        super().__init__(optimization)
+        self.save_hyperparameters()
         self.train_samples, self.train_seconds = 0, 0.0
         self._started = 0.0
-        self._rank, self._world_size = 0, 1
         self._configured: list[dict[str, Any]] = []
         self._fits = False
 
@@ -240,24 +181,10 @@ class Task(LightningModule):
         """Log the loss on the test split, with the same noise at every call."""
         self._step(batch, "test", self._fixed_noise(batch_idx))
 
-    def share(self, draw: Callable[[int], Tensor], n: int) -> Tensor:
-        """Return this rank's n rows of a draw for the whole global batch.
-
-        All ranks draw the same numbers from the same seed. So N processes train as one does with all their batches.
-        Every random draw of a loss has to come through here.
-
-        Args:
-            draw: draws for the given number of rows.
-            n: number of rows of the batch, the same on every rank.
-        """
-        if not self.training or self._world_size == 1:
-            return draw(n)
-        first = self._rank * n
-        return draw(n * self._world_size)[first : first + n]
-
-    def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw standard normal noise for (B, …), this rank's share of it (:meth:`share`)."""
-        return self.share(lambda n: noise_like(x[:1].expand(n, *x.shape[1:]), generator=generator), len(x))
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return such rows (B, …) of all processes, (processes · B, …)."""
+        every: Any = self.all_gather(rows)
+        return every.flatten(0, 1)
 
     @staticmethod
     def _fixed_noise(batch_idx: int) -> torch.Generator:
@@ -340,15 +267,9 @@ class Task(LightningModule):
         """Read the cost of training back.
 
         Raises:
-            InputError: the weights were trained on another schedule, or to predict something else; or a fit
-                would go on with another optimizer.
+            InputError: the weights mean something else here, or a fit would go on with another optimizer.
         """
-        saved, own = checkpoint.get("diffusion"), str(self.diffusion)
-        if saved not in (None, own):
-            raise InputError(
-                f"The checkpoint was trained as {saved}, but model.diffusion says {own}: give the config of its "
-                "training, or train from the start."
-            )
+        super().on_load_checkpoint(checkpoint)
         self.train_samples = checkpoint.get("train_samples", 0)
         self.train_seconds = checkpoint.get("train_seconds", 0.0)
         groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
@@ -359,22 +280,6 @@ class Task(LightningModule):
                 f"The checkpoint was trained with {names[theirs]}, and this fit asks for {names[ours]}: change "
                 "model.optimization.muon_lr, or train from the start."
             )
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights.
-
-        Raises:
-            InputError: they are another network's, or not finite.
-        """
-        try:
-            loaded = super().load_state_dict(*args, **kwargs)
-        except RuntimeError as error:
-            raise InputError(
-                f"The checkpoint is of another network. Give one that fits, or change model.net: "
-                f"{' '.join(str(error).split()):.400}"
-            ) from error
-        require_finite(dict(self.named_parameters()), "the checkpoint")
-        return loaded
 
     def on_train_start(self) -> None:
         """Restore the config's learning rate, decay and betas, which a resumed checkpoint has overwritten."""
@@ -387,79 +292,5 @@ class Task(LightningModule):
             group.update(configured, lr=configured["initial_lr"] * factor)
 
 
-#: Condition that stands for "no caption": CLIP's features of the empty one, or a vector learned in z_t's place.
-NullText = Literal["empty", "learned"]
-
-
-class EmbeddingTask(Task):
-    """A Task that lives in one CLIP's embedding space.
-
-    Args:
-        statistics: file of the embedding store (linked from the data); empty when a checkpoint fills the space.
-        scaling: how z_i is scaled for the network, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
-        text_drop: share of captions replaced by the empty one, for classifier-free guidance.
-        optimization: settings of AdamW.
-        learned_null: width of the vector that is learned in place of the empty caption's z_t; 0 learns none, and takes
-            the empty caption's features. None needs neither, since no caption is dropped.
-
-    Raises:
-        InputError: none is learned, and the data have no features of the empty caption.
-    """
-
-    def __init__(
-        self,
-        statistics: str,
-        scaling: Scaling,
-        text_drop: float,
-        optimization: Optimization | None = None,
-        *,
-        learned_null: int | None = 0,
-    ) -> None:
-        super().__init__(optimization)
-        self.space = EmbeddingSpace(statistics, scaling)
-        self.text_drop = text_drop
-        self.learned_null = nn.Parameter(torch.zeros(learned_null)) if learned_null else None
-        if statistics and learned_null == 0 and not self.space.null_embed.numel():
-            raise InputError(
-                f"{statistics} has no features of the empty caption: set model.init_args.null_text to learned."
-            )
-
-    @property
-    def null_text(self) -> TextFeatures:
-        """Features of no caption, batch size 1, z_t scaled."""
-        if self.learned_null is None:
-            return self.space.scale_text(self.space.null_text)
-        nothing = self.learned_null.new_zeros(1, 0)
-        return TextFeatures(nothing.long(), nothing[..., None], nothing.bool(), self.learned_null[None])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with weights that were trained in another CLIP's space."""
-        super().on_load_checkpoint(checkpoint)
-        saved = checkpoint["state_dict"].get("space.fingerprint_bytes")
-        if saved is None:
-            raise InputError(
-                f"Expected a checkpoint of a {type(self).__name__}. Got one without embedding space: give another file."
-            )
-        saved = bytes(saved.tolist()).decode()
-        if self.space.fingerprint not in ("", saved):
-            raise InputError(
-                f"The checkpoint was trained on embeddings of CLIP {saved!r}, but the data are of "
-                f"{self.space.fingerprint!r}: give the data of its CLIP, or train from the start."
-            )
-
-    def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
-        """Scale z_t, and replace a share of the captions, states and z_t together, by the null caption."""
-        device, p = text.embed.device, 1 - self.text_drop
-        keep = self.share(lambda n: bernoulli(n, p, device, generator), len(text.embed))
-        return mix_text(self.space.scale_text(text), self.null_text, keep)
-
-
-def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw n booleans, (n,), True with probability p, on the generator's device, and move them."""
-    source = device if generator is None else generator.device
-    return (torch.rand(n, generator=generator, device=source) < p).to(device)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return how many trainable numbers a module has."""
-    return sum(p.numel() for p in module.parameters())
+class EmbeddingTask(EmbeddingPart, Task):
+    """A Task that lives in one CLIP's embedding space."""

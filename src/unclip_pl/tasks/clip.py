@@ -14,7 +14,8 @@ from torch import Tensor
 from unclip_pl.clip.encoder import ClipSpec, Preprocess, architecture, build_clip
 from unclip_pl.errors import InputError
 from unclip_pl.nn.kernels import training_attention
-from unclip_pl.tasks.base import Optimization, Task
+from unclip_pl.parts.base import Optimization
+from unclip_pl.tasks.base import Task
 from unclip_pl.tasks.sam import check_strategy, perturbed
 from unclip_pl.types import ClipBatch
 
@@ -50,7 +51,6 @@ class ClipTask(Task):
                 "train it with open_clip, and name its weights as clip.pretrained."
             )
         super().__init__(optimization)
-        self.save_hyperparameters()
         self.sam_rho = sam_rho
         self.net = build_clip(name)
         self.preprocess = Preprocess(self.net, ClipSpec(name).image_size)

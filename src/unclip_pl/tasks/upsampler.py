@@ -1,27 +1,22 @@
-"""The upsamplers: from a low-resolution image to one of four times its side, without other condition (§2.1)."""
-
-from typing import Literal
+"""Training of the upsamplers."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from unclip_pl.diffusion import DDIM, Denoise, Denoised, GaussianDiffusion, autoguided, clip_x0
+from unclip_pl.diffusion import DDIM, GaussianDiffusion
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.nn.unet import UpsamplerUNet
-from unclip_pl.tasks.base import Optimization, Task
+from unclip_pl.parts.base import Optimization
+from unclip_pl.parts.upsampler import Interpolation, UpsamplerPart
+from unclip_pl.tasks.base import Task
 from unclip_pl.tasks.corruption import Corruption, GaussianBlur, shrink
 from unclip_pl.types import UpsamplerBatch
 
-Interpolation = Literal["bilinear", "bicubic"]
 
-
-class UpsamplerTask(Task):
-    """Trains a U-Net without attention on [x_t, upsampled low-resolution image] (6 channels in, 3 out).
-
-    On random crops: convolutions learn the same from them, and draw whole images afterwards.
+class UpsamplerTask(UpsamplerPart, Task):
+    """Trains an upsampler on random crops: convolutions learn the same from them, and draw whole images afterwards.
 
     Args:
         net: U-Net of convolutions only, which sees the low-resolution image beside x_t.
@@ -41,8 +36,6 @@ class UpsamplerTask(Task):
 
     batch_type = UpsamplerBatch
     edges = ("net.conv_in", "net.conv_out")
-    net: UpsamplerUNet
-    diffusion: GaussianDiffusion
 
     def __init__(
         self,
@@ -56,14 +49,9 @@ class UpsamplerTask(Task):
     ) -> None:
         if not 0 < crop <= 1:
             raise InputError(f"Expected 0 < crop <= 1, a share of the image's side. Got {crop}: change it.")
-        super().__init__(optimization)
-        self.save_hyperparameters()
-        self.net = net
-        self.factor = factor
+        super().__init__(net, factor, diffusion, interpolation, optimization)
         self.crop = crop
         self.corruption = corruption or GaussianBlur()
-        self.diffusion = diffusion or GaussianDiffusion()
-        self.interpolation: Interpolation = interpolation
 
     def training_step(self, batch: UpsamplerBatch, batch_idx: int) -> Tensor:
         """Return the loss on a crop of every image."""
@@ -85,11 +73,6 @@ class UpsamplerTask(Task):
         places = self.share(lambda n: torch.randint(room + 1, (n, 2)), len(image)).tolist()
         return torch.stack([x[:, i : i + side, j : j + side] for x, (i, j) in zip(image, places, strict=True)])
 
-    def enlarge(self, low: Tensor, size: int) -> Tensor:
-        """Enlarge (B, 3, h, h) to (B, 3, size, size), which the network sees beside x_t."""
-        antialias = self.interpolation == "bicubic"
-        return F.interpolate(low, size=(size, size), mode=self.interpolation, antialias=antialias)
-
     def loss(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:
         """Return L_simple given the corrupted low-resolution image."""
         x0 = batch.image
@@ -101,43 +84,6 @@ class UpsamplerTask(Task):
         x_t = self.diffusion.add_noise(x0, t, eps)
         out = self.estimate(x_t, t, self.enlarge(low, x0.shape[-1]))
         return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
-
-    def estimate(self, x_t: Tensor, t: Tensor, large: Tensor) -> Tensor:
-        """Return F(x_t, t); where F is x0 or holds it, the network adds what the enlarged image lacks of it.
-
-        Most of x0 is in the enlarged image, and group norms would have to learn to let its colours through.
-        """
-        out: Tensor = self.net(torch.cat([x_t, large], dim=1), self.diffusion.index(t), None)
-        match self.diffusion.prediction:
-            case "x0":
-                return out + large
-            case "velocity":  # eps - x0
-                return out - large
-            case _:
-                return out
-
-    def denoiser(
-        self, low: Tensor, size: int, guidance: float = 1.0, *, guide: "UpsamplerTask | None" = None
-    ) -> Denoise:
-        """Return ``denoise(x_t, t)`` towards images of side ``size`` that shrink to clean ``low`` (B, 3, h, h).
-
-        Args:
-            low: low-resolution images in [-1, 1].
-            size: side of the images to draw.
-            guidance: guidance scale; 1 is off.
-            guide: weaker upsampler to be led away from; without one nothing is guided.
-        """
-        if guide is None or guidance == 1:
-            return clip_x0(self._look(low, size))
-        return clip_x0(autoguided(self._look(low, size), guide._look(low, size), guidance))
-
-    def _look(self, low: Tensor, size: int) -> Denoise:
-        large = self.enlarge(low, size)
-
-        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-            return Denoised(self.diffusion.to_x0(self.estimate(x_t, t, large), x_t, t))
-
-        return denoise
 
     @torch.no_grad()
     def draw(self, batch: UpsamplerBatch, generator: torch.Generator | None = None) -> Tensor:

@@ -1,50 +1,68 @@
-"""Checkpoints rebuild their Task. They are data: they neither import code nor choose what is called."""
+"""Checkpoints rebuild their part. They are data: they neither import code nor choose what is called."""
 
 import re
 import sys
-import warnings
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.moved import moved_in
-from unclip_pl.tasks.base import Task, TrainingRecord
+from unclip_pl.parts.ar_prior import ARPriorPart
+from unclip_pl.parts.base import Part, TrainingRecord
+from unclip_pl.parts.decoder import DecoderPart
+from unclip_pl.parts.prior import DiffusionPriorPart
+from unclip_pl.parts.regression import RegressionPriorPart
+from unclip_pl.parts.upsampler import UpsamplerPart
 
-T = TypeVar("T", bound=Task)
+P = TypeVar("P", bound=Part)
+
+#: What the Tasks of this package train. A checkpoint names its Task; to draw, its part is enough, and takes no trainer.
+TRAINED_BY: dict[Any, type[Part]] = {
+    "unclip_pl.tasks.ARPriorTask": ARPriorPart,
+    "unclip_pl.tasks.DecoderTask": DecoderPart,
+    "unclip_pl.tasks.DiffusionPriorTask": DiffusionPriorPart,
+    "unclip_pl.tasks.RegressionPriorTask": RegressionPriorPart,
+    "unclip_pl.tasks.UpsamplerTask": UpsamplerPart,
+}
 
 
-def load_task(path: str | Path, expected: type[T], map_location: str = "cpu") -> T:
-    """Rebuild a Task from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
+def load_part(path: str | Path, expected: type[P], map_location: str = "cpu") -> P:
+    """Rebuild a part from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
 
     Args:
         path: checkpoint written by ``unclip fit``, or such a file of a bundle.
-        expected: class of the Task that it must hold.
+        expected: class of the part that it must hold. A Task asks for the Task itself, which can train on.
         map_location: device of the weights.
 
     Raises:
         MissingFileError: the file does not exist.
-        InputError: the checkpoint holds another Task, was not written by ``unclip fit``, or is broken.
+        InputError: the checkpoint holds another part, was not written by ``unclip fit``, or is broken.
     """
     checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
     hyper_parameters = checkpoint.get("hyper_parameters")
     if not isinstance(hyper_parameters, dict) or "_class_path" not in hyper_parameters:
         raise InputError(f"Expected a checkpoint written by `unclip fit`. {path} names no Task: give another file.")
+    task = hyper_parameters["_class_path"]
     try:
-        cls = trusted_class(hyper_parameters["_class_path"])
+        alone = isinstance(task, str) and task in TRAINED_BY and expected in TRAINED_BY.values()
+        cls = TRAINED_BY[task] if alone else trusted_class(task)
         check_classes(config := _without_files(hyper_parameters))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if not issubclass(cls, expected):
         raise InputError(f"{path} holds a {cls.__name__}. Expected a {expected.__name__}: give another file.")
     try:
-        rebuilt: T = _rebuild(cls, config)
+        rebuilt: P = _rebuild(cls, config)
         rebuilt.load_state_dict(checkpoint["state_dict"])
         rebuilt.on_load_checkpoint(checkpoint)
-        rebuilt.record = TrainingRecord(checkpoint["global_step"], rebuilt.train_samples, rebuilt.train_seconds)
+        samples, seconds = checkpoint.get("train_samples", 0), checkpoint.get("train_seconds", 0.0)
+        rebuilt.record = TrainingRecord(checkpoint["global_step"], samples, seconds)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:
@@ -121,9 +139,9 @@ def _without_files(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
     return config | {key: "" for key in _FILES if key in config}
 
 
-def _rebuild(cls: type[Task], config: dict[str, Any]) -> Any:
-    from lightning.pytorch.cli import instantiate_module  # jsonargparse: only who loads checkpoints waits for it
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")  # wanted: rebuilt from the config
-        return instantiate_module(cls, config)
+def _rebuild(cls: type[Part], config: dict[str, Any]) -> Any:
+    if cls in TRAINED_BY.values():  # it has no place for what only its training needs
+        config = {key: config[key] for key in signature(cls).parameters if key in config}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "part", fail_untyped=False)
+    return parser.instantiate(parser.parse_object({"part": config})).part

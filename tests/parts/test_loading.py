@@ -14,7 +14,8 @@ from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet
-from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, load_task
+from unclip_pl.parts import load_part
+from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask
 from unclip_pl.training.cli import only_plain
 from unclip_pl.training.resume import CheckpointFiles
 
@@ -23,7 +24,7 @@ def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path
     for stage, kind in {"prior": DiffusionPriorTask, "ar_prior": ARPriorTask, "decoder": DecoderTask}.items():
         lonely = tmp_path / f"{stage}.ckpt"
         lonely.write_bytes((mini_run / stage / "checkpoints" / "last.ckpt").read_bytes())
-        task = load_task(lonely, kind)
+        task = load_part(lonely, kind)
         assert not task.training
         assert task.space.embed_dim == 64
         assert task.space.fingerprint.startswith("tiny-rn-")
@@ -35,18 +36,18 @@ def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path
 
 def test_the_wrong_task(mini_run: Path) -> None:
     with pytest.raises(InputError, match=r"holds a DecoderTask\. Expected a DiffusionPriorTask"):
-        load_task(mini_run / "decoder" / "checkpoints" / "last.ckpt", DiffusionPriorTask)
+        load_part(mini_run / "decoder" / "checkpoints" / "last.ckpt", DiffusionPriorTask)
 
 
 def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No checkpoint at"):
-        load_task(tmp_path / "none.ckpt", DecoderTask)
+        load_part(tmp_path / "none.ckpt", DecoderTask)
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
-        load_task(tmp_path / "junk.ckpt", DecoderTask)
+        load_part(tmp_path / "junk.ckpt", DecoderTask)
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="written by `unclip fit`"):
-        load_task(tmp_path / "foreign.ckpt", DecoderTask)
+        load_part(tmp_path / "foreign.ckpt", DecoderTask)
 
 
 class Trap:
@@ -63,7 +64,7 @@ def test_a_pickle_does_not_run(mini_run: Path, tmp_path: Path) -> None:
     sprung, crafted = tmp_path / "sprung", tmp_path / "crafted.ckpt"
     checkpoint = torch.load(mini_run / "prior" / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save(checkpoint | {"optimizer_states": Trap(sprung)}, crafted)
-    for read in (lambda: load_task(crafted, DiffusionPriorTask), lambda: CheckpointFiles().load_checkpoint(crafted)):
+    for read in (lambda: load_part(crafted, DiffusionPriorTask), lambda: CheckpointFiles().load_checkpoint(crafted)):
         with pytest.raises(ValueError, match="not a readable checkpoint"):
             read()
     with pytest.raises(ValueError, match="no plain CLIP weights"):
@@ -109,7 +110,7 @@ def test_a_checkpoint_does_not_say_what_is_called(
     checkpoint["hyper_parameters"] |= settings
     torch.save(checkpoint, tmp_path / "crafted.ckpt")
     with pytest.raises(ValueError, match=r"crafted\.ckpt: the checkpoint (names|holds)"):
-        load_task(tmp_path / "crafted.ckpt", DiffusionPriorTask)
+        load_part(tmp_path / "crafted.ckpt", DiffusionPriorTask)
     assert not (tmp_path / "sprung").exists()
     assert "evil_module_of_a_test" not in sys.modules
 
@@ -120,7 +121,7 @@ def test_a_class_of_ours_in_the_wrong_place(net: Any, mini_run: Path, tmp_path: 
     checkpoint["hyper_parameters"]["net"] = {"class_path": net} if isinstance(net, str) else net
     torch.save(checkpoint, tmp_path / "crafted.ckpt")
     with pytest.raises(ValueError, match="does not fit its DiffusionPriorTask"):
-        load_task(tmp_path / "crafted.ckpt", DiffusionPriorTask)
+        load_part(tmp_path / "crafted.ckpt", DiffusionPriorTask)
 
 
 class OwnNet(PriorTransformer):
@@ -141,7 +142,7 @@ def test_own_classes_load_where_they_are_imported(
     checkpoint["hyper_parameters"]["_class_path"] = f"{__name__}.OwnTask"
     checkpoint["hyper_parameters"]["net"]["class_path"] = f"{__name__}.OwnNet"
     torch.save(checkpoint, tmp_path / "own.ckpt")
-    task = load_task(tmp_path / "own.ckpt", DiffusionPriorTask)
+    task = load_part(tmp_path / "own.ckpt", DiffusionPriorTask)
     assert (type(task).__name__, type(task.net).__name__) == ("OwnTask", "OwnNet")
 
 
@@ -150,13 +151,13 @@ def test_weights_of_another_network(mini_run: Path, tmp_path: Path) -> None:
     checkpoint["hyper_parameters"]["net"]["init_args"]["width"] = 96
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other\.ckpt: The checkpoint is of another network.*size mismatch"):
-        load_task(tmp_path / "other.ckpt", DiffusionPriorTask)
+        load_part(tmp_path / "other.ckpt", DiffusionPriorTask)
 
 
 def test_the_average_is_what_is_loaded(mini_run: Path) -> None:
     path = mini_run / "prior" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    task = load_task(path, DiffusionPriorTask)
+    task = load_part(path, DiffusionPriorTask)
     name = "net.out_proj.weight"
     assert torch.equal(task.state_dict()[name], checkpoint["state_dict"][name])
     assert "current_model_state" in checkpoint
@@ -170,7 +171,7 @@ def test_no_clip_in_a_checkpoint(mini_run: Path) -> None:
 
 def test_weights_of_another_clips_space_do_not_go_on(mini_run: Path) -> None:
     path = mini_run / "prior" / "checkpoints" / "last.ckpt"
-    task, checkpoint = load_task(path, DiffusionPriorTask), torch.load(path, weights_only=True)
+    task, checkpoint = load_part(path, DiffusionPriorTask), torch.load(path, weights_only=True)
     task.on_load_checkpoint(checkpoint)
     checkpoint["state_dict"]["space.fingerprint_bytes"] = torch.tensor(list(b"other-clip"), dtype=torch.uint8)
     with pytest.raises(ValueError, match="of CLIP 'other-clip', but the data are of 'tiny-rn-"):

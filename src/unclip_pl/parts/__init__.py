@@ -1,0 +1,26 @@
+"""Parts of unCLIP, one class each: network, embedding space, diffusion and loss. They draw without a trainer.
+
+A Task (:mod:`unclip_pl.tasks`) is a part that Lightning trains.
+"""
+
+from unclip_pl.parts.ar_prior import ARPriorPart
+from unclip_pl.parts.base import EmbeddingPart, Optimization, Part, TrainingRecord, count_parameters
+from unclip_pl.parts.decoder import DecoderPart
+from unclip_pl.parts.loading import load_part
+from unclip_pl.parts.prior import DiffusionPriorPart
+from unclip_pl.parts.regression import RegressionPriorPart
+from unclip_pl.parts.upsampler import UpsamplerPart
+
+__all__ = [
+    "ARPriorPart",
+    "DecoderPart",
+    "DiffusionPriorPart",
+    "EmbeddingPart",
+    "Optimization",
+    "Part",
+    "RegressionPriorPart",
+    "TrainingRecord",
+    "UpsamplerPart",
+    "count_parameters",
+    "load_part",
+]

@@ -1,0 +1,151 @@
+"""The decoder: images from z_i, and from the caption beside it (§2.1 of the paper)."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion import (
+    DDIM,
+    Denoise,
+    Denoised,
+    GaussianDiffusion,
+    LogitNormalTime,
+    StraightPath,
+    autoguided,
+    clip_x0,
+    guided,
+    within,
+)
+from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
+from unclip_pl.diffusion.process import noise_like
+from unclip_pl.errors import InputError
+from unclip_pl.nn.space import Scaling
+from unclip_pl.nn.unet import UNet
+from unclip_pl.parts.base import EmbeddingPart, Optimization, bernoulli
+from unclip_pl.types import DecoderBatch, TextFeatures
+
+
+class DecoderPart(EmbeddingPart):
+    """A :class:`~unclip_pl.nn.unet.UNet` of (image, z_i, caption); z_i and caption are dropped independently.
+
+    A network with twice the image's channels learns its variance too (hybrid loss).
+
+    Args:
+        net: U-Net with the CLIP's ``embed_dim``.
+        statistics: file of the embedding store (linked from the data).
+        scaling: scale of z_i: ``unit``, ``whiten`` (tiny decoders learn faster from it) or ``raw`` (Karlo).
+        diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, eps.
+        image_drop: share of z_i replaced by the learned null (paper: 10 %).
+        text_drop: share of captions replaced by the empty one (paper: 50 %).
+        optimization: settings of AdamW.
+
+    Raises:
+        InputError: ``standardize``, which no known decoder was trained on; or a learned variance at times between those
+            that its bound knows.
+    """
+
+    net: UNet
+    diffusion: GaussianDiffusion
+
+    def __init__(
+        self,
+        net: UNet,
+        statistics: str = "",
+        scaling: Scaling = "unit",
+        diffusion: GaussianDiffusion | None = None,
+        image_drop: float = 0.1,
+        text_drop: float = 0.5,
+        optimization: Optimization | None = None,
+    ) -> None:
+        if scaling == "standardize":
+            raise InputError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize': change it.")
+        super().__init__(statistics, scaling, text_drop, optimization)
+        self.net = net
+        self.diffusion = diffusion or GaussianDiffusion()
+        self.image_drop = image_drop
+        between = isinstance(self.diffusion.schedule, StraightPath)
+        if (between or isinstance(self.diffusion.time_density, LogitNormalTime)) and self.learns_variance:
+            raise InputError(
+                "Expected a decoder of fixed variance on a straight path and at logit-normal times, since the bound of "
+                "a learned one knows whole steps alone. Got 6 output channels: set model.net.out_channels to 3."
+            )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network predicts its variance beside the mean."""
+        return self.net.out_channels == 6
+
+    def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Return L_simple, or L_hybrid where the network learns its variance."""
+        x0 = batch.image
+        keep_image = self.share(lambda n: bernoulli(n, 1 - self.image_drop, x0.device, generator), len(x0))
+        text = self.drop_text(batch.text, generator)
+        condition = self.net.encode_condition(self.space.scale(batch.image_embed), text, keep_image)
+        t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
+        eps = self.noise(x0, generator)
+        x_t = self.diffusion.add_noise(x0, t, eps)
+        out = self.net(x_t, self.diffusion.index(t), condition)
+        if out.shape[1] == x0.shape[1]:
+            return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
+        F, frac_raw = out.chunk(2, dim=1)
+        return hybrid_loss(self.diffusion, F, frac_raw, x0, x_t, eps, t).mean()
+
+    def denoiser(
+        self,
+        image_embed: Tensor,
+        text: TextFeatures,
+        guidance: float,
+        *,
+        interval: tuple[float, float] | None = None,
+        guide: "DecoderPart | None" = None,
+        drop_embedding: bool = False,
+    ) -> Denoise:
+        """Return ``denoise(x_t, t)`` for a sampler, with x0 clipped to [-1, 1]; the condition is encoded once.
+
+        Args:
+            image_embed: (B, d) raw z_i.
+            text: raw features of B captions; the empty caption where there is none.
+            guidance: guidance scale; 1 is off.
+            interval: lowest and highest noise level σ/α with guidance; None is all levels.
+            guide: weaker decoder to be led away from, under the same condition; None leads away from the same decoder
+                without z_i and caption (as in Karlo).
+            drop_embedding: replace z_i by its null, so that the caption alone decides (§5.1).
+        """
+        alone = partial(self._look, image_embed, text, drop_embedding=drop_embedding)
+        if guidance == 1:
+            return clip_x0(alone())
+        if guide is None:
+            strong = guided(alone(unconditional=True), guidance)
+        else:
+            strong = autoguided(alone(), guide._look(image_embed, text, drop_embedding=drop_embedding), guidance)
+        return clip_x0(strong if interval is None else within(interval, self.diffusion.schedule, strong, alone()))
+
+    def _look(
+        self, image_embed: Tensor, text: TextFeatures, *, drop_embedding: bool, unconditional: bool = False
+    ) -> Denoise:
+        """Return the network's ``denoise(x_t, t)``, unclipped; 2B samples, the last B unconditional, if asked for."""
+        n = len(image_embed)
+        z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
+        keep = torch.full((n,), not drop_embedding, device=z_i.device)
+        if unconditional:
+            null = self.space.scale_text(self.space.null_text).repeat(n)
+            z_i, text = torch.cat([z_i, z_i]), TextFeatures.cat([text, null])
+            keep = torch.cat([keep, torch.zeros_like(keep)])
+        condition = self.net.encode_condition(z_i, text, keep)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+            # In x_t's precision: guidance would enlarge bfloat16's steps.
+            out = self.net(x_t, self.diffusion.index(t), condition).to(x_t.dtype)
+            if out.shape[1] == x_t.shape[1]:
+                return Denoised(self.diffusion.to_x0(out, x_t, t))
+            F, frac_raw = out.chunk(2, dim=1)
+            return Denoised(self.diffusion.to_x0(F, x_t, t), (frac_raw + 1) / 2)
+
+        return denoise
+
+    @torch.no_grad()
+    def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Decode images from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
+        x_T = noise_like(batch.image, generator=generator)
+        return DDIM(25).sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T, self.diffusion)
