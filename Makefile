@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml
 
 venv: $(VENV)/.installed ## the environment, in .venv
 
-quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (some 20 minutes on 2 cores)
-	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart
+quickstart: venv ## the whole of unCLIP on shapes: train every part, compare, report (nine minutes on 2 cores)
+	$(BIN)/unclip reproduce --config configs/reproduce/shapes.yaml --run runs/quickstart --jobs 2
 
 notebooks: venv ## run the notebooks again and keep their outputs; UNCLIP_RUN=… names a run other than the package's own
 	$(BIN)/python notebooks/run.py

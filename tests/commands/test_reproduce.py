@@ -485,12 +485,14 @@ def test_stages_run_side_by_side_with_their_share_of_the_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stages = {"a": make("a", "--beside b"), "b": make("b", "--beside a"), "c": make("c", needs=["a"])}
+    stages |= {"d": make("d", needs=["b", "c"])}
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert main(stub(stages, "--jobs", "2")) == 0
     said = capsys.readouterr()
-    assert {line for line in said.err.splitlines() if line} == {f"[{name}] read all" for name in "abc"}
-    assert sorted((tmp_path / "run/started").read_text().split()) == ["2", "2", "2", "a", "b", "c"]
-    assert {record["threads"] for record in stage_records(tmp_path / "run").values()} == {2}
+    assert {line for line in said.err.splitlines() if line} == {f"[{name}] read all" for name in "abcd"}
+    assert sorted((tmp_path / "run/started").read_text().split()) == ["2", "2", "2", "4", "a", "b", "c", "d"]
+    threads = {name: record["threads"] for name, record in stage_records(tmp_path / "run").items()}
+    assert threads == {"a": 2, "b": 2, "c": 2, "d": 4}  # c could run beside b; nothing could beside d
 
 
 def test_a_failure_beside_others_lets_them_end_and_starts_no_more(

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,18 @@ class Recipe:
         self.stages = {BASE: Stage(run, out)} | {
             name: replace(stage, needs=[BASE, *stage.needs]) if "{base}" in self._text(name) else stage
             for name, stage in self.stages.items()
+        }
+
+    @cached_property
+    def alone(self) -> set[str]:
+        """Stages that nothing can run beside, since every other one comes before or after. No run's progress counts."""
+        before: dict[str, set[str]] = {}
+        for name, stage in self.stages.items():
+            before[name] = set(stage.needs).union(*(before[need] for need in stage.needs))
+        return {
+            name
+            for name in self.stages
+            if all(other == name or other in before[name] or name in before[other] for other in self.stages)
         }
 
     def out(self, name: str) -> Path:

@@ -69,7 +69,8 @@ def reproduce(
             measured stays measured, also where the run is lost.
         only: the one stage to run, by its name; what it needs has to be done already.
         dry_run: say what would run, and why; write nothing.
-        jobs: stages that run side by side where none needs the other. Each computes with its share of the threads.
+        jobs: stages that run side by side where none needs the other. Each computes with its share of the threads, and
+            with all of them where nothing in the recipe can run beside it.
     """
     if compare and not find(compare).is_file():
         raise no_config(compare)
@@ -161,7 +162,7 @@ class Master:
             record = {"key": key, "stamp": secrets.token_hex(8), "seconds": 0.0, "commits": []}
         words = [*recipe.words(name), *_resume(recipe.out(name), recipe.words(name))]
         words += ["--jobs", str(self.jobs)] if words[0] == "reproduce" and self.jobs > 1 else []
-        threads = max(1, self.threads // self.jobs)
+        threads = self.threads if name in recipe.alone else max(1, self.threads // self.jobs)
         record |= {"command": recipe.stages[name].run, "out": recipe.stages[name].out, "inputs": inputs}
         record |= {"done": False, "threads": threads, "precision": recipe.places["{precision}"]}
         record["commits"] = list(dict.fromkeys([*record["commits"], commit()]))  # several, if it was resumed
