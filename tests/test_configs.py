@@ -31,7 +31,7 @@ WHOLE = [*CONFIGS.glob("evaluate/*.yaml"), *CONFIGS.glob("predict/*.yaml")]
 #: tests/interop/test_embeddings.py.
 WHOLE = sorted(path for path in WHOLE if path.stem not in ("cascade", "coco-30k", "embeddings"))
 #: Contenders that are laid over configs/ar_prior/matched.yaml, and those that no other test trains.
-CODES, NEW = {"ar"}, {"flow", "mlp", "regression", "eclipse"}
+CODES, NEW = {"ar", "mixture"}, {"mixture", "flow", "mlp", "regression", "eclipse"}
 #: Parameters of the diffusion prior of the rematch.
 MATCHED = 1_344_064
 

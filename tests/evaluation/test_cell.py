@@ -106,7 +106,8 @@ def test_its_report_has_every_number_with_an_interval_around_it(drawn: tuple[dic
     assert list(report["priors"]) == ["text", "ceiling", "chance", "again"]
     once = {"diversity_gap", "vendi", "intra_distance"}
     for name, entry in report["priors"].items():
-        missing = {"probe_match", "dot_obedience", *(once if name == "ceiling" else ())}  # no store, so no probes
+        missing = {"probe_match", "dot_obedience", "nats"}  # no store, so no probes; no AR prior
+        missing |= once if name == "ceiling" else set()
         assert set(entry["metrics"]) == set(MEASURES) - missing
         for value in entry["metrics"].values():
             assert value["low"] <= value["mean"] <= value["high"]

@@ -20,6 +20,7 @@ SPREAD = {"vendi": (4.0, 0.3), "diversity_gap": (0.1, -0.01), "intra_distance": 
 EMBEDDED = {
     "embed_fd": (0.010, 0.003), "fd_judge": (0.04, 0.01), "cos_true": (0.70, -0.06), "cos_samples": (0.78, -0.09),
     "kid_judge": (1e-3, 4e-4), "embed_kid": (3e-4, 1e-4), "told_apart": (0.60, 0.06), "dot_obedience": (0.1, 0.0),
+    "nats": (40.0, 1.0),
     "cos_mean": (0.80, -0.02), "calibration_gap": (-0.08, 0.03), "text_cos": (0.8, -0.04), "probe_match": (0.97, -0.02),
 }  # fmt: skip
 SIZES = {"diffusion": (1.92e6, 3.0e13, 1.3e9, 128), "ar": (1.9e6, 5.0e13, 1.6e8, 33)}

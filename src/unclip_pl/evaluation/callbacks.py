@@ -34,6 +34,8 @@ from unclip_pl.generation.priors import (
     ARPriorSpec,
     DiffusionPrior,
     DiffusionPriorSpec,
+    MixturePrior,
+    MixturePriorSpec,
     Prior,
     RegressionPrior,
     RegressionPriorSpec,
@@ -43,7 +45,14 @@ from unclip_pl.metrics.attributes import captions_right, stated_match
 from unclip_pl.metrics.clip_score import retrieval_recall
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask, RegressionPriorTask, Task
+from unclip_pl.tasks import (
+    ARPriorTask,
+    DecoderTask,
+    DiffusionPriorTask,
+    MixturePriorTask,
+    RegressionPriorTask,
+    Task,
+)
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 #: Captions of which embeddings or pictures are drawn at once.
@@ -139,7 +148,7 @@ class PriorScores(ValidationScores):
     Two samples are drawn for each caption. Only a diffusion prior takes notice of ``steps``.
     """
 
-    tasks = (DiffusionPriorTask, ARPriorTask, RegressionPriorTask)
+    tasks = (DiffusionPriorTask, ARPriorTask, MixturePriorTask, RegressionPriorTask)
     fewest = 2
 
     def draw(self, task: Any, data: UnclipDataModule, rows: RowBatch) -> tuple[Tensor, ...]:
@@ -165,7 +174,7 @@ class PriorScores(ValidationScores):
         }
 
 
-def prior_of(task: DiffusionPriorTask | ARPriorTask | RegressionPriorTask, steps: int) -> Prior:
+def prior_of(task: DiffusionPriorTask | ARPriorTask | MixturePriorTask | RegressionPriorTask, steps: int) -> Prior:
     """Return a prior of a Task's present weights, which draws one embedding for each caption.
 
     Args:
@@ -174,6 +183,8 @@ def prior_of(task: DiffusionPriorTask | ARPriorTask | RegressionPriorTask, steps
     """
     if isinstance(task, ARPriorTask):
         return ARPrior(ARPriorSpec(checkpoint=""), task)
+    if isinstance(task, MixturePriorTask):
+        return MixturePrior(MixturePriorSpec(checkpoint=""), task)
     if isinstance(task, RegressionPriorTask):
         return RegressionPrior(RegressionPriorSpec(checkpoint=""), task)
     return DiffusionPrior(DiffusionPriorSpec(checkpoint="", sampler=DDIM(steps), candidates=1), task)

@@ -56,7 +56,7 @@ from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 DIGITS = 7
 #: Captions of a batch when many samples are drawn.
 EMBED_BATCH = 256
-#: Captions of which a prior is asked for more and for less of z_i·z_t.
+#: Captions of which a prior is asked for more and for less of z_i·z_t, and for its likelihood.
 ASKED = 512
 #: The cell of a comparison, in its run.
 COMPARISON = Path("cells") / "comparison.json"
@@ -312,9 +312,8 @@ class Cell(LightningModule):
             if self._probe is not None and stated is not None:
                 read = [stated_match(self._probe.read(z), stated) for z in samples[name]]
                 values["probe_match"] = torch.stack(read).mean(0)
-            asked = self._asked(prior, pairs) if self.kind in ("prior", "matched") else None
-            if asked is not None:
-                values["dot_obedience"] = asked
+            if self.kind in ("prior", "matched"):
+                values |= self._asked(prior, pairs)
             arms[name] = {
                 "values": {},
                 "resamples": {"embed_fd": distances[name]} | {key: self._resampled(x) for key, x in values.items()},
@@ -326,17 +325,17 @@ class Cell(LightningModule):
             }
         return arms
 
-    def _asked(self, prior: Prior, pairs: PriorBatch) -> Tensor | None:
-        """Return how far samples of the first captions follow what they are asked for, on the CPU."""
-        parts = []
+    def _asked(self, prior: Prior, pairs: PriorBatch) -> dict[str, Tensor]:
+        """Return what a prior says of the first captions: how far it obeys, and its likelihood."""
+        found: dict[str, list[Tensor]] = {"dot_obedience": [], "nats": []}
         for start in range(0, min(ASKED, len(pairs.image_embed)), EMBED_BATCH):
             rows = slice(start, min(start + EMBED_BATCH, ASKED))
             batch = PriorBatch(pairs.image_embed[rows], pairs.text.rows(rows))
-            found = prior.obedience(batch.text, generator=streams_for(batch, self.seed))
-            if found is None:
-                return None
-            parts.append(found.cpu())
-        return torch.cat(parts)
+            obeyed = prior.obedience(batch.text, generator=streams_for(batch, self.seed))
+            for name, values in (("dot_obedience", obeyed), ("nats", prior.nats(batch))):
+                if values is not None:
+                    found[name].append(values.cpu())
+        return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
     def _trained(self, name: str) -> Path:
         """Return the folder of the fit whose checkpoint a prior reads."""

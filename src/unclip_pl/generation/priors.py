@@ -40,6 +40,7 @@ from unclip_pl.parts import (
     ARPriorPart,
     DiffusionPriorPart,
     EmbeddingPart,
+    MixturePriorPart,
     RegressionPriorPart,
     TrainingRecord,
     count_parameters,
@@ -117,6 +118,13 @@ class Prior(ABC):
         """Return how far z_i·z_t of samples follows what is asked for, (B,); None where nothing can be asked.
 
         1 follows it fully, 0 not at all.
+        """
+        return None
+
+    def nats(self, batch: PriorBatch) -> Tensor | None:
+        """Return −log p(z_i | caption) of true embeddings in nats, (B,); None where there is no likelihood.
+
+        It is that of the codec's coordinates at unit variance, without guidance and at temperature 1.
         """
         return None
 
@@ -345,6 +353,11 @@ class ARPrior(Prior):
         z_i = codec.decode(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
         return best_of(z_i, text)
 
+    @torch.no_grad()
+    def nats(self, batch: PriorBatch) -> Tensor | None:
+        """Return the nats of true embeddings, see :meth:`Prior.nats`; those of the dot-product token are among them."""
+        return self.task.nats(batch)
+
     def obedience(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor | None:
         """Force the dot-product token low, then high: the change of z_i·z_t, over what the tokens ask for."""
         edges = self.codec.dot_edges[0]
@@ -377,6 +390,68 @@ def _describe(prior: Prior, task: EmbeddingPart) -> None:
     prior.num_parameters = count_parameters(task.net)
     prior.record = task.record or TrainingRecord()
     prior.fingerprint = task.space.fingerprint
+
+
+@dataclass(frozen=True)
+class MixturePriorSpec(PriorSpec):
+    """Samples a :class:`~unclip_pl.parts.MixturePriorPart` coordinate by coordinate.
+
+    Args:
+        checkpoint: file of the trained Task, relative to the run.
+        guidance: guidance scale on the log-density; 1 is off.
+        temperature: divisor of the log-density; below 1 samples are surer and less diverse.
+        candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept.
+    """
+
+    checkpoint: str
+    guidance: float = 1.0
+    temperature: float = 1.0
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        check_draws(self.temperature, 0.0, self.candidates)
+        check_guidance(self.guidance)
+
+    def load(self, root: Path, device: str = "cpu") -> "MixturePrior":
+        """Read the checkpoint."""
+        return MixturePrior(self, load_part(root / self.checkpoint, MixturePriorPart).to(device))
+
+
+class MixturePrior(Prior):
+    """An autoregressive prior with a density: a mixture of Gaussians for each coordinate of an embedding."""
+
+    spec: MixturePriorSpec
+    task: MixturePriorPart
+
+    def __init__(self, spec: MixturePriorSpec, task: MixturePriorPart) -> None:
+        super().__init__(spec)
+        _describe(self, task)
+        self.task = task
+
+    @property
+    def evaluations(self) -> int:
+        """Number of network evaluations that one embedding takes; guidance doubles it."""
+        return self.task.codec.code_length * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
+
+    @torch.no_grad()
+    def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
+        """Draw the coordinates one after another, with cached keys and values, and place them."""
+        task, spec = self.task, self.spec
+        with packed(task.net):
+            y = task.net.generate(
+                task.space.scale_text(text),
+                unconditional=task.null_text,
+                guidance=spec.guidance,
+                temperature=spec.temperature,
+                candidates=spec.candidates,
+                generator=generator,
+            )  # (B, N, n)
+        return best_of(task.codec.place(y.flatten(0, 1)).unflatten(0, y.shape[:2]), text)
+
+    @torch.no_grad()
+    def nats(self, batch: PriorBatch) -> Tensor | None:
+        """Return the nats of true embeddings, see :meth:`Prior.nats`."""
+        return self.task.nats(batch)
 
 
 @dataclass(frozen=True)

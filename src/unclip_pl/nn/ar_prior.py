@@ -51,6 +51,10 @@ class FourierCodeEmbedding(CodeEmbedding):
 
     def forward(self, codes: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """Embed the values; ``codes`` and ``position`` are not looked at."""
+        return self.of(values)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Embed numbers (B, m) of unit variance as (B, m, width)."""
         angle = values[..., None] * self.frequency
         return self.proj(torch.cat([values[..., None], angle.cos(), angle.sin()], dim=-1))
 
@@ -165,7 +169,55 @@ def guided_probability(logits: Tensor, guidance: float, temperature: float) -> T
     return (logits / temperature).softmax(-1)
 
 
-class ARPriorTransformer(PrefixTransformer):
+class SequencePrior(PrefixTransformer):
+    """A causal transformer that says z_i number by number after [text states …, z_t], at once or with a cache."""
+
+    def outputs(self, text: TextFeatures, suffix: Tensor) -> Tensor:
+        """Return the outputs at z_t and at m tokens behind it, (B, 1 + m, width).
+
+        Args:
+            text: features of B captions, z_t scaled.
+            suffix: (B, m, width) tokens, without their positions.
+        """
+        text = self.seen(text)
+        prefix = self.prefix_tokens(text)
+        mask = causal_mask(F.pad(text.mask, (0, 1 + suffix.shape[1]), value=True))
+        tokens = torch.cat([prefix, suffix + self.suffix_positions], dim=1)
+        hidden, _ = self.transformer(tokens, mask, start=prefix.shape[1] - 1)
+        return self.final_ln(hidden)
+
+    def encode_prefix(self, text: TextFeatures) -> tuple[Tensor, Prefix]:
+        """Return the output at z_t, (B, width), and the captions' keys and values."""
+        text = self.seen(text)
+        tokens = self.prefix_tokens(text)
+        keys = F.pad(text.mask, (0, 1), value=True)
+        hidden, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1] - 1)
+        return self.final_ln(hidden[:, 0]), Prefix(layers, keys)
+
+    def with_null(self, hidden: Tensor, prefix: Prefix, unconditional: TextFeatures) -> tuple[Tensor, Prefix]:
+        """Append the empty caption's half of the batch: one prefix serves every caption."""
+        null_hidden, null = self.encode_prefix(unconditional)
+        rows = len(hidden)
+        null = null.expand(rows) if len(null_hidden) == 1 else null
+        return torch.cat([hidden, null_hidden.expand(rows, -1)]), prefix.cat(null)
+
+    def step(self, token: Tensor, cache: Prefix, slot: Tensor, position: Tensor) -> Tensor:
+        """Feed a token into the cache, and return the output there, (rows, 1, width).
+
+        Args:
+            token: (rows, 1, width), without its position.
+            cache: keys and values of what stands before, with room for more.
+            slot: (1,) where the token goes in the cache.
+            position: (1,) its place among the tokens behind z_t.
+        """
+        cache.mask.index_fill_(1, slot, True)
+        mask = cache.mask[:, None, None]
+        token = token + self.suffix_positions[:, position]
+        hidden, _ = self.transformer(token, mask, cache.layers, slot=slot)
+        return self.final_ln(hidden)
+
+
+class ARPriorTransformer(SequencePrior):
     """Causal transformer over [text states …, z_t, dot, code 0 … code n−2]; each output predicts the next token.
 
     ``dot`` is the quantised z_i·z_t, predicted at z_t; code 0 is predicted at ``dot``. The codes are those of an
@@ -241,24 +293,11 @@ class ARPriorTransformer(PrefixTransformer):
             codes: (B, n) int64.
             values: (B, n) bucket values of the codes at unit variance.
         """
-        text = self.seen(text)
-        prefix = self.prefix_tokens(text)
         position = torch.arange(self.code_length, device=codes.device)
         code_tokens = self.code_embedding(codes[:, :-1], values[:, :-1], position[:-1])
-        suffix = torch.cat([self.dot_embedding(dot)[:, None], code_tokens], dim=1) + self.suffix_positions
-        mask = causal_mask(F.pad(text.mask, (0, 1 + self.code_length), value=True))
-        tokens = torch.cat([prefix, suffix], dim=1)
-        hidden, _ = self.transformer(tokens, mask, start=prefix.shape[1] - 1)
-        hidden = self.final_ln(hidden)  # (B, 1 + n, width)
+        suffix = torch.cat([self.dot_embedding(dot)[:, None], code_tokens], dim=1)
+        hidden = self.outputs(text, suffix)  # (B, 1 + n, width)
         return ARLogits(self.dot_head(hidden[:, 0]), self.head(hidden[:, 1:], position))
-
-    def encode_prefix(self, text: TextFeatures) -> tuple[Tensor, Prefix]:
-        """Return the output at z_t, (B, width), and the captions' keys and values."""
-        text = self.seen(text)
-        tokens = self.prefix_tokens(text)
-        keys = F.pad(text.mask, (0, 1), value=True)
-        hidden, layers = self.transformer(tokens, causal_mask(keys), start=tokens.shape[1] - 1)
-        return self.final_ln(hidden[:, 0]), Prefix(layers, keys)
 
     @torch.no_grad()
     def generate(
@@ -295,7 +334,7 @@ class ARPriorTransformer(PrefixTransformer):
             raise InputError(f"Expected unconditional, the empty caption, for guidance {guidance}. Got None: give it.")
         hidden, prefix = self.encode_prefix(text)  # (B, width)
         if guidance != 1 and unconditional is not None:
-            hidden, prefix = self._with_null(hidden, prefix, unconditional)  # (2B, width)
+            hidden, prefix = self.with_null(hidden, prefix, unconditional)  # (2B, width)
         p_dot = upper_quantile(guided_probability(self.dot_head(hidden), guidance, temperature), dot_quantile)
         dot = draw(p_dot.repeat_interleave(candidates, dim=0), generator=generator)  # (B·candidates,)
         filled, branches = prefix.mask.shape[1], 1 if guidance == 1 else 2
@@ -303,7 +342,7 @@ class ARPriorTransformer(PrefixTransformer):
 
         def after(token: Tensor, position: Tensor) -> Tensor:
             """Return the distribution (B·candidates, buckets) of the code at ``position`` (1,), behind ``token``."""
-            hidden = self._step(token.repeat(branches, 1, 1), cache, filled + position, position)
+            hidden = self.step(token.repeat(branches, 1, 1), cache, filled + position, position)
             return guided_probability(self.head(hidden, position), guidance, temperature)[:, 0]
 
         def advance(code: Tensor, position: Tensor) -> Tensor:
@@ -317,18 +356,3 @@ class ARPriorTransformer(PrefixTransformer):
         for position in others:
             codes.append(draw(step(codes[-1], position), generator=generator)[:, None])
         return torch.cat(codes, dim=1).unflatten(0, (-1, candidates))
-
-    def _with_null(self, hidden: Tensor, prefix: Prefix, unconditional: TextFeatures) -> tuple[Tensor, Prefix]:
-        """Append the empty caption's half of the batch: one prefix serves every caption."""
-        null_hidden, null = self.encode_prefix(unconditional)
-        rows = len(hidden)
-        null = null.expand(rows) if len(null_hidden) == 1 else null
-        return torch.cat([hidden, null_hidden.expand(rows, -1)]), prefix.cat(null)
-
-    def _step(self, token: Tensor, cache: Prefix, slot: Tensor, position: Tensor) -> Tensor:
-        """Feed the token (rows, 1, width) before code ``position`` (1,) into its slot (1,); return (rows, 1, width)."""
-        cache.mask.index_fill_(1, slot, True)
-        mask = cache.mask[:, None, None]
-        token = token + self.suffix_positions[:, position]
-        hidden, _ = self.transformer(token, mask, cache.layers, slot=slot)
-        return self.final_ln(hidden)

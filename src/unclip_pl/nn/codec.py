@@ -143,8 +143,35 @@ class EmbeddingCodec(FileBuffers):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes (B, n) into embeddings (B, d) of unit norm."""
-        with _full_precision(codes):
-            return F.normalize(self._levels_at(codes) @ self.components + self.mean, dim=-1)
+        return self._embed(self._levels_at(codes))
+
+    def coordinates(self, embed: Tensor) -> Tensor:
+        """Return the coordinates (B, n) of raw embeddings (B, d), each axis at unit variance: no bucket, no loss."""
+        return self._project(embed) / self.std.clamp(min=1e-6)
+
+    def place(self, coordinates: Tensor) -> Tensor:
+        """Turn coordinates (B, n) at unit variance into embeddings (B, d) of unit norm."""
+        return self._embed(coordinates * self.std)
+
+    def log_density(self, embed: Tensor) -> Tensor:
+        """Return log p(y | its bucket), (B, n), of the coordinates y at unit variance: codes' nats plus these are y's.
+
+        A coordinate is uniform inside its bucket. Beyond the last edge it falls off exponentially, by the mean distance
+        that the codec knows there.
+
+        Args:
+            embed: (B, d) raw embeddings.
+        """
+        std = self.std.clamp(min=1e-6)
+        y, edges, levels = (x / std[:, None] for x in (self._project(embed).T, self.edges, self.levels))  # (n, …)
+        width = edges.diff(dim=1).clamp(min=1e-6)
+        below, above = (
+            (edges[:, end] - levels[:, end]).abs()[:, None].clamp(min=1e-6) for end in (0, -1)
+        )  # mean distance from the edge
+        code = torch.searchsorted(edges, y.contiguous())
+        inside = -F.pad(width, (1, 1), value=1.0).log().gather(1, code)
+        low, high = -below.log() - (edges[:, :1] - y) / below, -above.log() - (y - edges[:, -1:]) / above
+        return torch.where(code == 0, low, torch.where(code == edges.shape[1], high, inside)).T
 
     def values(self, codes: Tensor) -> Tensor:
         """Return the coordinates (B, n) of codes (B, n), each axis at unit variance: a network's input beside them."""
@@ -173,6 +200,10 @@ class EmbeddingCodec(FileBuffers):
     def _project(self, embed: Tensor) -> Tensor:
         with _full_precision(embed):
             return Axes(self.mean, self.components, self.std).project(embed)
+
+    def _embed(self, y: Tensor) -> Tensor:
+        with _full_precision(y):
+            return F.normalize(y @ self.components + self.mean, dim=-1)
 
     def _levels_at(self, codes: Tensor) -> Tensor:
         return self.levels.T.gather(0, codes)

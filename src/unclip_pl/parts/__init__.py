@@ -3,7 +3,7 @@
 A Task (:mod:`unclip_pl.tasks`) is a part that Lightning trains.
 """
 
-from unclip_pl.parts.ar_prior import ARPriorPart
+from unclip_pl.parts.ar_prior import ARPriorPart, MixturePriorPart
 from unclip_pl.parts.base import EmbeddingPart, Optimization, Part, TrainingRecord, count_parameters
 from unclip_pl.parts.decoder import DecoderPart
 from unclip_pl.parts.loading import load_part
@@ -16,6 +16,7 @@ __all__ = [
     "DecoderPart",
     "DiffusionPriorPart",
     "EmbeddingPart",
+    "MixturePriorPart",
     "Optimization",
     "Part",
     "RegressionPriorPart",

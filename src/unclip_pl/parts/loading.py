@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.moved import moved_in
-from unclip_pl.parts.ar_prior import ARPriorPart
+from unclip_pl.parts.ar_prior import ARPriorPart, MixturePriorPart
 from unclip_pl.parts.base import Part, TrainingRecord
 from unclip_pl.parts.decoder import DecoderPart
 from unclip_pl.parts.prior import DiffusionPriorPart
@@ -27,6 +27,7 @@ TRAINED_BY: dict[Any, type[Part]] = {
     "unclip_pl.tasks.ARPriorTask": ARPriorPart,
     "unclip_pl.tasks.DecoderTask": DecoderPart,
     "unclip_pl.tasks.DiffusionPriorTask": DiffusionPriorPart,
+    "unclip_pl.tasks.MixturePriorTask": MixturePriorPart,
     "unclip_pl.tasks.RegressionPriorTask": RegressionPriorPart,
     "unclip_pl.tasks.UpsamplerTask": UpsamplerPart,
 }

@@ -1,7 +1,7 @@
 """LightningModules, one per part of unCLIP: how Lightning trains it."""
 
 from unclip_pl.parts.base import Optimization
-from unclip_pl.tasks.ar_prior import ARPriorTask
+from unclip_pl.tasks.ar_prior import ARPriorTask, MixturePriorTask
 from unclip_pl.tasks.base import EmbeddingTask, Task
 from unclip_pl.tasks.clip import ClipTask
 from unclip_pl.tasks.decoder import DecoderTask
@@ -15,6 +15,7 @@ __all__ = [
     "DecoderTask",
     "DiffusionPriorTask",
     "EmbeddingTask",
+    "MixturePriorTask",
     "Optimization",
     "RegressionPriorTask",
     "Task",
