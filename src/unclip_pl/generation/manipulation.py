@@ -369,16 +369,24 @@ class Manipulator:
         Raises:
             InputError: the decoder's statistics know no principal axes.
         """
+        space, y = self.decoder.task.space, self.coordinates(image_embed)
+        norm = image_embed.norm(dim=-1, keepdim=True)
+        kept = (torch.arange(y.shape[1], device=y.device) < torch.tensor(dims, device=y.device)[:, None]).to(y)
+        return F.normalize((y[:, None] * kept) @ space.components + space.mean, dim=-1) * norm[:, None]
+
+    def coordinates(self, image_embed: Tensor) -> Tensor:
+        """Return the coordinates (B, d) of embeddings (B, d) on the principal axes, by decreasing variance.
+
+        Raises:
+            InputError: the decoder's statistics know no principal axes.
+        """
         space = self.decoder.task.space
         if space.components.numel() == 0:
             raise InputError(
                 f"{self.decoder.spec.checkpoint} knows no principal axes of its training set's embeddings, as an "
                 "imported one: probe a decoder that `unclip fit` has trained."
             )
-        norm = image_embed.norm(dim=-1, keepdim=True)
-        y = (image_embed / norm - space.mean) @ space.components.T  # (B, d), by decreasing variance
-        kept = (torch.arange(y.shape[1], device=y.device) < torch.tensor(dims, device=y.device)[:, None]).to(y)
-        return F.normalize((y[:, None] * kept) @ space.components + space.mean, dim=-1) * norm[:, None]
+        return (image_embed / image_embed.norm(dim=-1, keepdim=True) - space.mean) @ space.components.T
 
     def _draw(
         self, latent: Latent, eta: float, own: float | Tensor, generator: torch.Generator, progress: Progress | None

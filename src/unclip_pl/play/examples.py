@@ -1,6 +1,7 @@
 """Choose what there is to click: captions and pictures that a run knows."""
 
 import json
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,21 @@ SHAPES = (
     Attributes("ring", "yellow", "small", "top", "navy"),
     Attributes("square", "green", "small", "bottom", "white"),
 )
+#: Text diffs of them: the picture's number, what it shows, what it shall show.
+DIFFS = (
+    (0, "a red star", "a blue circle"),
+    (1, "a blue circle on white", "a blue circle on black"),
+    (2, "a large heart", "a small heart"),
+    (3, "a purple cross on the right", "a purple cross on the left"),
+)
+#: Masks: the square that is drawn again, left, upper, right and lower, in shares of the side.
+MASKS = {"middle": (0.1, 0.1, 0.9, 0.9), "left": (0.0, 0.1, 0.75, 0.9), "half": (0.5, 0.0, 1.0, 1.0)}
+#: Parts of the pictures to draw again: the picture's number, a mask, what the whole picture shall show.
+PARTS = (
+    (0, "middle", "a large green heart in the center on a navy background"),
+    (1, "left", "a large red star on the left on a white background"),
+    (2, "half", ""),
+)
 #: Captions for a run of whose data nothing is known.
 ANY = ("a photograph of a lighthouse at sunset", "an oil painting of a fox", "a red bicycle in front of a white wall")
 
@@ -36,6 +52,8 @@ class Examples(NamedTuple):
     captions: list[str]
     pictures: list[str]  # image files; none where no pictures of the run are at hand
     told: list[str]  # caption of each picture
+    diffs: list[tuple[str, str, str]]  # a picture's file, what it shows, and what it shall show
+    parts: list[tuple[str, str, str]]  # a picture's file, a mask's, and what it shall show
 
 
 def examples(run: Unclip, folder: Path) -> Examples:
@@ -49,14 +67,23 @@ def examples(run: Unclip, folder: Path) -> Examples:
         told = [f"a {a.size} {a.color} {a.shape} on a {a.background} background" for a in SHAPES]
         pixels = render(SHAPES, size=max(32, run.decoder.output_size), rng=np.random.default_rng(0))
         captions = read_lines(find("data/prompts/shapes.txt", PROMPTS), "prompts")[:FEW]
-        return Examples(captions, _save([Image.fromarray(image) for image in pixels], folder), told)
+        files = _save([Image.fromarray(image) for image in pixels], folder)
+        return Examples(
+            captions,
+            files,
+            told,
+            [(files[i], current, caption) for i, current, caption in DIFFS],
+            [(files[i], _mask(mask, folder), caption) for i, mask, caption in PARTS],
+        )
     report, grid = run.root / "report.json", run.root / "plots" / "grid.png"
     pictures = json.loads(report.read_bytes()).get("pictures", {}) if report.is_file() else {}
     if "grid" not in pictures or not grid.is_file() or REAL not in pictures["grid"]["columns"]:
-        return Examples(list(ANY), [], [])
+        return Examples(list(ANY), [], [], [], [])
     sheet = Sheet.load(grid, **pictures["grid"])
-    true = sheet.images[:FEW, sheet.columns.index(REAL)]
-    return Examples(sheet.rows[:FEW], _save([to_image(image) for image in true], folder), sheet.rows[:FEW])
+    told = sheet.rows[:FEW]
+    files = _save([to_image(image) for image in sheet.images[:FEW, sheet.columns.index(REAL)]], folder)
+    diffs, masks = list(zip(files, told, told[1:], strict=False)), repeat(_mask("half", folder))
+    return Examples(told, files, told, diffs, list(zip(files, masks, told, strict=False)))
 
 
 def _save(images: list[Image.Image], folder: Path) -> list[str]:
@@ -64,3 +91,11 @@ def _save(images: list[Image.Image], folder: Path) -> list[str]:
     for image, path in zip(images, paths, strict=True):
         image.save(path)
     return [str(path) for path in paths]
+
+
+def _mask(name: str, folder: Path) -> str:
+    path, mask = folder / f"mask-{name}.png", Image.new("L", (128, 128))
+    left, upper, right, lower = (round(128 * share) for share in MASKS[name])
+    mask.paste(255, (left, upper, right, lower))
+    mask.save(path)
+    return str(path)
