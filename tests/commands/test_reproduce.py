@@ -199,6 +199,14 @@ def test_words_in_braces_stand_in_configs_too(journal: Journal, tmp_path: Path) 
     assert journal.asked == ["fit-3", "fit-3"]
 
 
+def test_words_of_a_matrix_alone_are_filled_in_as_well(journal: Journal, tmp_path: Path) -> None:
+    shared = tmp_path / "shared.yaml"
+    shared.write_text("guidance: '{scale}'")
+    reproduce({"fit": make("fit-{scale}", f"--config {shared}", scale=[1.5])}, str(journal.run))
+    copy = journal.run / "stages" / "fit-1.5.shared.yaml"
+    assert yaml.safe_load(copy.read_text()) == {"guidance": "1.5"}
+
+
 def test_unknown_needs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="before it"):
         reproduce({"a": make("a", needs=["z"])}, str(tmp_path))

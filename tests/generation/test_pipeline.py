@@ -1,6 +1,7 @@
 """A run, put together: what `generate` promises."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,22 @@ def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
     blind, seeing = ([d.decode(z, text, generator=generator.manual_seed(1)) for z in z_i] for d in (alone, with_it))
     assert torch.equal(*blind)
     assert not torch.equal(*seeing)
+
+
+def test_a_decoder_of_z_i_alone_is_deaf_to_the_caption(mini_run: Path) -> None:
+    spec = DecoderSpec("decoder/checkpoints/last.ckpt", 32, DDIM(2))
+    hearing, deaf = (replace(spec, drop_text=drop).load(mini_run) for drop in (False, True))
+    empty, generator = hearing.null_text(2), torch.Generator()
+    said = empty._replace(embed=-empty.embed, states=-empty.states)
+    z_i = torch.randn(2, hearing.task.space.embed_dim, generator=generator.manual_seed(0))
+    a, b = (
+        [d.decode(z_i, text, generator=generator.manual_seed(1)) for text in (empty, said)] for d in (hearing, deaf)
+    )
+    assert not torch.equal(*a)
+    assert torch.equal(*b)
+    assert torch.equal(a[0], b[0])
+    with pytest.raises(ValueError, match="leave one out"):
+        replace(spec, drop_text=True, drop_embedding=True)
 
 
 def test_a_decoder_in_bfloat16_draws_the_same_but_for_rounding(mini_run: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report import draw
 from unclip_pl.report.claims import (
     DISAGREE,
     EQUAL,
@@ -25,8 +26,8 @@ from unclip_pl.report.claims import (
     together,
     verdict,
 )
-from unclip_pl.report.frontier import frontier
-from unclip_pl.report.study import read_study, rows_of, study_report
+from unclip_pl.report.frontier import at_equal, frontier
+from unclip_pl.report.study import ablations, read_study, rows_of, study_report
 from unclip_pl.report.tables import ablation_table
 
 Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
@@ -200,3 +201,61 @@ def test_cells_of_the_first_round_have_distances_without_bias(tmp_path: Path, ar
     expected = 2 * stored[0] - sum(stored[1:]) / len(stored[1:])
     assert metrics["fd_judge_corrected"]["mean"] == pytest.approx(expected, rel=1e-5)
     assert "kid_judge" in metrics
+
+
+def guided(arm: Arm, gap: float, match: float) -> dict[str, Any]:
+    """A point of a curve: how diverse it is, and how often right."""
+    values = {"diversity_gap": [gap + 0.01 * i for i in range(6)], "stated_match": [match] * 40}
+    return arm("ar", 0) | {"values": values, "resamples": {"kid_judge": [gap + 0.001 * i for i in range(21)]}}
+
+
+GUIDED = {"unCLIP": {1: (0.1, 0.8), 4: (0.2, 1.0)}, "GLIDE": {1: (0.05, 0.7), 4: (0.45, 0.9)}}
+NAMED = {"curve": "decoder guidance", "measures": ["diversity_gap", "kid_judge"]}
+
+
+def guidance_study(folder: Path, arm: Arm, write_cell: Write) -> None:
+    for series, points in GUIDED.items():
+        for x, (gap, match) in points.items():
+            fields = {"kind": "curve", "title": "decoder guidance", "series": series, "x": float(x)}
+            write_cell(folder, f"{series}-{x}", 0, {"any": guided(arm, gap, match)}, **fields)
+
+
+def test_what_a_curve_costs_is_compared_from_where_each_side_starts(
+    tmp_path: Path, arm: Arm, write_cell: Write
+) -> None:
+    """From .1 to .2 against from .05 to .45: +.1 and +.4, though the first side started higher."""
+    guidance_study(tmp_path, arm, write_cell)
+    study = read_study(tmp_path, [])
+    named = [NAMED | {"title": "cost", "paper": ["unCLIP", 4], "other": ["GLIDE", 4], "from": 1}]
+    (found,) = ablations(study.arms, named)
+    assert (found["paper"], found["other"], set(found["measures"])) == ("unCLIP", "GLIDE", set(NAMED["measures"]))
+    for values in found["measures"].values():
+        means = [values[side]["mean"] for side in ("paper", "other", "difference")]
+        assert means == pytest.approx([0.1, 0.4, -0.3])
+    assert ablations(study.arms, [named[0] | {"from": 3}]) == []
+
+
+def test_two_curves_are_compared_where_they_match_captions_equally(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """Both reach a match of .9, the first half way from .1 to .2, the second at its end, .45."""
+    guidance_study(tmp_path, arm, write_cell)
+    named = NAMED | {"title": "equal", "paper": "unCLIP", "other": "GLIDE", "at": "stated_match"}
+    arms = read_study(tmp_path, []).arms
+    (found,) = at_equal(arms, [named, {"title": "another", "paper": "a", "other": "b"}])
+    gap = found["measures"]["kid_judge"]
+    assert [gap[side]["mean"] for side in ("paper", "other")] == pytest.approx([0.15, 0.45])
+    assert gap["difference"]["mean"] == pytest.approx(-0.3)
+    assert found["measures"]["diversity_gap"]["difference"]["mean"] == pytest.approx(-0.3)
+    assert ablations(arms, [named]) == []
+    assert at_equal(arms, [named | {"other": "nobody"}]) == []
+
+
+def test_a_study_without_priors_has_a_report_in_its_own_words(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    guidance_study(tmp_path, arm, write_cell)
+    words = {"title": "Of guidance", "introduction": "Two decoders."}
+    (tmp_path / "claims.yaml").write_text(json.dumps({"words": words}))
+    report = draw(tmp_path)
+    assert report["meta"]["training_seeds"] == 1
+    page = (tmp_path / "report.md").read_text()
+    assert page.startswith(f"# Of guidance: {tmp_path.name}\n\nTwo decoders.")
+    assert "plots/curve-decoder-guidance.png" in page
+    assert "## Cost" not in page

@@ -100,3 +100,15 @@ def test_a_learned_variance_knows_no_times_between_steps(diffusion: GaussianDiff
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"decoder of fixed variance on a straight path.* Got 6 output channels"):
         DecoderTask(net, statistics, diffusion=diffusion)
+
+
+@pytest.mark.parametrize("image_drop", [1.0, 0.1])
+def test_a_decoder_of_captions_alone_never_gets_the_embedding(image_drop: float, statistics: str) -> None:
+    net = Listener()
+    task = DecoderTask(net, statistics, image_drop=image_drop)  # type: ignore[arg-type]
+    task.loss(DecoderBatch(torch.zeros(9, 3, 1, 1), torch.randn(9, D), captions(9)))
+    assert not (net.keep_image.any() and image_drop == 1)
+    for guidance in (1.0, 3.0):
+        task.denoiser(torch.randn(9, D), captions(9), guidance)
+        assert net.keep_image[:9].all() == (image_drop < 1)
+        assert not net.keep_image[9:].any()

@@ -181,9 +181,11 @@ class Recipe:
     def filled(self, name: str) -> dict[str, tuple[Path, Any]]:
         """Return the path and content of a stage's own copy of each config that has places."""
         places, folder = self._all(name), self.root / STAGES
-        pairs = {path: (content, fill(content, places)) for path, content in self.configs(name).items()}
+        new = {path: fill(content, places) for path, content in self.configs(name).items() if content is not None}
         return {
-            path: (folder / f"{name}.{Path(path).stem}.yaml", new) for path, (old, new) in pairs.items() if new != old
+            path: (folder / f"{name}.{Path(path).stem}.yaml", content)
+            for path, content in new.items()
+            if content != read_yaml(find(expanded(fill(path, self.places))))
         }
 
     def key(self, name: str) -> str:

@@ -36,6 +36,8 @@ from unclip_pl.settings import find, no_config, read_yaml
 
 #: File in the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
+#: File in the folder of what is kept: its table of claims.
+OWN = "claims.yaml"
 #: Seconds between two looks at the running stages.
 PAUSE = 0.05
 
@@ -50,6 +52,7 @@ def reproduce(
     base: str = "",
     base_recipe: str = "",
     results: str = "",
+    claims: str = "",
     only: str = "",
     dry_run: bool = False,
     jobs: PositiveInt = 1,
@@ -67,13 +70,16 @@ def reproduce(
         base_recipe: recipe of that run, followed where there is none yet.
         results: folder of what is kept, small enough to be committed: measurements, and the report on them. What is
             measured stays measured, also where the run is lost.
+        claims: table of the claims that the report sets beside what was measured, such as configs/claims/binding.yaml;
+            without it the paper's on priors.
         only: the one stage to run, by its name; what it needs has to be done already.
         dry_run: say what would run, and why; write nothing.
         jobs: stages that run side by side where none needs the other. Each computes with its share of the threads, and
             with all of them where nothing in the recipe can run beside it.
     """
-    if compare and not find(compare).is_file():
-        raise no_config(compare)
+    for config in filter(None, (compare, claims)):
+        if not find(config).is_file():
+            raise no_config(config)
     places = {"{run}": str(Path(run)), "{source}": str(Path(source.replace("{run}", str(Path(run)))))}
     places |= {"{base}": str(Path(base)) if base else "", "{results}": results, "{precision}": precision()}
     shards = "" if source.startswith(("{run}", "{base}")) else _read_through(source, Path(run), not dry_run)
@@ -86,6 +92,8 @@ def reproduce(
         for folder in (run, results) if results else (run,):
             locks.enter_context(only_one(Path(folder)))
         Master(recipe, compare, upsamplers, jobs).run(recipe.plan(only))
+        if claims:
+            write_text(Path(results or run) / OWN, find(claims).read_text(encoding="utf-8"))
         if not only:
             report(Path(results or run), Path(run) / "study" if results else None)
     total = sum(recipe.record(name).get("seconds", 0.0) for name in recipe.stages)

@@ -26,6 +26,7 @@ from unclip_pl.evaluation.scores import (
     Heldout,
     View,
     accuracy_by_attribute,
+    binding,
     caption_scores,
     diversity_scores,
     embedding_values,
@@ -49,7 +50,7 @@ from unclip_pl.metrics.frechet import frechet_resamples
 from unclip_pl.metrics.kernel import kernel_values
 from unclip_pl.metrics.neighbours import neighbour_values
 from unclip_pl.metrics.two_sample import told_apart
-from unclip_pl.shapes.oracle import ShapesOracle
+from unclip_pl.shapes.oracle import Oracle, SceneOracle, ShapesOracle
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
 #: Significant digits of a stored number: those of a float32.
@@ -98,7 +99,8 @@ class Cell(LightningModule):
         judge: another CLIP, for the scores of pictures; None where nothing is drawn.
         decoder: draws every arm; None measures embeddings alone.
         decoder_run: folder that the decoder is named relative to; None means ``run``.
-        oracle: reads shapes back, from pictures and by probes from embeddings; None for other data.
+        oracle: reads shapes back, from pictures and by probes from embeddings, or scenes from pictures; None for other
+            data.
         captions: number of held-out captions of which pictures are decoded.
         seeds: number of samples per caption for what needs no decoder, over all held-out rows; at least 2.
         diversity_captions: number of captions of which many pictures are decoded; 0 leaves diversity out.
@@ -133,7 +135,7 @@ class Cell(LightningModule):
         judge: ClipSpec | None = None,
         decoder: DecoderSpec | None = None,
         decoder_run: str | None = None,
-        oracle: ShapesOracle | None = None,
+        oracle: Oracle | None = None,
         captions: int = 512,
         seeds: int = 2,
         diversity_captions: int = 32,
@@ -177,6 +179,10 @@ class Cell(LightningModule):
             raise InputError("Expected the CLIP that conditions the decoder. Got none: name it.")
         if self.foundations and self.decoder is None:
             raise InputError("Expected a decoder where foundations are measured. Got none: name one.")
+        if self.foundations and isinstance(self.oracle, SceneOracle):
+            raise InputError(
+                "Expected pictures of one shape where foundations are measured. Got scenes: leave them out."
+            )
         if self.kind in ("table", "curve", "ablation") and not self.title:
             raise InputError(f"Expected a title for a cell of kind {self.kind!r}. Got none: give one.")
         if self.kind == "frontier" and not self.series:
@@ -201,7 +207,7 @@ class Cell(LightningModule):
         judges = [spec.within(self.run).load().to(self.device) for spec in (self.judge,) if spec is not None]
         self._judge: tuple[ClipEncoder, ...] = tuple(judges)
         data = getattr(self.trainer, "datamodule", None)
-        known = self.oracle is not None and isinstance(data, UnclipDataModule)
+        known = isinstance(self.oracle, ShapesOracle) and isinstance(data, UnclipDataModule)
         self._probe = AttributeProbe.fit(data.embeddings) if known and data is not None else None
         self._heldout: list[Heldout] = []
         self._samples: dict[str, list[Tensor]] = {name: [] for name in self.priors}
@@ -210,7 +216,7 @@ class Cell(LightningModule):
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Embed the captions with every prior and every seed, and keep what the judge says of the truth."""
         if self.oracle is not None:
-            true_attributes(batch.metadata)  # fails now, not after everything is drawn
+            true_attributes(batch.metadata, self.oracle)  # fails now, not after everything is drawn
         room = max(0, self.captions - sum(len(part.captions) for part in self._heldout))
         judge_image, judge_text = self._judged(batch)
         self._heldout.append(
@@ -264,7 +270,7 @@ class Cell(LightningModule):
         decoder, n = self._parts.decoder, min(self.captions, len(heldout.captions))
         assert decoder is not None
         few = heldout.text.rows(slice(n))
-        chosen = open_captions(heldout.captions, self.diversity_captions, shapes=self.oracle is not None)
+        chosen = open_captions(heldout.captions, self.diversity_captions, shapes=isinstance(self.oracle, ShapesOracle))
         many = heldout.text.rows(torch.tensor(chosen, dtype=torch.long)).repeat(self.diversity_samples)
         drawers = {name: prior for name, prior in self._parts.priors.items() if chosen and not prior.needs_image}
         kept = range(self.grid_many * self.diversity_samples)
@@ -345,15 +351,21 @@ class Cell(LightningModule):
     def _score(self, arms: dict[str, dict[str, Any]], heldout: Heldout, drawn: Drawn) -> None:
         """Add the scores of pictures to the arms."""
         n = len(next(iter(drawn.views.values())).judge)
-        real, stated = heldout.judge_image[:n], stated_indices(heldout.captions[:n])
+        real, oracle = heldout.judge_image[:n], self.oracle or ShapesOracle
+        stated = stated_indices(heldout.captions[:n], oracle)
         fd_judge = self._distances(real, drawn.views)
         kernels = kernel_values(real, {name: view.judge for name, view in drawn.views.items()})
         for name, view in drawn.views.items():
             values = caption_scores(view, real, heldout.judge_text[:n], stated)
             values |= neighbour_values(real, view.judge)._asdict()
             if "stated_match" in values:
+                arms[name]["attributes"] = accuracy_by_attribute(view.read, stated, oracle.values)
+            if isinstance(self.oracle, ShapesOracle):
                 values["unseen_match"] = values["stated_match"].where(states_unseen_pair(stated), torch.nan)
-                arms[name]["attributes"] = accuracy_by_attribute(view.read, stated)
+            if isinstance(self.oracle, SceneOracle):
+                parts, swapped = binding(view.read, stated)
+                values["parts_right"] = parts.float()
+                arms[name]["resamples"]["swapped"] = self._resampled(swapped.float()) / self._resampled(parts.float())
             if name in drawn.many:
                 values |= diversity_scores(drawn.many[name], drawn.captions, self.diversity_samples)
             arms[name]["values"] = values
@@ -395,8 +407,6 @@ class Cell(LightningModule):
         return sheets
 
     def _write(self, arms: dict[str, Any], heldout: Heldout, drawn: Drawn | None, sheets: dict[str, Sheet]) -> None:
-        for name, sheet in sheets.items():
-            sheet.save(sheet_path(self.out, name))
         counts = {
             "rows": len(heldout.captions),
             "captions": min(self.captions, len(heldout.captions)) if drawn else 0,
@@ -406,7 +416,6 @@ class Cell(LightningModule):
             "many_samples": self.diversity_samples,
         }
         cell = {
-            "format": FORMAT,
             "kind": self.kind,
             "title": self.title,
             "series": self.series,
@@ -414,14 +423,13 @@ class Cell(LightningModule):
             "seed": self.seed,
             "base": self._base(),
             "counts": counts,
-            "pictures": {name: {"rows": sheet.rows, "columns": sheet.columns} for name, sheet in sheets.items()},
             "settings": settings({"clip": self.clip, "judge": self.judge, "decoder": self.decoder}) | counts,
             "space": spectrum(heldout.image_embed),
             "foundations": self._foundations(heldout, drawn),
             "arms": arms,
             "meta": provenance(self.device) | {"seconds": time.perf_counter() - self._started},
         }
-        write_json(self.out, _plain(cell))
+        write_cell(self.out, cell, sheets)
 
     def _base(self) -> str:
         """Return the hash of what all cells of a study share; before a run is described, that is its CLIP."""
@@ -433,6 +441,20 @@ class Cell(LightningModule):
     def _resampler(self) -> torch.Generator:
         """Return a generator that draws the same captions in every cell, for any training seed."""
         return torch.Generator().manual_seed(0)
+
+
+def write_cell(out: Path, cell: dict[str, Any], sheets: dict[str, Sheet]) -> None:
+    """Write a cell, and its pictures beside it.
+
+    Args:
+        out: JSON file.
+        cell: its content; tensors become lists.
+        sheets: its pictures by name.
+    """
+    for name, sheet in sheets.items():
+        sheet.save(sheet_path(out, name))
+    labels = {name: {"rows": sheet.rows, "columns": sheet.columns} for name, sheet in sheets.items()}
+    write_json(out, _plain({"format": FORMAT, "pictures": labels, **cell}))
 
 
 def shown_rows(metadata: list[dict[str, Any]], rows: int, licenses: list[str] | None) -> list[int]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from unclip_pl.clip import ClipEncoder
 from unclip_pl.evaluation.scores import View
 from unclip_pl.generation.decoding import Decoder
-from unclip_pl.shapes.oracle import ShapesOracle
+from unclip_pl.shapes.oracle import Oracle
 from unclip_pl.types import TextFeatures
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Painter(AbstractContextManager["Painter"]):
         self,
         decoder: Decoder,
         judge: ClipEncoder,
-        oracle: ShapesOracle | None,
+        oracle: Oracle | None,
         *,
         batch_size: int,
         seed: int,

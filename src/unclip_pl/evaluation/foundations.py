@@ -96,16 +96,24 @@ def zero_shot(clip: ClipEncoder, image_embed: Tensor, truth: Tensor, prompts: in
         truth: (N, A) attributes of the pictures.
         prompts: number of captions for each value.
     """
-    drawn = draw_attributes(prompts, split="train", rng=np.random.default_rng(0))
     images = F.normalize(image_embed.float(), dim=-1)
-    read = []
-    for name in ATTRIBUTES:
-        classes = []
-        for value in VALUES[name]:
-            texts = [_say_all(attributes._replace(**{name: value})) for attributes in drawn]
-            classes.append(F.normalize(clip.describe(texts).embed.float(), dim=-1).mean(0))
-        read.append((images @ F.normalize(torch.stack(classes), dim=-1).cpu().T).argmax(-1))
+    read = [(images @ class_embeddings(clip, name, prompts).cpu().T).argmax(-1) for name in ATTRIBUTES]
     return accuracy_by_attribute(torch.stack(read, dim=1), truth)
+
+
+def class_embeddings(clip: ClipEncoder, name: str, prompts: int = 64) -> Tensor:
+    """Return the class embeddings of an attribute's values, (V, d) of unit norm, on the encoder's device.
+
+    Args:
+        clip: the encoder.
+        name: name of the attribute.
+        prompts: number of captions for each value.
+    """
+    drawn, classes = draw_attributes(prompts, split="train", rng=np.random.default_rng(0)), []
+    for value in VALUES[name]:
+        texts = [_say_all(attributes._replace(**{name: value})) for attributes in drawn]
+        classes.append(F.normalize(clip.describe(texts).embed.float(), dim=-1).mean(0))
+    return F.normalize(torch.stack(classes), dim=-1)
 
 
 def _say_all(attributes: Attributes) -> str:

@@ -19,7 +19,8 @@ from unclip_pl.metrics.clip_score import clip_scores, retrieval_ranks
 from unclip_pl.metrics.diversity import diversity_gap, intra_caption_cosine, vendi
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.shapes.captions import conditional, parse
-from unclip_pl.shapes.render import ATTRIBUTES, HELD_OUT, VALUES, Attributes, encode
+from unclip_pl.shapes.oracle import Oracle, ShapesOracle
+from unclip_pl.shapes.render import ATTRIBUTES, HELD_OUT, VALUES, encode
 from unclip_pl.types import TextFeatures
 
 
@@ -58,30 +59,49 @@ def join_heldout(parts: Iterable[Heldout]) -> Heldout:
     )
 
 
-def stated_indices(captions: Sequence[str]) -> Tensor:
-    """Return (N, A) what shapes captions state; -1 where they say nothing."""
-    stated = [parse(caption) for caption in captions]
-    rows = [[VALUES[name].index(s[name]) if name in s else -1 for name in ATTRIBUTES] for s in stated]
-    return torch.tensor(rows, dtype=torch.long).reshape(-1, len(ATTRIBUTES))
+def stated_indices(captions: Sequence[str], oracle: type[Oracle] | Oracle = ShapesOracle) -> Tensor:
+    """Return (N, A) what captions state of what an oracle reads; -1 where they say nothing."""
+    stated, values = [oracle.parse(caption) for caption in captions], oracle.values
+    rows = [[own.index(s[name]) if name in s else -1 for name, own in values.items()] for s in stated]
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, len(values))
 
 
-def true_attributes(metadata: list[dict[str, Any]]) -> Tensor:
-    """Return (N, A) of shapes, from the json of their samples.
+def true_attributes(metadata: list[dict[str, Any]], oracle: type[Oracle] | Oracle = ShapesOracle) -> Tensor:
+    """Return (N, A) of what an oracle reads, from the json of the samples.
 
     Raises:
-        InputError: they have none.
+        InputError: they have none, or others.
     """
-    if any("attributes" not in sample for sample in metadata):
+    names = list(oracle.values)
+    if any(set(sample.get("attributes", ())) != set(names) for sample in metadata):
         raise InputError(
-            "The oracle reads shapes, but samples of this data have no `attributes` in their json: leave it out, or "
-            "pack the shapes with `unclip pack shapes`."
+            f"The oracle reads shapes, but samples of this data have no `attributes` in their json, or others than "
+            f"{', '.join(names)}: leave it out, or pack the shapes with `unclip pack shapes`."
         )
-    return encode([Attributes(**sample["attributes"]) for sample in metadata])
+    return encode([tuple(sample["attributes"][name] for name in names) for sample in metadata], oracle.values)
 
 
-def accuracy_by_attribute(read: Tensor, truth: Tensor) -> dict[str, float]:
+def accuracy_by_attribute(read: Tensor, truth: Tensor, names: Iterable[str] = ATTRIBUTES) -> dict[str, float]:
     """Return the accuracy of (N, A) readings, by name; where the truth is -1 it does not count."""
-    return dict(zip(ATTRIBUTES, attribute_accuracy(read, truth).tolist(), strict=True)) if read.shape[1] else {}
+    return dict(zip(names, attribute_accuracy(read, truth).tolist(), strict=True)) if read.shape[1] else {}
+
+
+def binding(read: Tensor, stated: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which pictures have every part that their caption states, and which of these bind parts otherwise.
+
+    Parts are both shapes, both colours and the arrangement; bound otherwise are colours, shapes or whole objects that
+    have changed places.
+
+    Args:
+        read: (N, 6) what a :class:`~unclip_pl.shapes.oracle.SceneOracle` read.
+        stated: (N, 6) what the captions state.
+
+    Returns:
+        (N,) bool each.
+    """
+    shapes, colors = ((x[:, start:4:2].sort(1).values for x in (read, stated)) for start in (0, 1))
+    parts = torch.stack([(a == b).all(1) for a, b in (shapes, colors)]).all(0) & (read[:, 4] == stated[:, 4])
+    return parts, parts & (read[:, :4] != stated[:, :4]).any(1)
 
 
 def caption_scores(view: View, real: Tensor, judge_text: Tensor, stated: Tensor) -> dict[str, Tensor]:
@@ -124,7 +144,7 @@ def diversity_scores(view: View, captions: Sequence[str], samples: int) -> dict[
     """
     features = view.judge.unflatten(0, (len(captions), samples))
     scores = {"vendi": vendi(features), "intra_distance": 1 - intra_caption_cosine(features)}
-    if view.read.shape[1]:
+    if view.read.shape[1] == len(ATTRIBUTES):  # of scenes, what captions leave open is not asked
         read = view.read.unflatten(0, (len(captions), samples))
         gaps = [caption_gap(rows, parse(caption)) for rows, caption in zip(read, captions, strict=True)]
         scores["diversity_gap"] = torch.tensor(gaps, dtype=torch.float64)

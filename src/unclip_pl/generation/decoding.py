@@ -146,6 +146,7 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
             decoder without z_i and caption.
         upsamplers: stages after the decoder, smallest first.
         drop_embedding: draw from the caption alone, with z_i replaced by its null (§5.1).
+        drop_text: draw from z_i alone, with the caption replaced by the empty one.
         precision: number format that the networks draw in; bf16-mixed is faster on machines that multiply in bfloat16.
     """
 
@@ -157,11 +158,14 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
     guide: GuideSpec | None = None
     upsamplers: tuple[UpsamplerSpec, ...] = ()
     drop_embedding: bool = False
+    drop_text: bool = False
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
         check_interval(self.guidance_interval)
+        if self.drop_embedding and self.drop_text:
+            raise InputError("Expected z_i or a caption to draw from. Got drop_embedding and drop_text: leave one out.")
 
     def load(self, root: Path, device: str = "cpu") -> "Decoder":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
@@ -218,7 +222,7 @@ class Decoder:
         """Return ``denoise(x_t, t)`` under embeddings (B, d) and captions; None for no captions."""
         return self.task.denoiser(
             image_embed,
-            self.null_text(len(image_embed)) if text is None else text,
+            self.null_text(len(image_embed)) if text is None or self.spec.drop_text else text,
             check_guidance(guidance),
             interval=self.spec.guidance_interval,
             guide=self.guide,

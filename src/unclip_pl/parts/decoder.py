@@ -36,7 +36,8 @@ class DecoderPart(EmbeddingPart):
         statistics: file of the embedding store (linked from the data).
         scaling: scale of z_i: ``unit``, ``whiten`` (tiny decoders learn faster from it) or ``raw`` (Karlo).
         diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, eps.
-        image_drop: share of z_i replaced by the learned null (paper: 10 %).
+        image_drop: share of z_i replaced by the learned null (paper: 10 %). At 1 the decoder knows captions alone, like
+            GLIDE: z_i never reaches it, in sampling neither.
         text_drop: share of captions replaced by the empty one (paper: 50 %).
         optimization: settings of AdamW.
 
@@ -127,7 +128,7 @@ class DecoderPart(EmbeddingPart):
         """Return the network's ``denoise(x_t, t)``, unclipped; 2B samples, the last B unconditional, if asked for."""
         n = len(image_embed)
         z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
-        keep = torch.full((n,), not drop_embedding, device=z_i.device)
+        keep = torch.full((n,), self.image_drop < 1 and not drop_embedding, device=z_i.device)
         if unconditional:
             null = self.space.scale_text(self.space.null_text).repeat(n)
             z_i, text = torch.cat([z_i, z_i]), TextFeatures.cat([text, null])

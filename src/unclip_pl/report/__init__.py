@@ -17,7 +17,7 @@ from unclip_pl.evaluation.sheet import REAL, Sheet, sheet_path
 from unclip_pl.files import replacing, write_json
 from unclip_pl.generation.provenance import stage_seconds, wall_seconds
 from unclip_pl.report.claims import claims_table, judge
-from unclip_pl.report.frontier import frontier
+from unclip_pl.report.frontier import at_equal, frontier
 from unclip_pl.report.page import html, markdown
 from unclip_pl.report.plots import draw_plots, file_name
 from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, rows_of, study_report
@@ -47,6 +47,8 @@ def draw(folder: Path) -> dict[str, Any]:
     seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]
     report["meta"] |= {"stages": stage_seconds(folder), "wall_seconds": seconds}
     report["frontier"] = frontier(study.arms, rows_of(study.arms))
+    report["ablations"] += at_equal(study.arms, paper["ablations"])
+    report["words"] = paper["words"]
     report["claims"] = judge(report, paper["claims"])
     sheets = _sheets(folder, study, list(report["priors"]))
     report["pictures"] = {name: {"rows": s.rows, "columns": s.columns} for name, s in sheets.items()}

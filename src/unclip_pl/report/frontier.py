@@ -6,6 +6,8 @@ samples). Each contender's settings, sorted by it, make a line for each training
 off at the gap that both reach and that lies nearest to the perfect prior's, or else to 0.
 """
 
+import math
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 
 from unclip_pl.evaluation.measures import plain
+from unclip_pl.evaluation.scores import resampled_means
 from unclip_pl.metrics.crossed import crossed_resamples
-from unclip_pl.report.study import Arm, Key, metrics, stacked
+from unclip_pl.report.study import Arm, Key, metrics, stacked, whole
 
 #: Curves whose points are settings of a contender's sampling.
 CURVES = ("prior guidance", "candidates", "temperature")
@@ -24,6 +27,8 @@ FIDELITY = ("probe_match", "embed_kid", "embed_fd_corrected")
 CONCENTRATION = "calibration_gap"
 #: The perfect prior's row.
 PERFECT = "true posterior"
+#: Sides of an ablation, in a table of claims.
+SIDES = ("paper", "other")
 
 
 def frontier(arms: dict[Key, Arm], rows: dict[str, Arm]) -> dict[str, Any]:
@@ -60,19 +65,61 @@ def _point(arm: Arm) -> dict[str, Any]:
     return {name: plain(value) for name, value in metrics(arm).items() if name in (CONCENTRATION, *FIDELITY)}
 
 
-def _compare(first: list[Arm], second: list[Arm], wanted: float) -> dict[str, Any]:
-    """Return the paired difference of each measure of fidelity at one gap, over the seeds that all settings share."""
+def at_equal(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, in the form of ablations, two lines of a curve compared where one measure is the same for both.
+
+    That is the largest value which both lines reach.
+
+    Args:
+        arms: all arms.
+        named: ablations as the table of claims lists them; of interest are those with ``at``, the measure.
+    """
+    found = []
+    for line in named:
+        first, second = (
+            [arm for key, arm in arms.items() if key[:3] == ("curve", line.get("curve"), line[side])] for side in SIDES
+        )
+        if "at" not in line or min(len(first), len(second)) < 2:
+            continue
+        compared = _compare(first, second, math.inf, along=line["at"], names=line["measures"]).get("measures", {})
+        measures = {
+            name: {"paper": {"mean": pair["first"]}, "other": {"mean": pair["second"]}, "difference": pair}
+            for name, pair in compared.items()
+        }
+        sides = {name: line[name] for name in ("title", *SIDES)}
+        seeds = sorted(set.intersection(*(set(arm) for arm in first + second)))
+        found.append({**sides, "seeds": seeds, "one_space": True, "measures": measures})
+    return found
+
+
+def _compare(
+    first: list[Arm],
+    second: list[Arm],
+    wanted: float,
+    *,
+    along: str = CONCENTRATION,
+    names: Sequence[str] = FIDELITY,
+) -> dict[str, Any]:
+    """Return the paired difference of some measures where another one is equal, over the seeds that all settings share.
+
+    Args:
+        first: settings of one side.
+        second: settings of the other.
+        wanted: value of ``along`` at which to compare, or the nearest one that both sides reach.
+        along: measure that is to be equal.
+        names: measures to compare.
+    """
     seeds = sorted(set.intersection(*(set(arm) for arm in first + second)))
     if not seeds:
         return {}
-    gaps = [_lines(own, CONCENTRATION, seeds) for own in (first, second)]  # (P, K, 1 + R) each
+    gaps = [_lines(own, along, seeds) for own in (first, second)]  # (P, K, 1 + R) each
     means = [gap[:, :, 0].mean(1) for gap in gaps]
     low, high = (float(end(*(float(getattr(x, name)()) for x in means))) for end, name in ((max, "min"), (min, "max")))
     if low > high:
         return {}
     at, measures = min(max(wanted, low), high), {}
-    for name in FIDELITY:
-        if all(name in next(iter(arm.values()))["resamples"] for arm in first + second):
+    for name in names:
+        if all(name in _numbers(arm) for arm in first + second):
             ours, theirs = (
                 _read_off(gap, _lines(own, name, seeds), at) for gap, own in zip(gaps, (first, second), strict=True)
             )
@@ -82,7 +129,25 @@ def _compare(first: list[Arm], second: list[Arm], wanted: float) -> dict[str, An
 
 
 def _lines(arms: list[Arm], name: str, seeds: list[int]) -> Tensor:
-    return torch.stack([stacked({seed: arm[seed] for seed in seeds}, "resamples", name) for arm in arms])
+    return torch.stack([_resamples({seed: arm[seed] for seed in seeds}, name) for arm in arms])
+
+
+def _numbers(arm: Arm) -> set[str]:
+    """Return the measures of an arm."""
+    cell = next(iter(arm.values()))
+    return cell["resamples"].keys() | cell["values"].keys()
+
+
+def _resamples(arm: Arm, name: str) -> Tensor:
+    """Return (K, 1 + R): a measure of each seed and its bootstrap resamples, the same captions for every arm."""
+    cell = next(iter(arm.values()))
+    if name in cell["resamples"]:
+        return stacked(arm, "resamples", name)
+    means = [
+        resampled_means(row, cell["counts"]["resamples"], generator=torch.Generator().manual_seed(0))
+        for row in whole(stacked(arm, "values", name))
+    ]
+    return torch.stack(means)
 
 
 def _read_off(gaps: Tensor, values: Tensor, at: float) -> Tensor:

@@ -149,7 +149,12 @@ def _provenance(report: Report) -> str:
 
 def title_of(report: Report) -> str:
     """Return the report's title with the name of its folder."""
-    return f"{WORDS['title']}: {report['meta']['name']}"
+    return f"{words(report)['title']}: {report['meta']['name']}"
+
+
+def words(report: Report) -> dict[str, Any]:
+    """Return the sentences of a report: the study's own, and else everybody's."""
+    return WORDS | report["words"]
 
 
 # Markdown
@@ -158,7 +163,7 @@ def title_of(report: Report) -> str:
 def markdown(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) -> str:
     """Return the report for a terminal or a repository; pictures lie in ``plots/``."""
     findings = "\n".join(f"- {sentence}" for sentence in summary(report))
-    parts = [f"# {title_of(report)}", WORDS["introduction"], _head(report), findings, WORDS["limits"]]
+    parts = [f"# {title_of(report)}", words(report)["introduction"], _head(report), findings, WORDS["limits"]]
     for section in sections(report, set(figures), sheets):
         parts += [f"## {section.title}"] if section.title else []
         parts += [_as_markdown(block, sheets) for block in section.blocks]
@@ -199,7 +204,7 @@ def html(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) ->
     ]
     return environment.get_template("page.html.jinja").render(
         title=title_of(report),
-        introduction=WORDS["introduction"],
+        introduction=words(report)["introduction"],
         head=f"{_head(report)} {WORDS['limits']}",
         findings=summary(report),
         sections=body,

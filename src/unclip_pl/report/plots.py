@@ -23,7 +23,8 @@ DPI = 170
 GLANCE = ("stated_match", "clip_score", "residual", "fd_judge", "diversity_gap", "vendi", "recall", "embed_fd")
 #: What a curve shows, the first of these that it has.
 CURVED = (
-    "stated_match", "clip_score", "fd_judge", "embed_fd", "probe_match", "text_cos", "calibration_gap", "cos_true",
+    "stated_match", "diversity_gap", "kid_judge", "clip_score", "fd_judge", "embed_fd", "probe_match", "text_cos",
+    "calibration_gap", "cos_true",
 )  # fmt: skip
 PANELS = 3
 #: More stages than these are not drawn: those of a study are its cells.
@@ -44,12 +45,14 @@ def colors(report: Report) -> dict[str, str]:
 def draw_plots(report: Report) -> dict[str, bytes]:
     """Return every figure that the report has numbers for, by file name without suffix."""
     rows = distinct(report)
-    drawn = {"metrics": draw_metrics(rows), "calibration": draw_calibration(rows), "cost": draw_cost(rows)}
+    drawn: dict[str, Figure] = {}
+    if rows["priors"]:
+        drawn = {"metrics": draw_metrics(rows), "calibration": draw_calibration(rows), "cost": draw_cost(rows)}
     if report.get("frontier", {}).get("points"):
         drawn["frontier"] = draw_frontier(report)
     if report["duels"]:
         drawn["head_to_head"] = draw_duels(report)
-    if report["ablations"]:
+    if any("embed_fd" in line["measures"] for line in report["ablations"]):
         drawn["ablations"] = draw_ablations(report)
     if report["oracle"]:
         drawn["attributes"] = draw_attributes(report)

@@ -39,14 +39,14 @@ BIASED = ("fd_judge", "embed_fd")
 #: What the name of such a distance ends with.
 CORRECTED = "_corrected"
 #: Measures of pictures that are no means over captions.
-PICTURED = ("fd_judge", "kid_judge", "told_apart")
+PICTURED = ("fd_judge", "kid_judge", "told_apart", "swapped")
 #: Scores that are this near to each other, in parts of them, are a tie: float32 holds no more.
 TIE = 1e-6
 #: Measures whose paired differences are reported.
 DIFFERENCES = (
     "fd_judge", "fd_judge_corrected", "kid_judge", "told_apart", "precision", "density", "embed_fd",
     "embed_fd_corrected", "embed_kid", "stated_match", "clip_score", "retrieval_r10", "residual", "diversity_gap",
-    "vendi", "recall", "cos_true",
+    "vendi", "recall", "cos_true", "parts_right", "swapped", "class_share",
 )  # fmt: skip
 
 Arm = dict[int, dict[str, Any]]  # training seed → what its cell says of the arm
@@ -189,14 +189,19 @@ def entry(arm: Arm) -> dict[str, Any]:
     }
 
 
-def metrics(arm: Arm) -> dict[str, Interval]:
-    """Return every measure with its interval over training seeds and captions."""
+def metrics(arm: Arm, *, change: bool = False) -> dict[str, Interval]:
+    """Return every measure with its interval over training seeds and captions.
+
+    Args:
+        arm: an arm.
+        change: the numbers are changes, so that shares may lie below 0.
+    """
     first = next(iter(arm.values()))
-    values = {name: _whole(stacked(arm, "values", name)) for name in first["values"]}
+    values = {name: whole(stacked(arm, "values", name)) for name in first["values"]}
     found = {name: crossed_interval(numbers) for name, numbers in values.items()}
     found |= {name: crossed_resamples(stacked(arm, "resamples", name)) for name in first["resamples"]}
     for name in found:
-        if MEASURES[name].percent:
+        if MEASURES[name].percent and not change:
             found[name] = within_shares(found[name], values[name].shape[1] if name in values else 0)
     return {name: found[name] for name in MEASURES if name in found}
 
@@ -214,7 +219,7 @@ def stacked(arm: Arm, kind: str, name: str) -> Tensor:
     return torch.tensor([[torch.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
 
 
-def _whole(values: Tensor) -> Tensor:
+def whole(values: Tensor) -> Tensor:
     """Return the captions of which every seed has a number."""
     kept = values[:, ~values.isnan().any(0)]
     return kept if kept.shape[1] > 1 else values.new_full((len(values), 2), torch.nan)
@@ -235,7 +240,7 @@ def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
     for kind, interval in (("values", crossed_interval), ("resamples", crossed_resamples)):
         if a and all(name in next(iter(arm.values()))[kind] for arm in (a, b)):
             both = torch.cat([stacked(a, kind, name), stacked(b, kind, name)])
-            both = _whole(both) if kind == "values" else both
+            both = whole(both) if kind == "values" else both
             first, second = both[: len(a)], both[len(a) :]
             means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
             sides = {side: mean if math.isfinite(mean) else None for side, mean in zip(SIDES, means, strict=True)}
@@ -315,15 +320,50 @@ def ablations(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[st
         named: ablations as the table of claims lists them. Cells of kind ``ablation`` with another title are compared
             side by side in the order in which they come.
     """
-    pairs = list(_named_pairs(arms, named))
+    pairs = list(_named_pairs(arms, [line for line in named if "from" not in line]))
     known = {key.title for *_, first, second in pairs for key in (first, second)}
     trained = [key for key in arms if key.kind == "ablation" and key.title not in known]
     pairs += [(a.title, a.name, b.name, a, b) for a, b in combinations(trained, 2) if a.title == b.title]
-    return [ablation(title, ours, theirs, arms[a], arms[b]) for title, ours, theirs, a, b in pairs]
+    found = [ablation(title, ours, theirs, arms[a], arms[b]) for title, ours, theirs, a, b in pairs]
+    found += _of_changes(arms, [line for line in named if "from" in line])
+    told = {line["title"]: line["measures"] for line in named if "measures" in line}
+    for line in found:
+        wanted = told.get(line["title"], line["measures"])
+        line["measures"] = {name: value for name, value in line["measures"].items() if name in wanted}
+    return found
+
+
+def _of_changes(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ablations of how far either side of a curve moves from where ``from`` says."""
+    found = []
+    for line in named:
+        for title, ours, theirs, a, b in _named_pairs(arms, [line]):
+            starts = [key._replace(x=float(line["from"])) for key in (a, b)]
+            if all(start in arms for start in starts):
+                changes = [change(arms[key], arms[start]) for key, start in zip((a, b), starts, strict=True)]
+                found.append(ablation(title, ours, theirs, *changes, changes=True))
+    return found
+
+
+def change(arm: Arm, start: Arm) -> Arm:
+    """Return an arm less another one, number by number, at the training seeds that both have."""
+    arm, start = shared(arm, start)
+
+    def less(seed: int, kind: str) -> dict[str, Any]:
+        ours, theirs = arm[seed][kind], start[seed][kind]
+        return {
+            name: [None if None in pair else pair[0] - pair[1] for pair in zip(values, theirs[name], strict=True)]
+            for name, values in ours.items()
+            if name in theirs
+        }
+
+    return {seed: cell | {kind: less(seed, kind) for kind in ("values", "resamples")} for seed, cell in arm.items()}
 
 
 def _named_pairs(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, Key, Key]]:
     for line in named:
+        if "at" in line:
+            continue  # see report.frontier
         sides = line["paper"], line["other"]
         if "curve" in line:  # both sides are points of one curve: series and x
             first, second = (Key("curve", line["curve"], side[0], float(side[1])) for side in sides)
@@ -336,14 +376,14 @@ def _named_pairs(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> Iterator[
             yield line["title"], ours, theirs, first, second
 
 
-def ablation(title: str, ours: str, theirs: str, a: Arm, b: Arm) -> dict[str, Any]:
+def ablation(title: str, ours: str, theirs: str, a: Arm, b: Arm, *, changes: bool = False) -> dict[str, Any]:
     """Return both arms and their paired difference for every measure that they share.
 
     Of arms on different bases only measures of what a sample shows are compared: distances and cosines in the spaces
     of two CLIPs have different units.
     """
     a, b = shared(a, b)
-    first, second = (metrics(arm) if arm else {} for arm in (a, b))
+    first, second = (metrics(arm, change=changes) if arm else {} for arm in (a, b))
     one_space = {cell["base"] for cell in a.values()} == {cell["base"] for cell in b.values()}
     names = [name for name in first if name in second and (one_space or MEASURES[name].any_space)]
     measures = {
@@ -384,6 +424,7 @@ def meta(study: Study, report: dict[str, Any]) -> dict[str, Any]:
     drawn = max(cells, key=lambda cell: (cell["counts"]["captions"], cell["counts"]["many"], cell["counts"]["rows"]))
     trained = {name: row for name, row in report["priors"].items() if row["training_steps"]}
     seeds = [len(row["seeds"]) for name, row in trained.items() if not name.endswith(MATCHED)]
+    seeds = seeds or [len(arm) for key, arm in study.arms.items() if key.kind in ("table", "curve")]
     hashes = {name: next(iter(arm.values()))["config_hash"] for name, arm in rows_of(study.arms).items()}
     return {
         "training_seeds": min(seeds, default=1),

@@ -97,7 +97,7 @@ def duel_table(report: Report) -> Table | None:
 
 def ablation_table(report: Report) -> Table | None:
     """Return a line for each ablation."""
-    shown = ("embed_fd", "probe_match", "text_cos", "calibration_gap")
+    shown = ("embed_fd", "probe_match", "text_cos", "calibration_gap", "kid_judge", "diversity_gap", "vendi", "recall")
     there = [name for name in shown if any(name in line["measures"] for line in report["ablations"])]
     rows = [
         [
@@ -120,7 +120,7 @@ def ablation_table(report: Report) -> Table | None:
 
 def further_tables(report: Report) -> list[Table]:
     """Return the tables that a study adds, such as decoders of another budget."""
-    shown = ("fd_judge", "stated_match", "clip_score", "recall", "diversity_gap", "vendi")
+    shown = ("fd_judge", "stated_match", "parts_right", "swapped", "clip_score", "recall", "diversity_gap", "vendi")
     tables = []
     for title, entries in report["tables"].items():
         there = [name for name in measured(entries) if name in shown] or measured(entries)
@@ -130,8 +130,8 @@ def further_tables(report: Report) -> list[Table]:
     return tables
 
 
-def cost_table(report: Report) -> Table:
-    """Return what training and sampling took, and how each row was trained and sampled."""
+def cost_table(report: Report) -> Table | None:
+    """Return what training and sampling took, and how each row was trained and sampled; None without rows."""
     rows = []
     for name, row in report["priors"].items():
         trained = bool(row["training_steps"])
@@ -162,7 +162,7 @@ def cost_table(report: Report) -> Table:
         ("training TFLOP", "matrix products, attention included, forward and backward; a multiply-add is two"),
         ("evaluations, MFLOP, ms", "for one embedding, candidates and guidance included, on the hardware named above"),
     ]
-    return Table("Cost", head, rows, notes)
+    return Table("Cost", head, rows, notes) if rows else None
 
 
 def sampled_by(settings: dict[str, Any]) -> str:

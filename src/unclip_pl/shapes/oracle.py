@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.errors import InputError
+from unclip_pl.shapes.captions import parse
 from unclip_pl.shapes.render import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -36,7 +37,7 @@ from unclip_pl.shapes.render import (
     coverage,
     places,
 )
-from unclip_pl.shapes.scenes import ARRANGEMENTS, SCENE_VALUES
+from unclip_pl.shapes.scenes import ARRANGEMENTS, SCENE_VALUES, parse_scene
 from unclip_pl.shapes.words import SIDE as WORDS_SIDE
 
 _BANK_SIZE = 32  # pixels; larger pictures are ranked at this size and fitted at their own
@@ -70,6 +71,8 @@ class Oracle(nn.Module):
 
     #: What it reads: attributes, and the values of each.
     values: Mapping[str, Sequence[str]]
+    #: What a caption states of them, by name.
+    parse: Callable[[str], dict[str, str]]
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -114,6 +117,7 @@ class ShapesOracle(Oracle):
     """
 
     values = VALUES
+    parse = staticmethod(parse)
 
     def __init__(self, size: int = 32) -> None:
         super().__init__(size)
@@ -163,6 +167,7 @@ class SceneOracle(Oracle):
     """
 
     values = SCENE_VALUES
+    parse = staticmethod(parse_scene)
 
     def __init__(self, size: int = 64) -> None:
         super().__init__(size)
