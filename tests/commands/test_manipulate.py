@@ -154,6 +154,9 @@ def test_a_mask_without_white_is_a_warning_and_the_picture(
         ),
         (["PICTURE", "--mask", "MASK", "--solver", "Heun", "--jumps", "2"], "Expected a solver of one look a step"),
         (["PICTURE", "--mask", "MASK", "--caption", "a star", "--prior", "none"], "has no prior 'none'"),
+        (["PICTURE", "--canvas", "1.5"], "Expected --mask, or --canvas with --caption"),
+        (["PICTURE", "--mask", "MASK", "--canvas", "1.5"], "Expected --mask, or --canvas with --caption"),
+        (["PICTURE", "--canvas", "1.5", "--caption", "a star"], "mini, trained on whole shapes alone"),
     ],
 )
 def test_what_cannot_be_inpainted_is_one_line(

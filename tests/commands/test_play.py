@@ -24,4 +24,4 @@ def test_a_page_without_gradio_is_one_line(capsys: pytest.CaptureFixture[str], m
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert main(["play", "--port", str(port)]) == 1
-    assert "run `pip install 'unclip_pl[play]'`" in capsys.readouterr().err
+    assert "run `pip install gradio`" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
-from unclip_pl.generation import decoding, guide
+from unclip_pl.generation import decoding, guide, pipeline
 from unclip_pl.generation.decoding import Decoder, DecoderSpec, Upsampler, UpsamplerSpec
 from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.generation.pipeline import Unclip
@@ -254,6 +254,20 @@ def test_a_picture_is_inpainted(unclip: Unclip) -> None:
             unclip.inpaint(images, wrong)
     with pytest.raises(ValueError, match=r"Expected one caption or 2, one for each picture. Got 3"):
         unclip.inpaint(images, mask, ["a", "b", "c"])
+
+
+def test_a_picture_is_drawn_on_around(unclip: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(pipeline, "trained_on_shapes", lambda root: False)
+    drawn = unclip.outpaint(images, ["a red star"], canvas=2.0, num=2).images
+    assert torch.equal(drawn[..., 8:24, 8:24], images.expand(2, -1, -1, -1))
+    assert not torch.equal(drawn[0], drawn[1])
+    for canvas in (1.0, 100.0):
+        with pytest.raises(ValueError, match=f"larger than the picture, such as 1.5. Got {canvas:g}"):
+            unclip.outpaint(images, ["a red star"], canvas=canvas)
+    monkeypatch.setattr(pipeline, "trained_on_shapes", lambda root: True)
+    with pytest.raises(ValueError, match="trained on whole shapes alone"):
+        unclip.outpaint(images, ["a red star"])
 
 
 def test_upsamplers_keep_the_known_at_their_size(unclip: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.generation.bundle import read_notes
 from unclip_pl.generation.decoding import Canvas, Decoder, Progress, resize
 from unclip_pl.generation.priors import Prior, PriorSpec, TrueEmbedding, TrueEmbeddingSpec
+from unclip_pl.generation.provenance import trained_on_shapes
 from unclip_pl.generation.run import (
     Origin,
     check_clip,
@@ -242,6 +243,34 @@ class Unclip:
         known, open_part = (x.repeat_interleave(num, dim=0) for x in (resize(images, size), open_part))
         canvas = Canvas(known, open_part, jumps)
         return self._decode(z_i, text, seeds, guidance, sampler, batch_size, progress, canvas)
+
+    def outpaint(self, images: Tensor, captions: Sequence[str], *, canvas: float = 1.5, **settings: Any) -> Generation:
+        """Draw what lies around pictures: :meth:`inpaint` on a larger canvas, with each picture in its middle.
+
+        Args:
+            images: (B, 3, s, s) in [-1, 1].
+            captions: what the whole canvas shows, one for all or B.
+            canvas: side of the canvas in sides of the picture. The result has the size of the run's pictures.
+            settings: further options of :meth:`inpaint`.
+
+        Raises:
+            InputError: the run was trained on shapes, the canvas is not larger, or it leaves nothing of the picture.
+        """
+        if trained_on_shapes(self.root):
+            raise InputError(
+                f"Expected a run whose pictures may go on beyond their edge, for a larger canvas. Got "
+                f"{self.origin.run}, trained on whole shapes alone, with nothing around them: use a mask inside of the "
+                "picture, or a run on other data."
+            )
+        size = self.decoder.output_size
+        inner = round(size / canvas) if canvas > 1 else size
+        if not 0 < inner < size:
+            raise InputError(f"Expected a canvas larger than the picture, such as 1.5. Got {canvas:g}: change it.")
+        before = (size - inner) // 2
+        frame = (before, size - inner - before) * 2
+        known = F.pad(resize(images, inner), frame)
+        mask = F.pad(torch.zeros(1, 1, inner, inner, dtype=torch.bool), frame, value=True)
+        return self.inpaint(known, mask, captions, **settings)
 
     def _decode(
         self,

@@ -396,7 +396,7 @@ def _row(title: str, labels: Sequence[str], pictures: Tensor) -> Row:
 
 
 def _labels(n: int, sign: str = "") -> list[str]:
-    return [f"{sign}{i / (n - 1):.2g}" for i in range(n)]
+    return [f"{sign}{round(i / (n - 1), 2):g}" for i in range(n)]
 
 
 def painted(editor: Mapping[str, Any] | None) -> np.ndarray | None:

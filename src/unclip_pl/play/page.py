@@ -71,9 +71,7 @@ def require_gradio() -> None:
         InputError: the extra is not installed.
     """
     if gr is None:
-        raise InputError(
-            "Expected Gradio, which serves the page. Got no such package: run `pip install 'unclip_pl[play]'`."
-        )
+        raise InputError("Expected Gradio, which serves the page. Got no such package: run `pip install gradio`.")
 
 
 def launch(blocks: gr.Blocks, port: int, **settings: Any) -> None:
@@ -138,12 +136,12 @@ def _between(playground: Playground, examples: Examples) -> None:
             seed = _seed()
             with gr.Tab("Two captions"):
                 texts = [gr.Textbox(told[0], label="First caption"), gr.Textbox(told[1], label="Second caption")]
-                draw, halt = _buttons("Draw the way")
+                draw, halt = _buttons("Mix")
                 worded = _examples([list(pair) for pair in pairwise(told)], texts)
             with gr.Tab("Two pictures"):
                 with gr.Row():
                     ends = [_upload("First picture", 180), _upload("Second picture", 180)]
-                go, stop = _buttons("Draw the way")
+                go, stop = _buttons("Mix")
                 pictured = _examples([list(pair) for pair in pairwise(files)], ends)
         with gr.Column(scale=2, min_width=280):
             result = _result("between")
