@@ -69,7 +69,7 @@ def test_distance_broadcasts_over_leading_dimensions() -> None:
     torch.testing.assert_close(batched, single)
 
 
-def test_wide_features_are_counted_in_strips() -> None:
+def test_wide_features_are_counted() -> None:
     real, fake = features(400, 300).double(), features(400, 300, seed=1).double() * 1.1
     expected = frechet_distance(real.mean(0), torch.cov(real.mT), fake.mean(0), torch.cov(fake.mT))
     assert distance(real, fake) == pytest.approx(expected.item())
@@ -165,3 +165,21 @@ def test_a_distance_without_its_bias_is_zero_on_average_between_samples_of_one_d
     torch.testing.assert_close(corrected[:, 1:], plain[:, 1:])
     assert corrected[:, 0].mean().abs() < 0.25 * plain[:, 0].mean()
     assert without_bias(torch.zeros(4)).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("counts", [(9, 400), (9, 7), (400, 300)])
+def test_any_rank_gives_what_the_samples_themselves_give(counts: tuple[int, int]) -> None:
+    """Tr (Σ1 Σ2)^½ is the nuclear norm of X1 X2ᵀ, centred samples over √(n − 1)."""
+    g = torch.Generator().manual_seed(0)
+    sides = [
+        torch.randn(n, 50, generator=g, dtype=torch.float64) * torch.rand(50, generator=g) + i
+        for i, n in enumerate(counts)
+    ]
+    metric = FrechetDistance(50)
+    for features, real in zip(sides, (True, False), strict=True):
+        metric.update(features, real=real)
+    centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in sides]
+    traces = sum(x.square().sum() for x in centred)
+    gap = (sides[0].mean(0) - sides[1].mean(0)).square().sum()
+    expected = gap + traces - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-12, atol=1e-12)

@@ -129,7 +129,13 @@ def load_tokenizer(name: str) -> Any:
     """
     source = architecture(name)["text_cfg"].get("hf_tokenizer_name", "")
     with _fetched(name, f"The tokenizer of {name}", source, "", "'*.json' '*.txt' '*.model'"):
-        return open_clip.get_tokenizer(name)
+        return open_clip.get_tokenizer(name) if name.startswith("local-dir:") else _known_tokenizer(name)
+
+
+@cache
+def _known_tokenizer(name: str) -> Any:
+    """Read a tokenizer once: that of CLIP's own takes a third of the time that a tiny CLIP takes to load."""
+    return open_clip.get_tokenizer(name)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ biased upward, more so for small n: compare at equal n only. Everything is
 float64, which neither autocast nor TF32 touches.
 """
 
+import numpy as np
 import torch
 from scipy.linalg.blas import dsyrk
-from scipy.linalg.lapack import dsygst
+from scipy.linalg.lapack import dpstrf, dsygst
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -46,9 +47,14 @@ def _overlap(cov1: Tensor, cov2: Tensor) -> Tensor:
 
 
 def _root(cov: Tensor) -> Tensor:
-    """Return A with A Aᵀ = Σ of any rank."""
-    eigenvalues, axes = torch.linalg.eigh(cov)
-    return axes * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+    """Return A, (..., F, rank), with A Aᵀ = Σ of any rank: Cholesky's with pivots, which ends where the rank does."""
+    roots = torch.zeros(cov.shape, dtype=cov.dtype, device="cpu")
+    ranks = [0]
+    for root, matrix in zip(*(x.reshape(-1, *x.shape[-2:]).cpu().numpy() for x in (roots, cov)), strict=True):
+        factor, pivots, rank, _ = dpstrf(matrix.T)
+        root[pivots - 1, :rank] = np.tril(factor.T)[:, :rank]
+        ranks.append(rank)
+    return roots[..., : max(ranks)].to(cov.device)
 
 
 def _between(root: Tensor, cov: Tensor) -> Tensor:
