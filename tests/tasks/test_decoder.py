@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unclip_pl.diffusion import GaussianDiffusion, LogitNormalTime, StraightPath
+from unclip_pl.diffusion import DDIM, GaussianDiffusion, LogitNormalTime, StraightPath
 from unclip_pl.diffusion.process import TimeDensity
+from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.nn.unet import UNet
+from unclip_pl.parts.decoder import EmbeddingNoise
 from unclip_pl.tasks import DecoderTask
 from unclip_pl.types import DecoderBatch, TextFeatures
 
@@ -36,6 +38,18 @@ class Listener(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, condition: None) -> Tensor:
         return torch.zeros_like(x)
+
+
+class LevelListener(Listener):
+    """One that is told of noise on z_i."""
+
+    image_levels, out_channels = True, 3
+
+    def encode_condition(  # type: ignore[override]
+        self, image_embed: Tensor, text: TextFeatures, keep_image: Tensor, level: Tensor
+    ) -> None:
+        super().encode_condition(image_embed, text, keep_image)
+        self.level = level
 
 
 def captions(n: int) -> TextFeatures:
@@ -112,3 +126,73 @@ def test_a_decoder_of_captions_alone_never_gets_the_embedding(image_drop: float,
         task.denoiser(torch.randn(9, D), captions(9), guidance)
         assert net.keep_image[:9].all() == (image_drop < 1)
         assert not net.keep_image[9:].any()
+
+
+@pytest.mark.parametrize(("scaling", "rms"), [("whiten", 1.0), ("unit", 0.5375)])
+def test_a_level_of_noise_is_drawn_put_on_z_i_and_told(scaling: Any, rms: float, statistics: str) -> None:
+    """What is left of √(1 − s²)·z_i is normal noise of s times the embeddings' RMS, for even levels from 0 on."""
+    n, net = 20_000, LevelListener()
+    task = DecoderTask(net, statistics, scaling=scaling, image_noise=0.4)  # type: ignore[arg-type]
+    batch = DecoderBatch(torch.zeros(n, 3, 1, 1), torch.randn(n, D), captions(n))
+    task.loss(batch, torch.Generator().manual_seed(0))
+    level = net.level
+    assert 0 <= level.min() < 0.001 < 0.399 < level.max() <= 0.4
+    assert level.mean().item() == pytest.approx(0.2, abs=0.004)
+    left = net.image_embed - (1 - level.square()).sqrt()[:, None] * task.space.scale(batch.image_embed)
+    eps = left[level > 0.05] / (rms * level[level > 0.05][:, None])
+    assert eps.mean().item() == pytest.approx(0, abs=0.01)
+    assert eps.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_sampler_chooses_the_level(statistics: str) -> None:
+    net, text, z_i, eps = LevelListener(), captions(3), torch.randn(3, D), torch.randn(3, D)
+    task = DecoderTask(net, statistics, scaling="whiten", image_noise=0.4)  # type: ignore[arg-type]
+    scaled = task.space.scale(z_i)
+    for noise, expected in ((None, scaled), (EmbeddingNoise(0.3, eps), (1 - 0.09) ** 0.5 * scaled + 0.3 * eps)):
+        for guidance in (1.0, 2.0):
+            task.denoiser(z_i, text, guidance, noise=noise)
+            torch.testing.assert_close(net.image_embed[:3], expected)
+            assert net.keep_image.tolist() == [True] * 3 + [False] * 3 * (guidance > 1)
+            torch.testing.assert_close(net.level, torch.full_like(net.level, noise.level if noise else 0.0))
+
+
+def test_noise_and_a_network_that_is_told_of_it_go_together(statistics: str) -> None:
+    for net, options in (
+        (Listener(), {"image_noise": 0.4}),
+        (LevelListener(), {}),
+        (LevelListener(), {"image_noise": 1.5}),
+        (LevelListener(), {"image_noise": 0.4, "scaling": "raw"}),
+    ):
+        with pytest.raises(ValueError, match="Expected image_noise from 0 to 1, above 0 exactly if"):
+            DecoderTask(net, statistics, **options)  # type: ignore[arg-type]
+
+
+def test_a_level_is_heard_with_z_i_alone(statistics: str) -> None:
+    """Only pictures that keep their z_i hear it; a spec's level is drawn again from the same seed."""
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "attention_levels": [1], "head_channels": 8}
+    net = UNet(**sizes, out_channels=3, groups=4, embed_dim=D, text_width=W, image_levels=True)  # type: ignore[arg-type]
+    text, z_i, keep = captions(2), torch.randn(2, D), torch.tensor([True, False])
+    clean, told = (net.encode_condition(z_i, text, keep, level).time_bias for level in (None, torch.full((2,), 0.3)))
+    assert (clean[0] - told[0]).abs().max() > 0.01
+    torch.testing.assert_close(clean[1], told[1])
+
+    for p in net.parameters():
+        if not p.any():  # branches that start at zero
+            torch.nn.init.normal_(p, std=0.1)
+    task = DecoderTask(net, statistics, scaling="whiten", image_noise=0.4).eval()
+    task.loss(DecoderBatch(torch.rand(2, 3, 8, 8), z_i, text)).backward()
+    encoder = net.condition_encoder
+    assert encoder is not None
+    assert encoder.level_to_time is not None
+    assert encoder.level_to_time.weight.grad is not None
+    assert encoder.level_to_time.weight.grad.abs().sum() > 0
+
+    def drawn(level: float) -> Tensor:
+        decoder = Decoder(DecoderSpec("", 8, DDIM(3), noise_level=level), task)
+        return decoder.decode(z_i, text, generator=torch.Generator().manual_seed(0))
+
+    assert torch.equal(drawn(0.3), drawn(0.3))
+    assert (drawn(0.3) - drawn(0.0)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"noise_level from 0 to 0.4, the image_noise of .* Got 0.5"):
+        drawn(0.5)

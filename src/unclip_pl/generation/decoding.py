@@ -29,6 +29,7 @@ from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.generation.guide import GuideSpec
 from unclip_pl.parts import DecoderPart, UpsamplerPart, load_part
+from unclip_pl.parts.decoder import EmbeddingNoise
 from unclip_pl.streams import Streams
 from unclip_pl.types import TextFeatures
 
@@ -148,6 +149,8 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
         drop_embedding: draw from the caption alone, with z_i replaced by its null (§5.1).
         drop_text: draw from z_i alone, with the caption replaced by the empty one.
         precision: number format that the networks draw in; bf16-mixed is faster on machines that multiply in bfloat16.
+        noise_level: level of the noise that is put on z_i, from 0 to the decoder's ``image_noise`` in training (Stable
+            unCLIP). Manipulations of pictures, whose noise is found by inversion, put none.
     """
 
     checkpoint: str
@@ -160,6 +163,7 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
     drop_embedding: bool = False
     drop_text: bool = False
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    noise_level: float = 0.0
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
@@ -194,6 +198,11 @@ class Decoder:
         self.upsamplers = list(upsamplers)
         self.guide = guide
         self.check(self.sampler)
+        if not 0 <= spec.noise_level <= task.image_noise:
+            raise InputError(
+                f"Expected a noise_level from 0 to {task.image_noise:g}, the image_noise of {spec.checkpoint}. Got "
+                f"{spec.noise_level:g}: change it, or train a decoder with more."
+            )
 
     def check(self, sampler: Sampler) -> Sampler:
         """Return a solver if this decoder can be drawn from with it.
@@ -218,8 +227,14 @@ class Decoder:
         """Return the DDIM inversion of its own pictures, down to the lowest noise that its parameterisation bears."""
         return Inversion(steps, self.FLOOR if self.task.diffusion.prediction == "x0" else 0.0)
 
-    def denoiser(self, image_embed: Tensor, guidance: float, text: TextFeatures | None = None) -> Denoise:
-        """Return ``denoise(x_t, t)`` under embeddings (B, d) and captions; None for no captions."""
+    def denoiser(
+        self,
+        image_embed: Tensor,
+        guidance: float,
+        text: TextFeatures | None = None,
+        noise: EmbeddingNoise | None = None,
+    ) -> Denoise:
+        """Return ``denoise(x_t, t)`` under embeddings (B, d), with or without noise, and captions; None for none."""
         return self.task.denoiser(
             image_embed,
             self.null_text(len(image_embed)) if text is None or self.spec.drop_text else text,
@@ -227,6 +242,7 @@ class Decoder:
             interval=self.spec.guidance_interval,
             guide=self.guide,
             drop_embedding=self.spec.drop_embedding and text is not None,  # or nothing would be left
+            noise=noise,
         )
 
     @property
@@ -282,8 +298,11 @@ class Decoder:
         device, n = image_embed.device, len(image_embed)
         scale = self.spec.guidance if guidance is None else guidance
         x_T = noise_like(torch.empty(n, 3, self.image_size, self.image_size, device=device), generator=generator)
+        level, noise = self.spec.noise_level, None
+        if level:
+            noise = EmbeddingNoise(level, noise_like(image_embed.float(), generator=generator))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.spec.precision == "bf16-mixed"):
-            denoise = self.denoiser(image_embed, scale, text)
+            denoise = self.denoiser(image_embed, scale, text, noise)
             solver = self.sampler if sampler is None else self.check(sampler)
             if canvas is not None:
                 solver = canvas.around(solver, self.image_size, canvas.jumps)

@@ -40,6 +40,7 @@ NEEDED: dict[type[nn.Module], dict[str, Any]] = {
         "image_map": 0,
         "resample_with_blocks": True,
         "patch": 1,
+        "image_levels": False,
     },
     UpsamplerUNet: {"resample_with_blocks": True, "patch": 1},
 }

@@ -26,6 +26,9 @@ from unclip_pl.nn.unet_blocks import (
 )
 from unclip_pl.types import TextFeatures
 
+#: A noise level of z_i from 0 to 1 is embedded as a time from 0 to this.
+LEVELS = 1000.0
+
 __all__ = ["Condition", "ConditionEncoder", "UNet", "UpsamplerUNet"]
 
 
@@ -44,6 +47,7 @@ class ConditionEncoder(nn.Module):
         text_embed_in_time: add a projection of z_t to the time embedding too (Karlo).
         map_channels: C, the channels of the map that z_i becomes.
         map_side: S, the side of that map; 0 leaves it out (paper).
+        image_levels: add a projection of the level of noise on z_i to the time embedding (Stable unCLIP).
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class ConditionEncoder(nn.Module):
         text_embed_in_time: bool,
         map_channels: int,
         map_side: int,
+        image_levels: bool = False,
     ) -> None:
         super().__init__()
         text_width = text_width if text_encoder is None else text_encoder.width
@@ -72,11 +77,18 @@ class ConditionEncoder(nn.Module):
         self.text_to_context = (
             nn.Sequential(nn.Linear(text_width, context_width), nn.LayerNorm(context_width)) if text_width else None
         )
+        self.level_to_time = nn.Linear(time_width, time_width) if image_levels else None
 
-    def forward(self, image_embed: Tensor, text: TextFeatures, *, keep_image: Tensor) -> Condition:
+    def forward(
+        self, image_embed: Tensor, text: TextFeatures, *, keep_image: Tensor, level: Tensor | None = None
+    ) -> Condition:
         """Encode the condition, see :meth:`UNet.encode_condition`."""
         z_i = torch.where(keep_image[:, None], image_embed, self.null_image_embed)
         time_bias = self.image_to_time(z_i)
+        if self.level_to_time is not None:
+            seen = torch.zeros_like(z_i[:, 0]) if level is None else level.where(keep_image, 0.0)
+            features = sinusoidal(LEVELS * seen, self.level_to_time.in_features)
+            time_bias = time_bias + self.level_to_time(features.to(time_bias.dtype))
         if self.text_embed_to_time is not None:
             time_bias = time_bias + self.text_embed_to_time(text.embed)
         states = text.states
@@ -152,6 +164,7 @@ class UNet(nn.Module):
         time_mode: how the time enters a residual block; see :class:`~unclip_pl.nn.unet_blocks.ResBlock`.
         resample_with_blocks: change the resolution inside residual blocks; false takes one convolution.
         patch: side of the squares of pixels that become the channels of one position, and pixels again at the end.
+        image_levels: be told the level of noise on z_i (Stable unCLIP); a decoder with ``image_noise`` needs it.
 
     Raises:
         InputError: a caption is to be used without ``embed_dim``.
@@ -178,6 +191,7 @@ class UNet(nn.Module):
         time_mode: TimeMode = "scale_shift",
         resample_with_blocks: bool = True,
         patch: int = 1,
+        image_levels: bool = False,
     ) -> None:
         super().__init__()
         if embed_dim == 0 and (text_width or text_encoder or text_embed_in_time or image_map):
@@ -190,6 +204,7 @@ class UNet(nn.Module):
         self.channels = channels
         self.out_channels = out_channels
         self.patch = patch
+        self.image_levels = image_levels
         self.stride = patch * 2 ** (len(widths) - 1)
         self.skips_per_level = res_blocks + 1
         context = context_width if embed_dim else 0
@@ -197,7 +212,7 @@ class UNet(nn.Module):
         attention = partial(SpatialAttention, head_channels=head_channels, context_width=context, groups=groups)
         blocks = Blocks(block, attention, resample_with_blocks)
         self.time_embed = nn.Sequential(nn.Linear(channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
-        reads = (image_tokens, text_width, text_encoder, text_embed_in_time, widths[-1], image_map)
+        reads = (image_tokens, text_width, text_encoder, text_embed_in_time, widths[-1], image_map, image_levels)
         encoder = ConditionEncoder(embed_dim, time_width, context_width, *reads) if embed_dim else None
         self.condition_encoder = encoder
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
@@ -208,20 +223,23 @@ class UNet(nn.Module):
         self.norm_out = group_norm(groups, widths[0])
         self.conv_out = zeroed(nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
 
-    def encode_condition(self, image_embed: Tensor, text: TextFeatures, keep_image: Tensor) -> Condition:
+    def encode_condition(
+        self, image_embed: Tensor, text: TextFeatures, keep_image: Tensor, level: Tensor | None = None
+    ) -> Condition:
         """Encode what does not depend on t, once for a whole sampling run.
 
         Args:
             image_embed: scaled z_i, (B, d).
             text: B captions; the null caption where it is dropped (:func:`unclip_pl.nn.text.mix_text`).
             keep_image: (B,) bool; False puts the learned null embedding in the place of z_i.
+            level: (B,) noise level of z_i in [0, 1], for a network that is told it; None is no noise.
 
         Raises:
             InputError: the network is unconditional.
         """
         if self.condition_encoder is None:
             raise InputError("Expected a U-Net with embed_dim > 0. Got an unconditional one: set model.net.embed_dim.")
-        return self.condition_encoder(image_embed, text, keep_image=keep_image)
+        return self.condition_encoder(image_embed, text, keep_image=keep_image, level=level)
 
     def forward(self, x: Tensor, index: Tensor, condition: Condition | None = None) -> Tensor:
         """Return F(x_t, t).

@@ -210,9 +210,14 @@ class EmbeddingPart(Part):
 
 
 def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw n booleans, (n,), True with probability p, on the generator's device, and move them."""
+    """Draw n booleans, (n,), True with probability p; see :func:`uniform`."""
+    return uniform(n, device, generator) < p
+
+
+def uniform(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Draw n numbers from 0 to 1, (n,), on the generator's device, and move them."""
     source = device if generator is None else generator.device
-    return (torch.rand(n, generator=generator, device=source) < p).to(device)
+    return torch.rand(n, generator=generator, device=source).to(device)
 
 
 def count_parameters(module: nn.Module) -> int:

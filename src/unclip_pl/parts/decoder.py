@@ -1,6 +1,7 @@
 """The decoder: images from z_i, and from the caption beside it (§2.1 of the paper)."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,17 @@ from unclip_pl.diffusion import (
 from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
-from unclip_pl.nn.space import Scaling
-from unclip_pl.nn.unet import UNet
-from unclip_pl.parts.base import EmbeddingPart, Optimization, bernoulli
+from unclip_pl.nn.space import PIXEL_RMS, Scaling
+from unclip_pl.nn.unet import Condition, UNet
+from unclip_pl.parts.base import EmbeddingPart, Optimization, bernoulli, uniform
 from unclip_pl.types import DecoderBatch, TextFeatures
+
+
+class EmbeddingNoise(NamedTuple):
+    """Noise that is put on z_i before a picture is drawn of it."""
+
+    level: float  # s of √(1 − s²)·z_i + s·ε
+    eps: Tensor  # (B, d) standard normal
 
 
 class DecoderPart(EmbeddingPart):
@@ -40,10 +48,13 @@ class DecoderPart(EmbeddingPart):
             GLIDE: z_i never reaches it, in sampling neither.
         text_drop: share of captions replaced by the empty one (paper: 50 %).
         optimization: settings of AdamW.
+        image_noise: largest level s of the noise on z_i, √(1 − s²)·z_i + s·ε, with ε of the scaled embeddings' own RMS.
+            Each picture of a training draws a level from 0 to it, and the network is told which (``image_levels``), as
+            in Stable unCLIP: embeddings of a prior are less exact than true ones. 0, the paper's, puts none.
 
     Raises:
-        InputError: ``standardize``, which no known decoder was trained on; or a learned variance at times between those
-            that its bound knows.
+        InputError: ``standardize``, which no known decoder was trained on; a learned variance at times between those
+            that its bound knows; or noise on z_i of raw embeddings, or without a network that is told of it.
     """
 
     net: UNet
@@ -58,13 +69,21 @@ class DecoderPart(EmbeddingPart):
         image_drop: float = 0.1,
         text_drop: float = 0.5,
         optimization: Optimization | None = None,
+        image_noise: float = 0.0,
     ) -> None:
         if scaling == "standardize":
             raise InputError("Expected scaling 'unit', 'whiten' or 'raw' for a decoder. Got 'standardize': change it.")
+        levels = getattr(net, "image_levels", False)
+        if not 0 <= image_noise <= 1 or levels != (image_noise > 0) or (image_noise and scaling == "raw"):
+            raise InputError(
+                "Expected image_noise from 0 to 1, above 0 exactly if model.net.init_args.image_levels is true, and 0 "
+                f"of raw embeddings. Got {image_noise}, image_levels {levels} and scaling {scaling!r}: change them."
+            )
         super().__init__(statistics, scaling, text_drop, optimization)
         self.net = net
         self.diffusion = diffusion or GaussianDiffusion()
         self.image_drop = image_drop
+        self.image_noise = image_noise
         between = isinstance(self.diffusion.schedule, StraightPath)
         if (between or isinstance(self.diffusion.time_density, LogitNormalTime)) and self.learns_variance:
             raise InputError(
@@ -82,7 +101,11 @@ class DecoderPart(EmbeddingPart):
         x0 = batch.image
         keep_image = self.share(lambda n: bernoulli(n, 1 - self.image_drop, x0.device, generator), len(x0))
         text = self.drop_text(batch.text, generator)
-        condition = self.net.encode_condition(self.space.scale(batch.image_embed), text, keep_image)
+        z_i, level = self.space.scale(batch.image_embed), None
+        if self.image_noise:
+            level = self.image_noise * self.share(lambda n: uniform(n, x0.device, generator), len(x0))
+            z_i = self.noised(z_i, level, self.noise(z_i, generator))
+        condition = self._condition(z_i, text, keep_image, level)
         t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
         eps = self.noise(x0, generator)
         x_t = self.diffusion.add_noise(x0, t, eps)
@@ -91,6 +114,20 @@ class DecoderPart(EmbeddingPart):
             return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
         F, frac_raw = out.chunk(2, dim=1)
         return hybrid_loss(self.diffusion, F, frac_raw, x0, x_t, eps, t).mean()
+
+    def noised(self, z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
+        """Put noise on scaled embeddings, (B, d), which keep their mean square.
+
+        Args:
+            z_i: (B, d) scaled embeddings.
+            level: (B,) levels s in [0, 1].
+            eps: (B, d) standard normal noise.
+        """
+        s = level[:, None]
+        return (1 - s.square()).sqrt() * z_i + s * eps * (PIXEL_RMS if self.space.scaling == "unit" else 1.0)
+
+    def _condition(self, z_i: Tensor, text: TextFeatures, keep: Tensor, level: Tensor | None) -> Condition:
+        return self.net.encode_condition(z_i, text, keep, *([level] if self.image_noise else []))
 
     def denoiser(
         self,
@@ -101,6 +138,7 @@ class DecoderPart(EmbeddingPart):
         interval: tuple[float, float] | None = None,
         guide: "DecoderPart | None" = None,
         drop_embedding: bool = False,
+        noise: EmbeddingNoise | None = None,
     ) -> Denoise:
         """Return ``denoise(x_t, t)`` for a sampler, with x0 clipped to [-1, 1]; the condition is encoded once.
 
@@ -112,28 +150,40 @@ class DecoderPart(EmbeddingPart):
             guide: weaker decoder to be led away from, under the same condition; None leads away from the same decoder
                 without z_i and caption (as in Karlo).
             drop_embedding: replace z_i by its null, so that the caption alone decides (§5.1).
+            noise: noise to put on z_i, for a network that is told of it; None puts none.
         """
-        alone = partial(self._look, image_embed, text, drop_embedding=drop_embedding)
+        alone = partial(self._look, image_embed, text, drop_embedding=drop_embedding, noise=noise)
         if guidance == 1:
             return clip_x0(alone())
         if guide is None:
             strong = guided(alone(unconditional=True), guidance)
         else:
-            strong = autoguided(alone(), guide._look(image_embed, text, drop_embedding=drop_embedding), guidance)
+            weak = guide._look(image_embed, text, drop_embedding=drop_embedding, noise=noise)
+            strong = autoguided(alone(), weak, guidance)
         return clip_x0(strong if interval is None else within(interval, self.diffusion.schedule, strong, alone()))
 
     def _look(
-        self, image_embed: Tensor, text: TextFeatures, *, drop_embedding: bool, unconditional: bool = False
+        self,
+        image_embed: Tensor,
+        text: TextFeatures,
+        *,
+        drop_embedding: bool,
+        noise: EmbeddingNoise | None,
+        unconditional: bool = False,
     ) -> Denoise:
         """Return the network's ``denoise(x_t, t)``, unclipped; 2B samples, the last B unconditional, if asked for."""
         n = len(image_embed)
         z_i, text = self.space.scale(image_embed), self.space.scale_text(text)
         keep = torch.full((n,), self.image_drop < 1 and not drop_embedding, device=z_i.device)
+        level = torch.zeros(n, device=z_i.device)
+        if noise is not None and self.image_noise:
+            level = level + noise.level
+            z_i = self.noised(z_i, level, noise.eps)
         if unconditional:
             null = self.space.scale_text(self.space.null_text).repeat(n)
             z_i, text = torch.cat([z_i, z_i]), TextFeatures.cat([text, null])
-            keep = torch.cat([keep, torch.zeros_like(keep)])
-        condition = self.net.encode_condition(z_i, text, keep)
+            keep, level = torch.cat([keep, torch.zeros_like(keep)]), level.repeat(2)
+        condition = self._condition(z_i, text, keep, level)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             # In x_t's precision: guidance would enlarge bfloat16's steps.
