@@ -121,7 +121,10 @@ def training_rows(ours: DecoderTask, theirs: KarloDecoder, side: int, rounds: in
     name = f"decoder training step, {side} px, batch {BATCH}, against "
     rows = [faster(name + peer, seconds, peer, targets[peer], note) for peer, note in notes.items()]
     ours_work, their_work = work["ours"] / 1e9, work["dalle2-pytorch"] / 1e9
-    rows.append(Row(f"{name}dalle2-pytorch, by FLOP", ours_work, their_work, "GFLOP", their_work / ours_work, 1.3))
+    speeds = (ours_work / seconds["ours"], their_work / seconds["dalle2-pytorch"])
+    note = f"a network's shape decides it, and ours is Karlo's; {speeds[0]:.0f} against {speeds[1]:.0f} GFLOP/s"
+    by_flop = their_work / ours_work
+    rows.append(Row(f"{name}dalle2-pytorch, by FLOP", ours_work, their_work, "GFLOP", by_flop, 1.3, note))
     what = f"decoder training step, {side} px: share outside convolutions and matmuls"
     rows.append(Row(what, 100 * (1 - share), None, "%", None, 20, found["ours"][0]))
     return rows, seconds["ours"]

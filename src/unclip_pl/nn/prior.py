@@ -85,7 +85,7 @@ class PriorTransformer(PrefixTransformer, PriorNetwork):
 
     def predict(self, x_t: Tensor, index: Tensor, text: TextFeatures) -> Tensor:
         """Predict z_i, see :meth:`PriorNetwork.predict`."""
-        if x_t.shape[1] == 1 and x_t.device.type == "cuda":
+        if x_t.shape[1] == 1:
             return self.in_one_pass(x_t, index, text)
         return self(x_t, index, self.encode_prefix(text))
 
@@ -129,11 +129,12 @@ class PriorTransformer(PrefixTransformer, PriorNetwork):
         return self.out_proj(self.final_ln(hidden))
 
     def in_one_pass(self, x_t: Tensor, index: Tensor, text: TextFeatures) -> Tensor:
-        """Return :meth:`forward` of :meth:`encode_prefix` for a single draw of each caption, which a GPU does faster.
+        """Return :meth:`forward` of :meth:`encode_prefix` for a single draw of each caption, which is faster.
 
         t, z_i^(t) and the query stand right behind z_t and the text's padding behind them. So causality is all the mask
         there is, and flash attention needs none in memory. On an H200 the paper's prior at batch 64 trains at 54 % of
-        the peak instead of 42 %, together with compiled blocks (45 % with those alone, measured before).
+        the peak instead of 42 %, together with compiled blocks (45 % with those alone, measured before). On a CPU each
+        weight is read once: a float32 step of 512 × 6 at batch 16 takes 0.96 of the time on one thread, 0.89 on two.
 
         Args:
             x_t: (B, 1, d) noised, scaled image embeddings z_i^(t).
