@@ -1,5 +1,6 @@
 """The page in a real browser: every tab once, on a desk and on a phone, and no request that leaves the machine."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -35,12 +36,19 @@ def address() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["-m", "unclip_pl", "play", "--run", "src/unclip_pl/demo.zip", "--port", str(port)]
-    server = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    proxy = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # leads nowhere
+    server = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | proxy,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     found = f"http://127.0.0.1:{port}"
     for _ in range(240):
         assert server.poll() is None, server.communicate()[0].decode()
         try:
-            urllib.request.urlopen(found, timeout=5).close()
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(found, timeout=5).close()
             break
         except OSError:
             time.sleep(0.5)

@@ -23,9 +23,9 @@ def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", 
     _check_port(port)
     with TemporaryDirectory(prefix="unclip-play-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads go when the page does
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = (
-            "False"  # nothing leaves the machine, before and after the page is made
-        )
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also before a page says so
+        for name in ("no_proxy", "NO_PROXY"):  # Gradio looks at its own page, and a proxy knows nothing of it
+            os.environ[name] = f"127.0.0.1,localhost,{os.environ.get(name, '')}"
         from unclip_pl.play import page
 
         page.require_gradio()

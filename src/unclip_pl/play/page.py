@@ -252,7 +252,10 @@ def _upload(label: str, height: int = 240) -> gr.Image:
 
 
 def _seed() -> gr.Number:
-    return gr.Number(0, label="Seed", precision=0)
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+    checked = seed.preprocess
+    seed.preprocess = lambda value: checked(value or 0)  # an empty field is 0
+    return seed
 
 
 def _result(name: str) -> gr.HTML:
