@@ -3,8 +3,7 @@
 python benchmarks/solvers.py shapes --run runs/quickstart              # its source is RUN/data
 python benchmarks/solvers.py emoji --run runs/emoji --source DIR
 
-Points that results/solvers/NAME.json has are not measured again: remove the file to begin again. Networks on a straight
-path are measured where the run has them, as ``prior-flow`` and ``decoder-flow``.
+Points that results/solvers/NAME.json has are not measured again, unless the weights are others.
 
 The rule. Its captions are those of the validation split, on which no result is measured.
 
@@ -63,8 +62,6 @@ SOLVERS: dict[str, Callable[[int], Sampler]] = {
     "DPM-Solver++(2M), Karras' levels": partial(DPMSolver, grid="karras"),
     "Heun": lambda looks: Heun((looks + 1) // 2),
 }
-#: Those of a straight path; DDIM is Euler's method there.
-STRAIGHT = ("DDIM", "DPM-Solver++(2M)", "Heun")
 #: What stands for a solver in an AR prior.
 CODES = "code by code"
 #: Noise levels of guidance, Kynkäänniemi et al. (2024); decoders here decide what to draw between them.
@@ -337,26 +334,22 @@ class Study:
         winner = chosen(many + self.measured(name, part, few), reference)
         self.content["parts"][name] |= {"reference": reference.setting.key, "chosen": winner.setting.key}
         print(f"{name}: reference {reference.setting.key}; chosen {winner.setting.key}")
-        if (self.truth.run / f"{name}-flow").exists():
-            straight = [Setting(solver, looks, *way) for solver in STRAIGHT for looks in (*LOOKS[::2], MANY)]
-            self.measured(f"{name}-flow", part, straight)
         write_json(self.path, self.content, indent=1)
         if solvers:
             self.draw(name, reference, winner)
 
     def draw(self, name: str, reference: Point, winner: Point) -> None:
         """Draw a panel for each measure: lines of solvers, the reference's interval as a band, the choice ringed."""
-        lines: dict[tuple[str, str], list[Point]] = {}
-        for path in (name, f"{name}-flow"):
-            for point in self.points(path).values():
-                lines.setdefault((path, point.setting.line), []).append(point)
+        lines: dict[str, list[Point]] = {}
+        for point in self.points(name).values():
+            lines.setdefault(point.setting.line, []).append(point)
         figure = new_figure(3.4 * len(reference.measures), 4.4)
         for place, (key, (_, low, high)) in enumerate(reference.measures.items()):
             axes, measure = figure.add_subplot(1, len(reference.measures), place + 1), MEASURES[key]
             axes.axhspan(measure.scale * low, measure.scale * high, color=FAINT, alpha=0.6, linewidth=0)
-            for (path, line), points in lines.items():
+            for line, points in lines.items():
                 x, y = zip(*sorted((p.evaluations, measure.scale * p.measures[key].mean) for p in points), strict=True)
-                axes.plot(x, y, markersize=3.5, linewidth=1, **self.style(path != name, line, points[0], reference))
+                axes.plot(x, y, markersize=3.5, linewidth=1, **self.style(line, points[0], reference))
             axes.plot(winner.evaluations, measure.scale * winner.measures[key].mean, "o", **RING)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
@@ -369,16 +362,16 @@ class Study:
             file.write_bytes(to_png(figure))
 
     @staticmethod
-    def style(straight: bool, line: str, point: Point, reference: Point) -> dict[str, Any]:
-        """Return how a line looks: its solver's colour, a marker for its way, dashes for a straight path."""
+    def style(line: str, point: Point, reference: Point) -> dict[str, Any]:
+        """Return how a line looks: its solver's colour, and a marker for its way."""
         own = point.setting
         usual = own[2:] == reference.setting[2:]
         ways = sorted({part_way for part in PARTS.values() for part_way in part.ways} - {reference.setting[2:4]})
         return {
             "color": PALETTE[list(SOLVERS).index(own.solver)],
             "marker": "x" if own.interval else "o" if usual else "s^Dv<>"[ways.index(own[2:4])],
-            "linestyle": "--" if straight else "-" if usual else ":",
-            "label": ("straight path: " if straight else "") + (own.solver if usual else line),
+            "linestyle": "-" if usual else ":",
+            "label": own.solver if usual else line,
         }
 
 
