@@ -182,6 +182,11 @@ def test_a_drawing_stops_when_its_reader_goes() -> None:
     with pytest.raises(StopIteration) as end:
         next(easel.watch(lambda progress: "the next one's turn", lambda estimate: Frame([])))
     assert end.value.value == "the next one's turn"
+    ended.clear()
+    frames = easel.watch(draw, lambda estimate: Frame([], None, estimate.done))
+    next(frames)
+    easel.close()
+    assert ended.wait(10)
 
 
 def test_a_fault_of_a_drawing_reaches_its_reader() -> None:

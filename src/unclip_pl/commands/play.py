@@ -36,7 +36,10 @@ def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", 
         playground = Playground(Unclip.load(run, device))
         blocks = page.page(playground, examples(playground.unclip, Path(folder)))
         print(f"http://127.0.0.1:{port}   (Ctrl-C ends)   drawn with {playground.unclip.origin.text}", flush=True)
-        page.launch(blocks, port, inbrowser=open)
+        try:
+            page.launch(blocks, port, inbrowser=open)
+        finally:
+            playground.easel.close()
 
 
 def _check_port(port: int) -> None:

@@ -92,6 +92,12 @@ class Easel:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "drawing")
+        self._closed = Event()
+
+    def close(self) -> None:
+        """End what is drawn at its next step: Python waits for its threads when it ends."""
+        self._closed.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def watch(self, draw: Callable[..., T], frame: Callable[[Estimate], Frame]) -> Generator[Frame, None, T]:
         """Yield frames of the newest estimates, and return what was drawn.
@@ -106,7 +112,7 @@ class Easel:
         gone = Event()
 
         def progress(step: int, steps: int, x0: Tensor) -> None:
-            if gone.is_set():
+            if gone.is_set() or self._closed.is_set():
                 raise Stopped
             news.put(Estimate(x0, step / steps))
 
@@ -135,7 +141,7 @@ class Playground:
     def __init__(self, unclip: Unclip) -> None:
         self.unclip = unclip
         self.priors = {name: spec for name, spec in unclip.priors.items() if not unclip.prior(name).needs_image}
-        self._easel = Easel()
+        self.easel = Easel()
         self.manipulator = Manipulator(unclip)
 
     def draw(self, caption: str, seed: int, guidance: float, num: int, candidates: int) -> Iterator[Frame]:
@@ -166,7 +172,7 @@ class Playground:
                 seed=seed,
             )
             title = (name, KINDS.get(type(spec), ""))
-            images, _ = yield from self._easel.watch(draw, partial(self._in_progress, rows, title, seeds))
+            images, _ = yield from self.easel.watch(draw, partial(self._in_progress, rows, title, seeds))
             scores = self._scores(images, caption)
             cells = [
                 Cell(image, f"{label}: {score:.2f}", num > 1 and score == max(scores))
@@ -364,7 +370,7 @@ class Playground:
             chosen = None if at is None else round(at * (len(pictures) - 1))
             return Frame([*head, row(pictures)], chosen, done, doing, note)
 
-        images = yield from self._easel.watch(
+        images = yield from self.easel.watch(
             draw, lambda x: frame(x.pictures, before + (1 - before) * x.done, "drawing")
         )
         yield frame(images, 1.0, "")
@@ -372,7 +378,7 @@ class Playground:
     def _invert(self, pictures: Tensor, head: list[Row]) -> Generator[Frame, None, Latent]:
         draw = partial(self.manipulator.invert, pictures, steps=STEPS)
         return (
-            yield from self._easel.watch(draw, lambda x: Frame(head, None, x.done / 2, "finding the picture's noise"))
+            yield from self.easel.watch(draw, lambda x: Frame(head, None, x.done / 2, "finding the picture's noise"))
         )
 
     def _unknown(self, captions: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from PIL.Image import Resampling
 
 from unclip_pl.errors import InputError
 from unclip_pl.generation.pictures import to_image
-from unclip_pl.play.drawing import ANGLES, STRIP, Frame, Map, Playground, painted
+from unclip_pl.play.drawing import ANGLES, STRIP, Frame, Map, Playground, Stopped, painted
 from unclip_pl.play.examples import Examples
 from unclip_pl.play.known import report_of
 from unclip_pl.play.sheet import CHOOSE, CSS, line, page_in_page, scatter, show
@@ -292,6 +292,8 @@ def _pages(draw: Callable[..., Iterator[Frame] | Map]) -> Callable[..., Iterator
             answer = draw(*values)
             for frame in [answer] if isinstance(answer, Map) else answer:
                 yield scatter(frame) if isinstance(frame, Map) else show(frame)
+        except Stopped:  # the command ends
+            return
         except EXPECTED as error:
             yield line(" ".join(str(error).split()))
 
