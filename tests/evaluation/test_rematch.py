@@ -222,3 +222,33 @@ def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
     }  # untrained
     assert set(report["spaces"]) == {"the study's CLIP", "with SAM", "without SAM"}
     assert [point["x"] for point in report["curves"]["axes"]["true z_i"]["stated_match"]] == [2, 4, 8, 12, 16, 24, 32]
+
+
+@pytest.mark.slow  # 52 stages, minutes of a core
+@pytest.mark.usefixtures("in_process")
+def test_every_contender_runs_and_gets_its_row(mini_run: Path, tmp_path: Path) -> None:
+    """One training seed and learning rate of each, and the decoder of noised embeddings at every level."""
+    stages = {}
+    for name, stage in read("rematch-contenders").items():
+        values = {key: stage.matrix[key][:1] for key in ("seed", "lr") if key in stage.matrix}
+        words = [stage.run, SMALL.get(stage.run.split()[0], "")]
+        words += [SMALL["decoder"]] if name == "decoder-noise" else []
+        words += [SMALL["drawn"]] if name.startswith("noise-") else []
+        stages[name] = replace(stage, run=" ".join(words), matrix=stage.matrix | values)
+    del stages["data"]
+    for stage in stages.values():
+        stage.needs = [need for need in stage.needs if need != "data"]
+    tried = tmp_path / "choice.yaml"
+    tried.write_text((RECIPES.parent / "base" / "choice-contenders.yaml").read_text())
+    tried.write_text(re.sub(r' +"0\.(?!002).*\n', "", tried.read_text()))
+    stages["choice"].run = stages["choice"].run.replace("configs/base/choice-contenders.yaml", str(tried))
+    report = make(stages, mini_run, tmp_path)
+    contenders = {path.stem for path in (RECIPES.parent / "contenders").glob("*.yaml")}
+    assert contenders <= set(report["priors"])
+    for name in ("ar", "mixture"):
+        assert report["priors"][name]["metrics"]["nats"]["mean"] > 0
+    assert "eclipse - mlp" in report["differences"]["embed_kid"]  # win rates need pictures
+    curve = report["curves"]["noise level of z_i"]
+    assert {name: [point["x"] for point in line["stated_match"]] for name, line in curve.items()} == {
+        "generated z_i": [0.0, 0.1, 0.2, 0.4], "true z_i": [0.0, 0.1, 0.2, 0.4]
+    }  # fmt: skip
