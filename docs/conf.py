@@ -64,7 +64,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"_worker_init_fn_t|_collate_fn_t|_T_co|Dataset|SIGTERMException",
     ),  # torch's and Lightning's, without a path
-    (r"py:class", r"unclip_pl\..*\.(T|M|Diffused)"),  # type variables
+    (r"py:class", r"unclip_pl\..*\.(T|M|P|Diffused)"),  # type variables
     (r"py:class", r"unclip_pl\.training\.private\..*"),  # what it wraps is Lightning's inside
 ]
 
