@@ -23,7 +23,7 @@ class Optimization:
 
     Args:
         lr: peak learning rate of AdamW.
-        muon_lr: peak learning rate of :class:`~unclip_pl.tasks.muon.Muon`, which then trains the matrices between a network's first and last
+        muon_lr: peak learning rate of ``Muon``, which then trains the matrices between a network's first and last
             layers; 0 leaves them to AdamW. About 0.01 suits it.
         weight_decay: decay of matrices; biases, gains and embeddings of rank < 2 are left alone.
         betas: decay rates of Adam's moments.
@@ -66,7 +66,7 @@ class TrainingRecord:
 
 
 class Part(nn.Module):
-    """A network and what is needed to draw with it. A Task trains it; :func:`~unclip_pl.parts.loading.load_part` reads it back alone.
+    """A network and what is needed to draw with it. A Task trains it; ``load_part`` reads it back alone.
 
     Args:
         optimization: settings of AdamW, for the Task that trains it.
