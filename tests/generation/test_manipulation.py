@@ -31,6 +31,7 @@ class GaussianTask:
     def __init__(self, prediction: str) -> None:
         self.diffusion = GaussianDiffusion(prediction=prediction)  # type: ignore[arg-type]
         self.learns_variance = False
+        self.image_noise = 0.0
         self.space = EmbeddingSpace()
         generator = torch.Generator().manual_seed(5)
         self.space.mean = 0.2 * torch.randn(D, generator=generator)

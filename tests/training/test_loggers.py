@@ -106,7 +106,7 @@ def test_monitor_adds_learning_rate_and_throughput(small: Small, tmp_path: Path)
     assert main(["fit", *line, "--trainer.max_steps", "8", "--trainer.log_every_n_steps", "2"]) == 0
     rows = list(csv.DictReader(next(tmp_path.rglob("metrics.csv")).open()))
     found = {name for row in rows for name, value in row.items() if value}
-    assert {"lr-AdamW/pg1", "train/samples", "val/embed_fd"} <= found  # speeds come with Lightning's 100th step
+    assert {"lr-Muon/pg1", "train/samples", "val/embed_fd"} <= found  # speeds come with Lightning's 100th step
 
 
 def test_samples_are_counted_by_rows() -> None:

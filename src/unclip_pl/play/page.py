@@ -45,8 +45,9 @@ HELP = {
 }
 #: Side of the picture to paint on, in pixels.
 CANVAS = 320
-#: A stopped drawing has no bar.
-STOPPED = "() => document.querySelectorAll('.play-bar').forEach(bar => { bar.textContent = 'stopped'; })"
+#: A stopped drawing has no bar. A last update may still be on its way when the button is pressed, so it is said again.
+STOPPED = """() => [0, 300, 1000].forEach(wait => setTimeout(() =>
+    document.querySelectorAll('.play-bar').forEach(bar => { bar.textContent = 'stopped'; }), wait))"""
 
 
 def page(playground: Playground, examples: Examples) -> gr.Blocks:
