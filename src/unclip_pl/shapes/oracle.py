@@ -14,6 +14,7 @@ Two objects of a scene lie in halves of the picture, so their errors add up: eac
 the reading is the best of all pairs of places, shapes and colours on one background.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -62,7 +63,7 @@ class Reading(NamedTuple):
     """(B,) RMS over pixels and channels, [0, 1] units, to the nearest picture that the renderer can draw."""
 
 
-class Oracle(nn.Module):
+class Oracle(nn.Module, ABC):
     """Reader of pictures: exact on rendered ones, and on drawn ones the nearest reading, never NaN.
 
     Args:
@@ -97,8 +98,9 @@ class Oracle(nn.Module):
         broken = ~images.isfinite().all(dim=(1, 2, 3))
         return Reading(indices, confidence.masked_fill(broken, 0), residual.masked_fill(broken, 1))
 
+    @abstractmethod
     def _read(self, pixels: Tensor) -> Reading:
-        raise NotImplementedError
+        """Read pictures (B, 3, size, size) in [0, 1]."""
 
     def _trust(self, pixels: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Return confidence and residual of pictures from the squared errors (B,) of two readings."""
