@@ -154,8 +154,8 @@ def test_spectrum_of_evenly_used_axes(rank: int) -> None:
 
 
 def test_where_files_lie_changes_no_hash_and_a_learning_rate_does(tmp_path: Path) -> None:
-    def write(lr: float, place: str) -> Training:
-        model = {"codec": f"{place}/codec.safetensors", "optimization": {"lr": lr}}
+    def write(lr: float, place: str, muon_lr: float = 0.0) -> Training:
+        model = {"codec": f"{place}/codec.safetensors", "optimization": {"lr": lr, "muon_lr": muon_lr}}
         data = {"source": place, "batch_size": 64, "seed": 1}
         config = {"model": {"init_args": model}, "data": {"init_args": data}}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -164,6 +164,7 @@ def test_where_files_lie_changes_no_hash_and_a_learning_rate_does(tmp_path: Path
     one, moved, faster = write(0.001, "runs/a"), write(0.001, "elsewhere/b"), write(0.002, "runs/a")
     assert one == moved
     assert (one.lr, faster.lr) == (0.001, 0.002)
+    assert write(0.001, "runs/a", muon_lr=0.02).lr == 0.02  # it trains the matrices
     assert one.config_hash != faster.config_hash
     assert training_of(tmp_path / "nothing") == Training()
     assert settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1})

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -48,12 +49,14 @@ class Noisy(Prior):
 
 
 def choose(
-    batches: list[EvaluationBatch], prior: PriorSpec, folder: Path, guidance: list[float], *, skip: int = 0
-) -> None:
+    batches: list[EvaluationBatch], prior: PriorSpec, folder: Path, guidance: list[float], *, skip: int = 0,
+    rate: Literal["lr", "muon_lr"] = "lr",
+) -> None:  # fmt: skip
     noises = {"0.001": ("0.03", "0.04"), "0.002": ("0.01", "0.011")}
     weights = {rate: [str(folder / "w" / noise) for noise in both] for rate, both in noises.items()}
     out = str(folder / "best/mine.json")
-    choice = Choice("elsewhere", ClipSpec("tiny-rn"), {"mine": prior}, weights, guidance, out, skip, resamples=5)
+    words = (weights, guidance, out, skip)
+    choice = Choice("elsewhere", ClipSpec("tiny-rn"), {"mine": prior}, *words, resamples=5, rate=rate)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=folder)
     torch.manual_seed(0)
     step = trainer.test if skip else trainer.validate
@@ -130,13 +133,19 @@ def test_the_validation_loss_is_the_trainings_with_every_caption(batches: list[E
     assert torch.isnan(torch.tensor(validation_loss(Noisy(NoisySpec(), 0.0), ones)))
 
 
-def test_what_was_chosen_is_a_config_to_lay_over_others(batches: list[EvaluationBatch], tmp_path: Path) -> None:
-    choose(batches, NoisySpec(), tmp_path, [1.0])
+@pytest.mark.parametrize(("rate", "words"), [("lr", "learning rate"), ("muon_lr", "learning rate of Muon")])
+def test_what_was_chosen_is_a_config_to_lay_over_others(
+    batches: list[EvaluationBatch], tmp_path: Path, rate: Literal["lr", "muon_lr"], words: str
+) -> None:
+    choose(batches, NoisySpec(), tmp_path, [1.0], rate=rate)
     training, sampling = (
         yaml.safe_load((tmp_path / "best" / f"mine-{kind}.yaml").read_text()) for kind in ("training", "sampling")
     )
-    assert training == {"model": {"init_args": {"optimization": {"lr": 0.002}}}}
+    assert training == {"model": {"init_args": {"optimization": {rate: 0.002}}}}
     assert sampling == {"model": {"init_args": {"priors": {"mine": {"init_args": {"guidance": 1.0}}}}}}
+    table = choice_table({"choices": [json.loads((tmp_path / "best" / "mine.json").read_text())]})
+    assert table is not None
+    assert [row[1].text for row in table.rows] == [words, words, "guidance"]
 
 
 def test_one_prior_is_expected_with_networks(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ SMALL = {
 }
 #: Some stages with the values that it is done for, two training seeds of what is compared. The slow test has all.
 KINDS: dict[str, dict[str, list[Any]]] = {
-    "store": {}, "heldout": {}, "heldout-store": {}, "codec": {}, "try-diffusion": {"lr": ["0.002"], "seed": [0]},
-    "try-ar": {"lr": ["0.002"], "seed": [0]}, "choice": {"prior": ["diffusion", "ar"]},
+    "store": {}, "heldout": {}, "heldout-store": {}, "codec": {}, "try-diffusion": {"lr": ["0.005"], "seed": [0]},
+    "try-ar": {"lr": ["0.005"], "seed": [0]}, "choice": {"prior": ["diffusion", "ar"]},
     "diffusion": {"seed": [1, 2]}, "ar": {"seed": [1, 2]}, "matched": {"seed": [1]}, "best": {"seed": [1, 2]},
     "reference": {"seed": [1]}, "posterior": {"seed": [1]}, "frontier": {"seed": [1]},
     "decoder-guidance": {"seed": [1], "prior": ["ar"], "scale": [3.0]},
@@ -125,6 +125,21 @@ def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> 
     assert all(Path(path).is_file() for path in configs), configs
 
 
+@pytest.mark.parametrize("name", [*STUDIES, "rematch-contenders"])
+def test_a_choice_is_between_the_networks_that_its_recipe_trains_with_its_rate(name: str) -> None:
+    recipe = Recipe(read(name), {"{run}": "{run}", "{source}": "data", "{base}": "base", "{results}": "results"})
+    choices = [key for key in recipe.stages if key.startswith("choice")]
+    assert choices
+    for key in choices:
+        stage = recipe.stages[key]
+        (path,) = [path for path in recipe.configs(key) if "base/choice" in path]
+        asked = recipe.configs(key)[path]["model"]["init_args"]
+        tried = {stage.out: stage.run for stage in map(recipe.stages.get, stage.needs) if stage and "try" in stage.out}
+        assert {folder for folders in asked["weights"].values() for folder in folders} == set(tried)
+        for rate, folders in asked["weights"].items():
+            assert all(f"--model.init_args.optimization.{asked['rate']} {rate}" in tried[folder] for folder in folders)
+
+
 def test_every_contender_is_tried_chosen_trained_and_measured() -> None:
     stages = write_out(read("rematch-contenders"))
     for path in (RECIPES.parent / "contenders").glob("*.yaml"):
@@ -148,11 +163,13 @@ def make(stages: dict[str, Stage], base: Path, folder: Path) -> dict[str, Any]:
 
 def one_trial(stages: dict[str, Stage], folder: Path) -> None:
     """Leave one learning rate and one seed to every choice; shards are those of the miniature run."""
-    tried = folder / "choice.yaml"
-    tried.write_text((RECIPES.parent / "base" / "choice-shapes.yaml").read_text())
-    tried.write_text(re.sub(r' +"0\.(?!002").*\n|, "[^"]*-1[12]"', "", tried.read_text()))
-    stages["choice"].run = stages["choice"].run.replace("configs/base/choice-shapes.yaml", str(tried))
+    for path in RECIPES.parent.glob("base/choice-*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        rate, networks = next(iter(config["model"]["init_args"]["weights"].items()))
+        config["model"]["init_args"]["weights"] = {rate: networks[:1]}
+        (folder / path.name).write_text(yaml.safe_dump(config))
     for stage in stages.values():
+        stage.run = stage.run.replace("configs/base/choice-", f"{folder}/choice-")
         stage.needs = [need for need in stage.needs if need != "data"]
 
 
@@ -181,7 +198,7 @@ def test_a_study_from_end_to_end_and_without_its_run(
     assert report["frontier"]["reference"]["calibration_gap"]["mean"] is not None
     for name in ("diffusion", "ar"):
         row = report["priors"][name]
-        assert (row["lr"], row["training_steps"], row["training_samples"], row["seeds"]) == (0.002, 2, 32, [1, 2])
+        assert (row["lr"], row["training_steps"], row["training_samples"], row["seeds"]) == (0.005, 2, 32, [1, 2])
         assert row["sampling"]["guidance"] == chosen(tmp_path, name)
     duels = {(duel["first"], duel["second"]): duel["seeds"] for duel in report["duels"] if not duel["matched"]}
     assert duels["diffusion", "ar"] == 2
@@ -212,14 +229,17 @@ def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
         for name, stage in read("rematch-shapes").items()
         if name != "data"
     }
-    for name in ("diffusion", "ar", "eps", "v"):
-        stages[f"try-{name}"].matrix = {"lr": ["0.002"], "seed": [0]}
+    for name, stage in stages.items():
+        if name.startswith("try-"):
+            stage.matrix["lr"] = stage.matrix["lr"][:1]
     one_trial(stages, tmp_path)
     report = make(stages, mini_run, tmp_path)
     unmeasured = [claim["claim"] for claim in report["claims"] if claim["verdict"] == UNMEASURED]
     assert set(unmeasured) <= {
         "Of equally concentrated samples, the diffusion prior's are the better ones"
     }  # untrained
+    optimizers = {(line["title"], line["paper"], line["other"]) for line in report["ablations"]}
+    assert {(f"optimizer, {prior}", "AdamW", "Muon") for prior in ("diffusion", "ar")} <= optimizers
     assert set(report["spaces"]) == {"the study's CLIP", "with SAM", "without SAM"}
     assert [point["x"] for point in report["curves"]["axes"]["true z_i"]["stated_match"]] == [2, 4, 8, 12, 16, 24, 32]
 
@@ -236,12 +256,7 @@ def test_every_contender_runs_and_gets_its_row(mini_run: Path, tmp_path: Path) -
         words += [SMALL["drawn"]] if name.startswith("noise-") else []
         stages[name] = replace(stage, run=" ".join(words), matrix=stage.matrix | values)
     del stages["data"]
-    for stage in stages.values():
-        stage.needs = [need for need in stage.needs if need != "data"]
-    tried = tmp_path / "choice.yaml"
-    tried.write_text((RECIPES.parent / "base" / "choice-contenders.yaml").read_text())
-    tried.write_text(re.sub(r' +"0\.(?!002).*\n', "", tried.read_text()))
-    stages["choice"].run = stages["choice"].run.replace("configs/base/choice-contenders.yaml", str(tried))
+    one_trial(stages, tmp_path)
     report = make(stages, mini_run, tmp_path)
     contenders = {path.stem for path in (RECIPES.parent / "contenders").glob("*.yaml")}
     assert contenders <= set(report["priors"])

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -92,6 +92,7 @@ class Choice(LightningModule):
         skip: number of first captions to leave out: those that cells are measured on, under ``unclip test``.
         resamples: number of bootstrap resamples for the bias of a distance.
         seed: base seed of every random draw; every trial sees the same noise.
+        rate: setting of ``Optimization`` that the networks differ by: AdamW's learning rate, or Muon's.
 
     Raises:
         InputError: not one prior, or a learning rate without networks.
@@ -110,6 +111,7 @@ class Choice(LightningModule):
         skip: int = 0,
         resamples: int = 20,
         seed: int = 0,
+        rate: Literal["lr", "muon_lr"] = "lr",
     ) -> None:
         super().__init__()
         if len(priors) != 1:
@@ -125,6 +127,7 @@ class Choice(LightningModule):
         self.skip = skip
         self.resamples = resamples
         self.seed = seed
+        self.rate: str = rate
         self._batches: list[PriorBatch] = []
 
     def validation_step(self, batch: PriorBatch, batch_idx: int) -> None:
@@ -160,11 +163,11 @@ class Choice(LightningModule):
             f"{scale:g}": [self._try(batches, folder, scale, fingerprint) for folder in self.weights[rate]]
             for scale in self.guidance
         }
-        chosen = {"lr": rate}
+        chosen = {self.rate: rate}
         if scales:
             chosen["guidance"] = within_noise(scales, {name: abs(float(name) - 1) for name in scales})
         self._write(batches, rates, scales, chosen)
-        tried = {"lr": ("learning rate", rates), "guidance": ("guidance", scales)}
+        tried = {self.rate: ("learning rate", rates), "guidance": ("guidance", scales)}
         for name, taken in chosen.items():
             if end := end_of_grid(list(tried[name][1]), taken):
                 print(f"{self.name}: {tried[name][0]} {taken} is the {end} that was tried: try one beyond it.")
@@ -206,7 +209,7 @@ class Choice(LightningModule):
         # The file that `reproduce` looks for comes last.
         guidance = {name: float(taken) for name, taken in chosen.items() if name == "guidance"}
         sampling = {"priors": {self.name: {"init_args": guidance}}} if guidance else {}
-        self._overlay("training", {"optimization": {"lr": float(chosen["lr"])}})
+        self._overlay("training", {"optimization": {self.rate: float(chosen[self.rate])}})
         self._overlay("sampling", sampling)
         write_json(self.out, content)
 

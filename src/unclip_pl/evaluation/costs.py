@@ -35,7 +35,7 @@ class Cost(NamedTuple):
 class Training(NamedTuple):
     """How a checkpoint was trained, from the ``config.yaml`` of its fit."""
 
-    lr: float | None = None
+    lr: float | None = None  # Muon's, where it trains the matrices
     config_hash: str | None = None  # of all settings; where files lie changes nothing
 
 
@@ -47,7 +47,8 @@ def training_of(folder: Path) -> Training:
     config = read_yaml(path)
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     told = {"model": model, "batch_size": data.get("batch_size"), "seed": data.get("seed")}
-    return Training((model.get("optimization") or {}).get("lr"), settings_hash(told))
+    rates = model.get("optimization") or {}
+    return Training(rates.get("muon_lr") or rates.get("lr"), settings_hash(told))
 
 
 def settings_hash(config: Any) -> str:

@@ -8,6 +8,8 @@ from unclip_pl.report.claims import UNMEASURED
 from unclip_pl.report.study import MATCHED, distinct
 
 Report = dict[str, Any]
+#: What a study chooses on validation data, in words.
+SETTINGS = {"lr": "learning rate", "muon_lr": "learning rate of Muon", "guidance": "guidance"}
 
 
 class Cell(NamedTuple):
@@ -189,12 +191,9 @@ def choice_table(report: Report) -> Table | None:
     rows = []
     notes = [("bold", "what was chosen")]
     for choice in report["choices"]:
-        chosen = choice["chosen"]
-        for kind, trials, taken in (
-            ("learning rate", choice["learning_rates"], chosen["lr"]),
-            ("guidance", choice["guidance"], chosen.get("guidance")),  # not every prior has one
-        ):
-            if trials and (end := end_of_grid(trials, taken)):
+        for setting, taken in choice["chosen"].items():  # not every prior has a guidance
+            kind, trials = SETTINGS[setting], choice["guidance" if setting == "guidance" else "learning_rates"]
+            if end := end_of_grid(trials, taken):
                 notes.append((f"{choice['prior']}'s {kind}", f"the {end} tried: one beyond might be better still"))
             for value, trial in trials.items():
                 error = f"± {trial['joint_fd_error']:.4f}" if trial.get("joint_fd_error") else ""
