@@ -14,8 +14,8 @@ from unclip_pl.diffusion.process import Prediction
 from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
-from unclip_pl.parts.prior import Draws
 from unclip_pl.tasks import DiffusionPriorTask
+from unclip_pl.tasks.prior import Draws
 from unclip_pl.types import PriorBatch, TextFeatures
 
 D, W = 6, 5

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
+from unclip_pl.evaluation.costs import task_of
 from unclip_pl.evaluation.measures import end_of_grid
 from unclip_pl.evaluation.task import parts_of
 from unclip_pl.files import write_json
@@ -231,9 +232,9 @@ def summed_up(trials: list[Trial]) -> dict[str, Any]:
 @torch.no_grad()
 def validation_loss(prior: Prior, batches: list[PriorBatch]) -> float:
     """Return the training's loss with every caption kept and the same noise for every prior; NaN without a Task."""
-    task = prior.task
-    if task is None:
+    if prior.task is None:
         return math.nan
+    task = task_of(prior.task)
     task.text_drop = 0.0
     losses = [
         len(batch.image_embed) * task.loss(batch, torch.Generator().manual_seed(i)).item()

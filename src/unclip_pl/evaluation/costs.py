@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.generation.priors import Prior
-from unclip_pl.parts import EmbeddingPart
+from unclip_pl.parts import load_part
 from unclip_pl.settings import read_yaml
+from unclip_pl.tasks import EmbeddingTask
 from unclip_pl.types import PriorBatch
 
 
@@ -70,8 +71,9 @@ def costs_of(prior: Prior, cost: Cost, pairs: PriorBatch) -> dict[str, Any]:
         cost: measured cost of its embeddings.
         pairs: captions and embeddings on the prior's device, for counting the operations of a training step.
     """
-    record, task = prior.record, prior.task
-    flops = training_flops(task, pairs) if task is not None and record.steps else 0
+    record = prior.record
+    task = task_of(prior.task) if prior.task is not None and record.steps else None
+    flops = 0 if task is None else training_flops(task, pairs)
     return {
         "parameters": prior.num_parameters,
         "training_steps": record.steps,
@@ -82,6 +84,18 @@ def costs_of(prior: Prior, cost: Cost, pairs: PriorBatch) -> dict[str, Any]:
         "flops_per_embedding": cost.flops,
         "seconds_per_embedding": cost.seconds / max(1, cost.embeddings),
     }
+
+
+def task_of(part: Any) -> Any:
+    """Return the Task that trained a part, for its loss, on the part's device.
+
+    Args:
+        part: loaded part, or what has a loss already, which is returned as it is.
+    """
+    if hasattr(part, "loss"):
+        return part
+    kind: Any = EmbeddingTask  # the checkpoint names a class of that kind
+    return load_part(part.checkpoint, kind).to(part.space.mean.device)
 
 
 def count_flops(work: Callable[[], Any]) -> int:
@@ -101,7 +115,7 @@ def sampling_flops(prior: Prior, pairs: PriorBatch, captions: int = 8) -> int:
     return work // len(few.image_embed)
 
 
-def training_flops(task: EmbeddingPart, pairs: PriorBatch, captions: int = 8) -> int:
+def training_flops(task: EmbeddingTask, pairs: PriorBatch, captions: int = 8) -> int:
     """Return the operations of one training sample, forward and backward, counted over the first few pairs."""
     with torch.inference_mode(False), torch.enable_grad():
         # A test runs in inference mode, whose tensors know no gradients: copies do.

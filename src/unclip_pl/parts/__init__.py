@@ -1,6 +1,6 @@
-"""Parts of unCLIP, one class each: network, embedding space, diffusion and loss. They draw without a trainer.
+"""Parts of unCLIP, one class each: a network with its conditions, embedding space and null text; drawing takes no more.
 
-A Task (:mod:`unclip_pl.tasks`) is a part that Lightning trains.
+A Task (:mod:`unclip_pl.tasks`) is a part with its loss, its batch and its optimizer.
 """
 
 from unclip_pl.parts.ar_prior import ARPriorPart, MixturePriorPart

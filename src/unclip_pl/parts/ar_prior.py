@@ -75,7 +75,7 @@ class CodecPart(EmbeddingPart):
 
 
 class ARPriorPart(CodecPart):
-    """An :class:`~unclip_pl.nn.ar_prior.ARPriorTransformer` by cross-entropy on dot-product token and codes.
+    """An :class:`~unclip_pl.nn.ar_prior.ARPriorTransformer` over dot-product token and codes.
 
     Args:
         net: causal transformer.
@@ -109,31 +109,19 @@ class ARPriorPart(CodecPart):
         """Return what a codec and a network have to agree on."""
         return {"code_length": of.code_length, "buckets": of.buckets, "dot_buckets": of.dot_buckets}
 
-    def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Return the mean cross-entropy in nats per token, over the dot-product token and all codes."""
-        codes = self.codec.encode(batch.image_embed)  # (B, n)
-        dot = self._dot(batch)
-        text = self.drop_text(batch.text, generator)
-        logits = self.net(text, dot, codes, self.codec.values(codes))
-        n = codes.shape[1]
-        nats = F.cross_entropy(logits.codes.flatten(0, 1), codes.flatten())
-        if self.net.dot_buckets == 1:
-            return nats
-        return (n * nats + F.cross_entropy(logits.dot, dot)) / (n + 1)
-
     def nats(self, batch: PriorBatch) -> Tensor:
         """Return the nats (B,) of the codes and of the coordinates in their buckets, see :meth:`CodecPart.nats`.
 
         Those of the dot-product token, which the coordinates all but decide, are among them: a bound from above, by the
         logarithm of its number of values at most.
         """
-        codes, dot = self.codec.encode(batch.image_embed), self._dot(batch)
+        codes, dot = self.codec.encode(batch.image_embed), self.dot(batch)
         logits = self.net(self.space.scale_text(batch.text), dot, codes, self.codec.values(codes))
         of_codes = F.cross_entropy(logits.codes.mT, codes, reduction="none").sum(1)
         within = -self.codec.log_density(batch.image_embed).sum(1)
         return of_codes + F.cross_entropy(logits.dot, dot, reduction="none") + within
 
-    def _dot(self, batch: PriorBatch) -> Tensor:
+    def dot(self, batch: PriorBatch) -> Tensor:
         """Return the dot-product tokens, (B,); all are 0 where they are left out."""
         if self.net.dot_buckets == 1:
             return torch.zeros(len(batch.image_embed), dtype=torch.long, device=batch.image_embed.device)
@@ -141,7 +129,7 @@ class ARPriorPart(CodecPart):
 
 
 class MixturePriorPart(CodecPart):
-    """A :class:`~unclip_pl.nn.mixture_prior.MixturePriorTransformer` by the likelihood of the coordinates.
+    """A :class:`~unclip_pl.nn.mixture_prior.MixturePriorTransformer` over the coordinates.
 
     Args:
         net: causal transformer.
@@ -170,11 +158,6 @@ class MixturePriorPart(CodecPart):
         null_text: NullText = "empty",
     ) -> None:
         super().__init__(net, codec, statistics, scaling, text_drop, optimization, null_text)
-
-    def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Return the mean nats per coordinate."""
-        y = self.codec.coordinates(batch.image_embed)
-        return -self.net(self.drop_text(batch.text, generator), y).log_prob(y).mean()
 
     def nats(self, batch: PriorBatch) -> Tensor:
         """Return the nats (B,), see :meth:`CodecPart.nats`; exact."""

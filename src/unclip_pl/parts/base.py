@@ -1,19 +1,17 @@
-"""What every part shares: settings of its training, draws that all ranks agree on, and the checks of a checkpoint."""
+"""What every part shares: its embedding space, the settings of its training, and the checks of a checkpoint."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from unclip_pl.diffusion.process import GaussianDiffusion, noise_like
+from unclip_pl.diffusion.process import GaussianDiffusion
 from unclip_pl.errors import InputError
 from unclip_pl.files import require_finite
 from unclip_pl.nn.space import EmbeddingSpace, Scaling
-from unclip_pl.nn.text import mix_text
 from unclip_pl.types import TextFeatures
 
 
@@ -66,7 +64,7 @@ class TrainingRecord:
 
 
 class Part(nn.Module):
-    """A network and what is needed to draw with it. A Task trains it; ``load_part`` reads it back alone.
+    """A network and all that drawing with it takes. Its Task adds the loss, the batch and the optimizer.
 
     Args:
         optimization: settings of AdamW, for the Task that trains it.
@@ -74,39 +72,16 @@ class Part(nn.Module):
 
     #: Cost of the training of a loaded checkpoint; None on a part that was not loaded.
     record: TrainingRecord | None = None
+    #: Checkpoint that it was loaded from, if it was.
+    checkpoint: Path | None = None
 
     net: nn.Module
     #: Forward process of a part that denoises.
     diffusion: GaussianDiffusion | None = None
 
-    _rank, _world_size = 0, 1  # in a training
-
     def __init__(self, optimization: Optimization | None = None) -> None:
         super().__init__()
         self.optimization = optimization or Optimization()
-
-    def share(self, draw: Callable[[int], Tensor], n: int) -> Tensor:
-        """Return this rank's n rows of a draw for the whole global batch.
-
-        All ranks draw the same numbers from the same seed. So N processes train as one does with all their batches.
-        Every random draw of a loss has to come through here.
-
-        Args:
-            draw: draws for the given number of rows.
-            n: number of rows of the batch, the same on every rank.
-        """
-        if not self.training or self._world_size == 1:
-            return draw(n)
-        first = self._rank * n
-        return draw(n * self._world_size)[first : first + n]
-
-    def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw standard normal noise for (B, …), this rank's share of it (:meth:`share`)."""
-        return self.share(lambda n: noise_like(x[:1].expand(n, *x.shape[1:]), generator=generator), len(x))
-
-    def gathered(self, rows: Tensor) -> Tensor:
-        """Return such rows (B, …) of all processes of a training, (processes · B, …)."""
-        return rows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose weights mean something else here; Lightning calls it, too.
@@ -175,10 +150,6 @@ class EmbeddingPart(Part):
                 f"{statistics} has no features of the empty caption: set model.init_args.null_text to learned."
             )
 
-    @abstractmethod
-    def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
-        """Return the mean loss of a batch."""
-
     @property
     def null_text(self) -> TextFeatures:
         """Features of no caption, batch size 1, z_t scaled."""
@@ -201,23 +172,6 @@ class EmbeddingPart(Part):
                 f"The checkpoint was trained on embeddings of CLIP {saved!r}, but the data are of "
                 f"{self.space.fingerprint!r}: give the data of its CLIP, or train from the start."
             )
-
-    def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
-        """Scale z_t, and replace a share of the captions, states and z_t together, by the null caption."""
-        device, p = text.embed.device, 1 - self.text_drop
-        keep = self.share(lambda n: bernoulli(n, p, device, generator), len(text.embed))
-        return mix_text(self.space.scale_text(text), self.null_text, keep)
-
-
-def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw n booleans, (n,), True with probability p; see :func:`uniform`."""
-    return uniform(n, device, generator) < p
-
-
-def uniform(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw n numbers from 0 to 1, (n,), on the generator's device, and move them."""
-    source = device if generator is None else generator.device
-    return torch.rand(n, generator=generator, device=source).to(device)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion import (
-    DDIM,
     Denoise,
     Denoised,
     GaussianDiffusion,
@@ -18,13 +17,11 @@ from unclip_pl.diffusion import (
     guided,
     within,
 )
-from unclip_pl.diffusion.loss import hybrid_loss, simple_loss
-from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.nn.space import PIXEL_RMS, Scaling
 from unclip_pl.nn.unet import Condition, UNet
-from unclip_pl.parts.base import EmbeddingPart, Optimization, bernoulli, uniform
-from unclip_pl.types import DecoderBatch, TextFeatures
+from unclip_pl.parts.base import EmbeddingPart, Optimization
+from unclip_pl.types import TextFeatures
 
 
 class EmbeddingNoise(NamedTuple):
@@ -96,25 +93,6 @@ class DecoderPart(EmbeddingPart):
         """Whether the network predicts its variance beside the mean."""
         return self.net.out_channels == 6
 
-    def loss(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Return L_simple, or L_hybrid where the network learns its variance."""
-        x0 = batch.image
-        keep_image = self.share(lambda n: bernoulli(n, 1 - self.image_drop, x0.device, generator), len(x0))
-        text = self.drop_text(batch.text, generator)
-        z_i, level = self.space.scale(batch.image_embed), None
-        if self.image_noise:
-            level = self.image_noise * self.share(lambda n: uniform(n, x0.device, generator), len(x0))
-            z_i = self.noised(z_i, level, self.noise(z_i, generator))
-        condition = self._condition(z_i, text, keep_image, level)
-        t = self.share(lambda n: self.diffusion.draw_t(n, x0.device, generator), len(x0))
-        eps = self.noise(x0, generator)
-        x_t = self.diffusion.add_noise(x0, t, eps)
-        out = self.net(x_t, self.diffusion.index(t), condition)
-        if out.shape[1] == x0.shape[1]:
-            return simple_loss(out, self.diffusion.target(x0, eps, t)).mean()
-        F, frac_raw = out.chunk(2, dim=1)
-        return hybrid_loss(self.diffusion, F, frac_raw, x0, x_t, eps, t).mean()
-
     def noised(self, z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
         """Put noise on scaled embeddings, (B, d), which keep their mean square.
 
@@ -126,7 +104,15 @@ class DecoderPart(EmbeddingPart):
         s = level[:, None]
         return (1 - s.square()).sqrt() * z_i + s * eps * (PIXEL_RMS if self.space.scaling == "unit" else 1.0)
 
-    def _condition(self, z_i: Tensor, text: TextFeatures, keep: Tensor, level: Tensor | None) -> Condition:
+    def condition(self, z_i: Tensor, text: TextFeatures, keep: Tensor, level: Tensor | None) -> Condition:
+        """Encode what the network is told of (B, d) scaled embeddings and scaled captions.
+
+        Args:
+            z_i: (B, d) scaled embeddings, with their noise.
+            text: captions, scaled.
+            keep: (B,) booleans; a z_i that is not kept is replaced by the learned null.
+            level: (B,) levels of the noise, for a network that is told of it.
+        """
         return self.net.encode_condition(z_i, text, keep, *([level] if self.image_noise else []))
 
     def denoiser(
@@ -183,7 +169,7 @@ class DecoderPart(EmbeddingPart):
             null = self.space.scale_text(self.space.null_text).repeat(n)
             z_i, text = torch.cat([z_i, z_i]), TextFeatures.cat([text, null])
             keep, level = torch.cat([keep, torch.zeros_like(keep)]), level.repeat(2)
-        condition = self._condition(z_i, text, keep, level)
+        condition = self.condition(z_i, text, keep, level)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             # In x_t's precision: guidance would enlarge bfloat16's steps.
@@ -194,9 +180,3 @@ class DecoderPart(EmbeddingPart):
             return Denoised(self.diffusion.to_x0(F, x_t, t), (frac_raw + 1) / 2)
 
         return denoise
-
-    @torch.no_grad()
-    def draw(self, batch: DecoderBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Decode images from a batch's true embeddings, for the sample grid: 25 DDIM steps, guidance 2."""
-        x_T = noise_like(batch.image, generator=generator)
-        return DDIM(25).sample(self.denoiser(batch.image_embed, batch.text, 2.0), x_T, self.diffusion)

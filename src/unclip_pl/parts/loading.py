@@ -64,6 +64,7 @@ def load_part(path: str | Path, expected: type[P], map_location: str = "cpu") ->
         rebuilt.on_load_checkpoint(checkpoint)
         samples, seconds = checkpoint.get("train_samples", 0), checkpoint.get("train_seconds", 0.0)
         rebuilt.record = TrainingRecord(checkpoint["global_step"], samples, seconds)
+        rebuilt.checkpoint = Path(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:

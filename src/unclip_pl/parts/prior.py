@@ -1,30 +1,15 @@
 """The diffusion prior: z_i from a caption, by x0-prediction (§2.2 of the paper)."""
 
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from unclip_pl.diffusion import GaussianDiffusion
-from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.nn.prior import PriorNetwork
 from unclip_pl.nn.space import Scaling
 from unclip_pl.parts.base import EmbeddingPart, NullText, Optimization
-from unclip_pl.types import PriorBatch, TextFeatures
-
-
-class Draws(NamedTuple):
-    """Noised embeddings and the network's outputs, (B·K, d) each but t."""
-
-    t: Tensor  # (B·K,)
-    x0: Tensor
-    x_t: Tensor
-    F: Tensor  # the network's output
-    target: Tensor  # of the regression of F
 
 
 class DiffusionPriorPart(EmbeddingPart):
-    """A :class:`~unclip_pl.nn.prior.PriorNetwork`: L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2).
+    """A :class:`~unclip_pl.nn.prior.PriorNetwork` that estimates z_i from z_i^(t), t and the caption.
 
     Args:
         net: causal transformer, or an MLP.
@@ -57,30 +42,6 @@ class DiffusionPriorPart(EmbeddingPart):
         self.net = net
         self.diffusion = diffusion or GaussianDiffusion(prediction="x0")
         self.draws_per_caption = draws_per_caption
-
-    def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Return the mean squared error over ``draws_per_caption`` times and noises of each caption."""
-        text = self.drop_text(batch.text, generator)
-        draws = self.denoise_batch(batch.image_embed, text, generator)
-        return simple_loss(draws.F, draws.target).mean()
-
-    def denoise_batch(self, image_embed: Tensor, text: TextFeatures, generator: torch.Generator | None = None) -> Draws:
-        """Run the network at K = ``draws_per_caption`` times and noises of each of B embeddings.
-
-        Args:
-            image_embed: raw z_i, (B, d).
-            text: scaled captions of the B embeddings.
-            generator: source of times and noise; torch's global one when None.
-        """
-        draws = self.draws_per_caption
-        z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
-        t = self.share(lambda n: self.diffusion.draw_t(n, z_i.device, generator), len(z_i) * draws)
-        x0 = z_i.flatten(0, 1)  # (B·K, d)
-        eps = self.noise(x0, generator)
-        x_t = self.diffusion.add_noise(x0, t, eps)
-        noised, index = x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws)
-        F = self.net.predict(noised, index, text)
-        return Draws(t, x0, x_t, F.flatten(0, 1), self.diffusion.target(x0, eps, t))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back ``posterior_mse``, which is stored beside the weights."""

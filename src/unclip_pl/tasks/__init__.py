@@ -1,4 +1,4 @@
-"""LightningModules, one per part of unCLIP: how Lightning trains it."""
+"""Tasks, one for each part of unCLIP (:mod:`unclip_pl.parts`): the part with its loss, its batch and its optimizer."""
 
 from unclip_pl.parts.base import Optimization
 from unclip_pl.tasks.ar_prior import ARPriorTask, MixturePriorTask

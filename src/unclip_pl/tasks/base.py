@@ -13,9 +13,12 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
 from unclip_pl.nn.kernels import fast_bfloat16
+from unclip_pl.nn.text import mix_text
 from unclip_pl.parts.base import EmbeddingPart, Optimization, Part
+from unclip_pl.types import TextFeatures
 
 #: Coefficients of the quintic that one Newton-Schulz iteration applies to singular values, and how often it is applied.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 3
@@ -135,7 +138,7 @@ def _local(stack: Any) -> Tensor:
 
 
 class Task(Part, LightningModule):
-    """A part that Lightning trains: loss + batch contract. Sampling has no settings here.
+    """A part with its loss, its batch and its optimizer: what Lightning trains. Sampling has no settings here.
 
     Args:
         optimization: settings of AdamW.
@@ -143,6 +146,8 @@ class Task(Part, LightningModule):
 
     #: Type of the batches. The DataModule asks for it, so data and tasks meet in types alone.
     batch_type: ClassVar[type]
+
+    _rank, _world_size = 0, 1  # in a training
 
     #: First and last layers, which Muon leaves to AdamW: their rows or columns are pixels, values or codes.
     edges: ClassVar[tuple[str, ...]] = ()
@@ -158,6 +163,25 @@ class Task(Part, LightningModule):
     @abstractmethod
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """Return the mean loss of a batch."""
+
+    def share(self, draw: Callable[[int], Tensor], n: int) -> Tensor:
+        """Return this rank's n rows of a draw for the whole global batch.
+
+        All ranks draw the same numbers from the same seed. So N processes train as one does with all their batches.
+        Every random draw of a loss has to come through here.
+
+        Args:
+            draw: draws for the given number of rows.
+            n: number of rows of the batch, the same on every rank.
+        """
+        if not self.training or self._world_size == 1:
+            return draw(n)
+        first = self._rank * n
+        return draw(n * self._world_size)[first : first + n]
+
+    def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw standard normal noise for (B, …), this rank's share of it (:meth:`share`)."""
+        return self.share(lambda n: noise_like(x[:1].expand(n, *x.shape[1:]), generator=generator), len(x))
 
     def setup(self, stage: str) -> None:
         """Learn which of how many processes this is, and whether it trains."""
@@ -294,3 +318,20 @@ class Task(Part, LightningModule):
 
 class EmbeddingTask(EmbeddingPart, Task):
     """A Task that lives in one CLIP's embedding space."""
+
+    def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
+        """Scale z_t, and replace a share of the captions, states and z_t together, by the null caption."""
+        device, p = text.embed.device, 1 - self.text_drop
+        keep = self.share(lambda n: bernoulli(n, p, device, generator), len(text.embed))
+        return mix_text(self.space.scale_text(text), self.null_text, keep)
+
+
+def bernoulli(n: int, p: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Draw n booleans, (n,), True with probability p; see :func:`uniform`."""
+    return uniform(n, device, generator) < p
+
+
+def uniform(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Draw n numbers from 0 to 1, (n,), on the generator's device, and move them."""
+    source = device if generator is None else generator.device
+    return torch.rand(n, generator=generator, device=source).to(device)

@@ -1,22 +1,57 @@
-"""Training of the diffusion prior."""
+"""Training of the diffusion prior: its loss, and its errors at each time."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from unclip_pl.diffusion import PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
 from unclip_pl.parts.prior import DiffusionPriorPart
 from unclip_pl.tasks.base import EmbeddingTask
-from unclip_pl.types import PriorBatch
+from unclip_pl.types import PriorBatch, TextFeatures
+
+
+class Draws(NamedTuple):
+    """Noised embeddings and the network's outputs, (B·K, d) each but t."""
+
+    t: Tensor  # (B·K,)
+    x0: Tensor
+    x_t: Tensor
+    F: Tensor  # the network's output
+    target: Tensor  # of the regression of F
 
 
 class DiffusionPriorTask(DiffusionPriorPart, EmbeddingTask):
-    """Trains the diffusion prior, and measures its errors at each time."""
+    """Trains the diffusion prior by L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2), and measures its errors at each time."""
 
     batch_type = PriorBatch
     edges = ("net.out_proj",)
+
+    def loss(self, batch: PriorBatch, generator: torch.Generator | None = None) -> Tensor:
+        """Return the mean squared error over ``draws_per_caption`` times and noises of each caption."""
+        text = self.drop_text(batch.text, generator)
+        draws = self.denoise_batch(batch.image_embed, text, generator)
+        return simple_loss(draws.F, draws.target).mean()
+
+    def denoise_batch(self, image_embed: Tensor, text: TextFeatures, generator: torch.Generator | None = None) -> Draws:
+        """Run the network at K = ``draws_per_caption`` times and noises of each of B embeddings.
+
+        Args:
+            image_embed: raw z_i, (B, d).
+            text: scaled captions of the B embeddings.
+            generator: source of times and noise; torch's global one when None.
+        """
+        draws = self.draws_per_caption
+        z_i = self.space.scale(image_embed)[:, None].expand(-1, draws, -1)  # (B, K, d)
+        t = self.share(lambda n: self.diffusion.draw_t(n, z_i.device, generator), len(z_i) * draws)
+        x0 = z_i.flatten(0, 1)  # (B·K, d)
+        eps = self.noise(x0, generator)
+        x_t = self.diffusion.add_noise(x0, t, eps)
+        noised, index = x_t.view_as(z_i), self.diffusion.index(t).view(-1, draws)
+        F = self.net.predict(noised, index, text)
+        return Draws(t, x0, x_t, F.flatten(0, 1), self.diffusion.target(x0, eps, t))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the errors of older weights."""
