@@ -18,9 +18,8 @@ from unclip_pl.data.chosen import ChosenCaptions
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.errors import InputError
-from unclip_pl.evaluation.extractors import load_dinov2, resized_positions
-from unclip_pl.evaluation.fid import FidEvaluation
-from unclip_pl.evaluation.task import to_bytes
+from unclip_pl.evaluation.fid import FidEvaluation, load_dinov2, resized_positions
+from unclip_pl.generation.pictures import to_bytes
 from unclip_pl.generation.priors import TrueEmbeddingSpec
 
 NAMES = {

@@ -14,9 +14,9 @@ from unclip_pl.evaluation.cell import write_cell
 from unclip_pl.evaluation.costs import Training
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.foundations import class_embeddings
+from unclip_pl.evaluation.inputs import parts_of
 from unclip_pl.evaluation.scores import spectrum, true_attributes
 from unclip_pl.evaluation.sheet import Sheet
-from unclip_pl.evaluation.task import parts_of
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.shapes.oracle import ShapesOracle, WordsOracle

@@ -26,8 +26,8 @@ from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion import DDIM
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.drawing import gather
+from unclip_pl.evaluation.inputs import streams_for
 from unclip_pl.evaluation.scores import stated_indices, true_attributes
-from unclip_pl.evaluation.task import streams_for
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
 from unclip_pl.generation.priors import (
     ARPrior,

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.drawing import Painter, gather, join_views
+from unclip_pl.evaluation.inputs import parts_of, streams_for
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.evaluation.scores import View, accuracy_by_attribute, true_attributes
 from unclip_pl.evaluation.sheet import resize
-from unclip_pl.evaluation.task import parts_of, streams_for
 from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
 from unclip_pl.generation.pictures import grid, save_png

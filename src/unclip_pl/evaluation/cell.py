@@ -21,6 +21,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.costs import Cost, costs_of, sampling_flops, training_of
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.foundations import foundations
+from unclip_pl.evaluation.inputs import check_judge, check_seeds, parts_of, streams_for
 from unclip_pl.evaluation.probe import AttributeProbe
 from unclip_pl.evaluation.scores import (
     Heldout,
@@ -39,7 +40,6 @@ from unclip_pl.evaluation.scores import (
     true_attributes,
 )
 from unclip_pl.evaluation.sheet import FORMAT, REAL, Sheet, resize, sheet_path
-from unclip_pl.evaluation.task import check_judge, check_seeds, parts_of, streams_for
 from unclip_pl.files import write_json
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import Prior, PriorSpec

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.costs import task_of
+from unclip_pl.evaluation.inputs import parts_of
 from unclip_pl.evaluation.measures import end_of_grid
-from unclip_pl.evaluation.task import parts_of
 from unclip_pl.files import write_json
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance

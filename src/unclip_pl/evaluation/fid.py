@@ -1,4 +1,9 @@
-"""FID as the field reports it, for ``unclip test --config configs/evaluate/coco-30k.yaml``."""
+"""All of FID beside the distance itself (:mod:`unclip_pl.metrics.frechet`): features, references, guidance scales.
+
+:class:`FID` is ``fid`` of the test-modules that score one model. :class:`FidEvaluation` is ``fid@SCALE`` as the field
+reports it, for ``unclip test --config configs/evaluate/coco-30k.yaml``. Features are those of torch-fidelity's
+extractors, with weights from local files.
+"""
 
 import json
 from hashlib import sha256 as hash_of
@@ -15,19 +20,55 @@ from tqdm import tqdm
 from unclip_pl.clip import ClipSpec
 from unclip_pl.data.chosen import ChosenCaptions
 from unclip_pl.diffusion import check_guidance
-from unclip_pl.errors import InputError
-from unclip_pl.evaluation.extractors import load_dinov2, load_inception
-from unclip_pl.evaluation.task import check_judge, parts_of, streams_for, to_bytes
-from unclip_pl.files import read_tensors, sha256, write_json, write_tensors
+from unclip_pl.errors import InputError, MissingFileError
+from unclip_pl.evaluation.inputs import check_judge, parts_of, streams_for
+from unclip_pl.files import (
+    load_plain,
+    read_tensors,
+    require_unpacked,
+    sha256,
+    why_not_plain,
+    write_json,
+    write_tensors,
+)
 from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.pictures import to_bytes
 from unclip_pl.generation.priors import PriorSpec
 from unclip_pl.metrics.clip_score import clip_scores
-from unclip_pl.metrics.frechet import FeatureMoments, moments_distance
+from unclip_pl.metrics.frechet import FeatureMoments, FrechetDistance, moments_distance
 from unclip_pl.origin import commit
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 #: How real pictures are brought to their size; the extractors' own resizing comes after it, for both sides.
 RESIZE, CROP = "shorter side, antialiased bicubic (Pillow)", "central square"
+
+#: Side of the pictures that torch-fidelity shows to DINOv2, in patches of 14 px.
+PATCHES = 16
+
+
+class FID(FrechetDistance):
+    """FID of pictures: the Fréchet distance of Inception's features.
+
+    Args:
+        weights: torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``.
+    """
+
+    def __init__(self, weights: str) -> None:
+        super().__init__(2048)
+        self.weights = weights
+
+    def load(self) -> None:
+        """Load Inception onto the metric's device, see :func:`load_inception`."""
+        self._net = (load_inception(self.weights).to(self.device),)  # a tuple keeps it out of the module tree
+
+    def update(self, images: Tensor, *, real: bool) -> None:
+        """Add pictures.
+
+        Args:
+            images: (B, 3, H, H) in [-1, 1], of any side.
+            real: whether they are real ones.
+        """
+        super().update(self._net[0](to_bytes(images))[0], real=real)
 
 
 class Extractor(NamedTuple):
@@ -182,3 +223,92 @@ class FidEvaluation(LightningModule):
         if self.trainer.is_global_zero:
             write_tensors(path, {"moments": total.cpu()}, {"facts": facts})
         return total
+
+
+def load_inception(path: str) -> nn.Module:
+    """Load torch-fidelity's Inception of FID: uint8 pictures of any size → ((B, 2048),), resized as TensorFlow 1 did.
+
+    Raises:
+        MissingFileError: no weights there.
+        InputError: the file holds more than tensors.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    if not Path(path).is_file():
+        raise MissingFileError(
+            f"No Inception weights at {path}: download weights-inception-2015-12-05-6726825d.pth of torch-fidelity "
+            "v0.2.0, or leave inception_weights empty and read fd_judge."
+        )
+    try:  # torch-fidelity unpickles any file: nothing but tensors may get there
+        require_unpacked(path, "weights")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} holds no plain weights ({why_not_plain(error)}): download it again.") from error
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+
+
+def load_dinov2(path: str) -> nn.Module:
+    """Load torch-fidelity's DINOv2: uint8 pictures of any size → ((B, F),), resized to 224 px as TensorFlow 1 did.
+
+    torch-fidelity takes the network from torch.hub, which needs the internet and runs the code that it gets. Here it is
+    timm's, of the width and depth that the weights have.
+
+    Args:
+        path: weights as Meta publishes them, without registers: ``dinov2_vitl14_pretrain.pth`` is what the field
+            reports, with F = 1024 (Stein et al. 2023).
+
+    Raises:
+        MissingFileError: no weights there.
+        InputError: the file holds more than tensors, or another network's.
+    """
+    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorBase, FeatureExtractorDinoV2
+
+    if not Path(path).is_file():
+        raise MissingFileError(
+            f"No DINOv2 weights at {path}: download DINOv2's dinov2_vitl14_pretrain.pth, or leave dinov2_weights empty."
+        )
+    try:
+        network = _dinov2(load_plain(path))
+    except Exception as error:
+        reason = " ".join(why_not_plain(error).split())
+        raise InputError(
+            f"{path} holds no weights of a DINOv2 ViT without registers ({reason:.200}): "
+            "download dinov2_vitl14_pretrain.pth again."
+        ) from error
+    extractor = FeatureExtractorDinoV2.__new__(FeatureExtractorDinoV2)
+    FeatureExtractorBase.__init__(extractor, "dinov2-vit-l-14", ["dinov2"])  # its own constructor downloads
+    extractor.feature_extractor_internal_dtype = torch.float32
+    extractor.model = network
+    return extractor.requires_grad_(False).eval()
+
+
+def _dinov2(state: dict[str, Tensor]) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    state = {name: value for name, value in state.items() if name != "mask_token"}  # of its training
+    width = state["cls_token"].shape[-1]
+    network = VisionTransformer(
+        img_size=14 * PATCHES,
+        patch_size=14,
+        num_classes=0,
+        embed_dim=width,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=width // 64,
+        init_values=1.0,
+    )
+    network.load_state_dict(state | {"pos_embed": resized_positions(state["pos_embed"])})
+    return network
+
+
+def resized_positions(positions: Tensor) -> Tensor:
+    """Resize position embeddings (1, 1 + n², W) to those of :data:`PATCHES` patches a side, as DINOv2 itself does.
+
+    It scales by (PATCHES + 0.1) / n, bicubic and without antialiasing; exact sizes would move every position a little.
+    """
+    own, grid = positions[:, :1], positions[:, 1:]
+    side = round(grid.shape[1] ** 0.5)
+    if side == PATCHES:
+        return positions
+    grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(PATCHES + 0.1) / side, mode="bicubic")
+    return torch.cat([own, grid.flatten(2).mT], dim=1)

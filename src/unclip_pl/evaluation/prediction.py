@@ -7,9 +7,10 @@ from lightning import LightningModule
 from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.task import parts_of, streams_for, to_bytes
+from unclip_pl.evaluation.inputs import parts_of, streams_for
 from unclip_pl.files import write_tensors
 from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.pictures import to_bytes
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.packing.pack import write_shards
 from unclip_pl.packing.samples import Sample

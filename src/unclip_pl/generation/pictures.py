@@ -138,9 +138,14 @@ def grid(rows: Sequence[Row], columns: Sequence[str] = ()) -> Image.Image:
     return canvas
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Return pixels in [-1, 1] as uint8, the way an image file holds them."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_image(picture: Tensor) -> Image.Image:
     """Convert (3, H, W) in [-1, 1] to 8-bit RGB."""
-    pixels = picture.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = to_bytes(picture.detach().cpu())
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 

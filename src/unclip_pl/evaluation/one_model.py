@@ -4,22 +4,18 @@ pipeline by its pictures.
 Metrics pool over batches and ranks by themselves. Networks are loaded when the test starts, and never registered.
 """
 
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_pl.clip import ClipEncoder, ClipSpec
-from unclip_pl.data.datamodule import StoreDataModule
-from unclip_pl.errors import InputError
-from unclip_pl.evaluation.extractors import load_inception
+from unclip_pl.clip import ClipSpec
+from unclip_pl.evaluation.fid import FID
+from unclip_pl.evaluation.inputs import check_judge, check_seeds, parts_of, streams_for
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
-from unclip_pl.generation.run import Parts, open_parts
 from unclip_pl.metrics import FrechetDistance, Rows
 from unclip_pl.metrics.clip_score import clip_scores, retrieval_recall
 from unclip_pl.metrics.embedding import Calibration, calibration
@@ -125,18 +121,17 @@ class ImageEvaluation(LightningModule):
         self.judge = judge
         self.decoder = decoder
         self.prior = prior or TrueEmbeddingSpec(keep_norm=True)
-        self.inception_weights = inception_weights
         self.seed = seed
         self.distance = FrechetDistance(judge.embed_dim)
         self.rows = Rows("real", "fake", "text")
-        self.fid = FrechetDistance(2048) if inception_weights else None
+        self.fid = FID(inception_weights) if inception_weights else None
 
     def on_test_start(self) -> None:
         """Load every network, and refuse to mix CLIPs."""
-        judge = self.judge.within(self.run).load().to(self.device)
-        inception = load_inception(self.inception_weights).to(self.device) if self.inception_weights else None
-        # A tuple keeps them out of the module tree: nobody should find a CLIP in a state dict.
-        self._judges = Judges(judge, inception)
+        # A tuple keeps it out of the module tree: nobody should find a CLIP in a state dict.
+        self._judge = (self.judge.within(self.run).load().to(self.device),)
+        if self.fid is not None:
+            self.fid.load()
         self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
@@ -146,14 +141,14 @@ class ImageEvaluation(LightningModule):
         assert decoder is not None
         z_i = prior.embed_batch(PriorBatch(batch.image_embed, batch.text), generator=generator)
         images = decoder.decode(z_i, batch.text, generator=generator)
-        judge, inception = self._judges
+        judge = self._judge[0]
         real, fake = (F.normalize(judge.encode_image(x).float(), dim=-1) for x in (batch.image, images))
         self.distance.update(real, real=True)
         self.distance.update(fake, real=False)
         self.rows.update(real=real, fake=fake, text=judge.describe(batch.captions).embed)
-        if self.fid is not None and inception is not None:
-            self.fid.update(inception(to_bytes(batch.image))[0], real=True)
-            self.fid.update(inception(to_bytes(images))[0], real=False)
+        if self.fid is not None:
+            self.fid.update(batch.image, real=True)
+            self.fid.update(images, real=False)
 
     def on_test_epoch_end(self) -> None:
         """Log all scores."""
@@ -169,58 +164,3 @@ class ImageEvaluation(LightningModule):
         if self.fid is not None:
             scores["fid"] = self.fid.compute().float()
         self.log_dict(scores)
-
-
-class Judges(NamedTuple):
-    """Frozen networks that look at images."""
-
-    clip: ClipEncoder
-    inception: nn.Module | None
-
-
-def check_seeds(seeds: int) -> None:
-    """Refuse fewer than two samples of a caption.
-
-    Raises:
-        InputError: there are fewer.
-    """
-    if seeds < 2:
-        raise InputError(f"Expected seeds >= 2, for the cosine between two samples. Got {seeds}: give 2 or more.")
-
-
-def check_judge(judge: ClipSpec | None, clip: ClipSpec | None) -> None:
-    """Refuse a judge that conditions what it is to judge.
-
-    Raises:
-        InputError: judge and CLIP are the same.
-    """
-    if judge is not None and judge == clip:
-        raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
-
-
-def parts_of(module: Any, **named: Any) -> Parts:
-    """Load the networks that a test-module names, and refuse to mix CLIPs, also with the embeddings that it is given.
-
-    Args:
-        module: LightningModule with a ``run`` and a ``clip``.
-        **named: specs and folders, see :func:`unclip_pl.generation.run.open_parts`.
-    """
-    data = getattr(module.trainer, "datamodule", None)  # Lightning attaches it without declaring it
-    store = data.embeddings.fingerprint if isinstance(data, StoreDataModule) else None
-    return open_parts(module.run, module.clip, device=module.device, store_fingerprint=store, **named)
-
-
-def streams_for(batch: PriorBatch | EvaluationBatch, *numbers: int) -> list[torch.Generator]:
-    """Return a generator for each pair of a batch, which its embeddings and some numbers alone decide.
-
-    A pair draws the same in any batch, on any rank.
-    """
-    pairs = torch.cat([batch.image_embed, batch.text.embed], dim=-1).float().cpu().numpy()
-    key = repr(numbers).encode()
-    seeds = [int.from_bytes(blake2b(pair.tobytes(), digest_size=8, key=key).digest()) for pair in pairs]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Return pixels in [-1, 1] as uint8, the way an image file holds them."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.task import ImageEvaluation, PriorEvaluation, load_inception, to_bytes
+from unclip_pl.evaluation.fid import load_inception
+from unclip_pl.evaluation.one_model import ImageEvaluation, PriorEvaluation
 from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.pictures import to_bytes
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 
