@@ -112,6 +112,10 @@ def test_what_cannot_be_scored_is_refused(small: Small, tmp_path: Path, monkeypa
     cli.trainer.datamodule, store = cli.datamodule, cli.datamodule.embeddings
     with pytest.raises(InputError, match=r"Expected DecoderTask and .*Got DiffusionPriorTask"):
         DecoderScores().setup(cli.trainer, cli.model, "fit")
+    with monkeypatch.context() as nameless:
+        nameless.setattr(type(cli.model), "spec", None)
+        with pytest.raises(InputError, match=r"a Task that names its prior's `spec` .*leave PriorScores out"):
+            PriorScores().setup(cli.trainer, cli.model, "fit")
     monkeypatch.setattr(store, "rows", lambda _: np.array([3]))
     with pytest.raises(InputError, match=r"at least 2 validation images .*Got 1"):
         PriorScores().setup(cli.trainer, cli.model, "fit")

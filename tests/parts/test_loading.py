@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
+from unclip_pl import tasks
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.diffusion import DDIM, Ancestral
 from unclip_pl.errors import InputError
@@ -15,7 +16,8 @@ from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.unet import UNet
 from unclip_pl.parts import load_part
-from unclip_pl.tasks import ARPriorTask, DecoderTask, DiffusionPriorTask
+from unclip_pl.parts.loading import part_of
+from unclip_pl.tasks import ARPriorTask, ClipTask, DecoderTask, DiffusionPriorTask, EmbeddingTask, Task
 from unclip_pl.training.cli import only_plain
 from unclip_pl.training.resume import CheckpointFiles
 
@@ -32,6 +34,22 @@ def test_a_checkpoint_rebuilds_without_the_files_it_was_made_from(mini_run: Path
         assert task.record.steps == 2
         assert task.record.samples > 0
         assert task.record.seconds > 0
+
+
+def test_every_task_has_the_part_of_its_name_and_every_prior_its_spec() -> None:
+    trained = [getattr(tasks, name) for name in tasks.__all__ if name.endswith("Task")]
+    trained = [kind for kind in trained if kind not in (Task, EmbeddingTask, ClipTask)]
+    assert len(trained) == 6
+    for kind in trained:
+        part = part_of(f"unclip_pl.tasks.{kind.__name__}")
+        assert part is not None
+        assert issubclass(kind, part)
+        assert not issubclass(part, Task)
+        spec = getattr(kind, "spec", None)
+        assert (spec is not None) == kind.__name__.endswith("PriorTask")
+        assert spec is None or spec.part is part
+    for other in ("unclip_pl.tasks.Task", "unclip_pl.tasks.ClipTask", "somebody.tasks.DecoderTask", 3):
+        assert part_of(other) is None
 
 
 def test_the_wrong_task(mini_run: Path) -> None:

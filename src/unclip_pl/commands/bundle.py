@@ -15,7 +15,7 @@ from unclip_pl.data.store import map_features, read_manifest
 from unclip_pl.errors import InputError
 from unclip_pl.files import is_checkpoint, read_checkpoint, write_checkpoint, write_json, write_text
 from unclip_pl.generation.bundle import read_notes, write_bundle
-from unclip_pl.generation.priors import ARPriorSpec, DiffusionPriorSpec, MixturePriorSpec, RegressionPriorSpec
+from unclip_pl.generation.priors import TrainedPriorSpec
 from unclip_pl.generation.provenance import stage_records
 from unclip_pl.generation.run import RUN, RunDescription, read_run, texts_in
 from unclip_pl.origin import commit
@@ -79,8 +79,9 @@ def _parts(content: dict[str, Any], run: RunDescription, *, for_study: bool) -> 
     """Return the part of ``run.json`` that is kept."""
     if not for_study:
         return {key: value for key, value in content.items() if key not in ("judge", "store")}
-    trained = (DiffusionPriorSpec, ARPriorSpec, MixturePriorSpec, RegressionPriorSpec)
-    kept = {name: content["priors"][name] for name, spec in run.priors.items() if not isinstance(spec, trained)}
+    kept = {
+        name: content["priors"][name] for name, spec in run.priors.items() if not isinstance(spec, TrainedPriorSpec)
+    }
     return {key: value for key, value in content.items() if key != "store"} | {"priors": kept}
 
 

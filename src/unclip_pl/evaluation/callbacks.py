@@ -7,6 +7,7 @@ with the same weights as without them.
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,30 +30,13 @@ from unclip_pl.evaluation.drawing import gather
 from unclip_pl.evaluation.inputs import streams_for
 from unclip_pl.evaluation.scores import stated_indices, true_attributes
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
-from unclip_pl.generation.priors import (
-    ARPrior,
-    ARPriorSpec,
-    DiffusionPrior,
-    DiffusionPriorSpec,
-    MixturePrior,
-    MixturePriorSpec,
-    Prior,
-    RegressionPrior,
-    RegressionPriorSpec,
-)
+from unclip_pl.generation.priors import Prior
 from unclip_pl.metrics import FrechetDistance
 from unclip_pl.metrics.attributes import captions_right, stated_match
 from unclip_pl.metrics.clip_score import retrieval_recall
 from unclip_pl.metrics.embedding import calibration
 from unclip_pl.shapes.oracle import ShapesOracle
-from unclip_pl.tasks import (
-    ARPriorTask,
-    DecoderTask,
-    DiffusionPriorTask,
-    MixturePriorTask,
-    RegressionPriorTask,
-    Task,
-)
+from unclip_pl.tasks import DecoderTask, EmbeddingTask
 from unclip_pl.types import EvaluationBatch, PriorBatch
 
 #: Captions of which embeddings or pictures are drawn at once.
@@ -72,7 +56,8 @@ class ValidationScores(Callback):
         steps: number of times that a diffusion is sampled at. Few are enough to compare a network with itself.
     """
 
-    tasks: ClassVar[tuple[type[Task], ...]]
+    #: What it scores, in words.
+    wanted: ClassVar[str]
     fewest: ClassVar[int] = 1
 
     def __init__(self, captions: PositiveInt = 256, steps: PositiveInt = 8) -> None:
@@ -86,10 +71,9 @@ class ValidationScores(Callback):
             InputError: the Task or the data are of another kind, the network is sharded, or there are too few captions.
         """
         name, data = type(self).__name__, getattr(trainer, "datamodule", None)
-        if not isinstance(pl_module, self.tasks) or not isinstance(data, UnclipDataModule):
-            wanted = " or ".join(task.__name__ for task in self.tasks)
+        if not self.fits(pl_module) or not isinstance(data, UnclipDataModule):
             raise InputError(
-                f"Expected {wanted} and UnclipDataModule for {name}. Got {type(pl_module).__name__} and "
+                f"Expected {self.wanted} and UnclipDataModule for {name}. Got {type(pl_module).__name__} and "
                 f"{type(data).__name__}: leave {name} out."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -130,6 +114,10 @@ class ValidationScores(Callback):
         count = min(int(self.captions), len(rows))
         return rows[np.arange(count) * len(rows) // max(count, 1)].tolist()
 
+    @abstractmethod
+    def fits(self, task: LightningModule) -> bool:
+        """Return whether a Task is of the kind that is scored."""
+
     def check(self, data: UnclipDataModule, rows: list[int]) -> None:
         """Refuse data that cannot be scored, with an ``InputError``."""
 
@@ -148,8 +136,12 @@ class PriorScores(ValidationScores):
     Two samples are drawn for each caption. Only a diffusion prior takes notice of ``steps``.
     """
 
-    tasks = (DiffusionPriorTask, ARPriorTask, MixturePriorTask, RegressionPriorTask)
+    wanted = "a Task that names its prior's `spec`"
     fewest = 2
+
+    def fits(self, task: LightningModule) -> bool:
+        """Return whether a Task trains a prior."""
+        return isinstance(task, EmbeddingTask) and task.spec is not None
 
     def draw(self, task: Any, data: UnclipDataModule, rows: RowBatch) -> tuple[Tensor, ...]:
         """Return (B, S, d) samples and (B, d) true embeddings."""
@@ -174,20 +166,17 @@ class PriorScores(ValidationScores):
         }
 
 
-def prior_of(task: DiffusionPriorTask | ARPriorTask | MixturePriorTask | RegressionPriorTask, steps: int) -> Prior:
+def prior_of(task: EmbeddingTask, steps: int) -> Prior:
     """Return a prior of a Task's present weights, which draws one embedding for each caption.
 
     Args:
-        task: Task in training.
-        steps: number of DDIM steps of a diffusion prior.
+        task: Task in training, which names its spec.
+        steps: number of DDIM steps of a prior that has a sampler.
     """
-    if isinstance(task, ARPriorTask):
-        return ARPrior(ARPriorSpec(checkpoint=""), task)
-    if isinstance(task, MixturePriorTask):
-        return MixturePrior(MixturePriorSpec(checkpoint=""), task)
-    if isinstance(task, RegressionPriorTask):
-        return RegressionPrior(RegressionPriorSpec(checkpoint=""), task)
-    return DiffusionPrior(DiffusionPriorSpec(checkpoint="", sampler=DDIM(steps), candidates=1), task)
+    assert task.spec is not None
+    settings: dict[str, Any] = {"checkpoint": "", "sampler": DDIM(steps), "candidates": 1}
+    known = {field.name for field in fields(task.spec)}
+    return task.spec(**{name: value for name, value in settings.items() if name in known}).of(task)
 
 
 class DecoderScores(ValidationScores):
@@ -196,7 +185,11 @@ class DecoderScores(ValidationScores):
     It draws from true embeddings and captions, without guidance, which would take twice the time.
     """
 
-    tasks = (DecoderTask,)
+    wanted = "DecoderTask"
+
+    def fits(self, task: LightningModule) -> bool:
+        """Return whether a Task trains a decoder."""
+        return isinstance(task, DecoderTask)
 
     def check(self, data: UnclipDataModule, rows: list[int]) -> None:
         """Refuse data that are no shapes, with an ``InputError``, and build the oracle."""

@@ -1,4 +1,4 @@
-"""Ways from caption to image embedding: the paper's two priors, a baseline, a floor and two ceilings.
+"""Ways from caption to image embedding: four trained priors, a linear one, a floor and two ceilings.
 
 A spec is what a config names: settings, checked when they are given, without touching a file. ``spec.load(root)`` reads
 the weights and returns a prior that is complete.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -70,6 +70,28 @@ class PriorSpec(ABC):
         """
 
 
+@dataclass(frozen=True)
+class TrainedPriorSpec(PriorSpec):
+    """The settings of a prior that a Task trains. The Task names its spec, and so validation can score the prior.
+
+    Args:
+        checkpoint: file of the trained Task, relative to the run.
+    """
+
+    #: Part that the checkpoint holds.
+    part: ClassVar[type[EmbeddingPart]]
+
+    checkpoint: str
+
+    def load(self, root: Path, device: str = "cpu") -> "Prior":
+        """Read the checkpoint."""
+        return self.of(load_part(root / self.checkpoint, self.part).to(device))
+
+    @abstractmethod
+    def of(self, part: Any) -> "Prior":
+        """Return the prior of a loaded part, or of its Task in training."""
+
+
 class Prior(ABC):
     """P(z_i | y), loaded from a spec and ready to draw from."""
 
@@ -89,7 +111,7 @@ class Prior(ABC):
     codec: EmbeddingCodec | None = None
     #: The solver that draws it, if there is one.
     sampler: Sampler | None = None
-    #: The trained Task behind it, if there is one.
+    #: The trained part behind it, if there is one.
     task: EmbeddingPart | None = None
 
     def __init__(self, spec: PriorSpec) -> None:
@@ -173,7 +195,7 @@ def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DiffusionPriorSpec(PriorSpec):
+class DiffusionPriorSpec(TrainedPriorSpec):
     """Samples a :class:`~unclip_pl.parts.DiffusionPriorPart`.
 
     Args:
@@ -192,7 +214,8 @@ class DiffusionPriorSpec(PriorSpec):
         keep_norm: keep CLIP's own norm, for a decoder of raw embeddings (Karlo); the prior must have learned it.
     """
 
-    checkpoint: str
+    part = DiffusionPriorPart
+
     sampler: Sampler | None = None
     guidance: float = 1.0
     candidates: int = 2
@@ -211,6 +234,10 @@ class DiffusionPriorSpec(PriorSpec):
         """Read the checkpoint."""
         task = load_part(root / self.checkpoint, DiffusionPriorPart).to(device)
         return DiffusionPrior(self, task, self.guide.load(root, device, task) if self.guide else None)
+
+    def of(self, part: DiffusionPriorPart) -> "DiffusionPrior":
+        """Return the prior of a part, without guide."""
+        return DiffusionPrior(self, part)
 
 
 class DiffusionPrior(Prior):
@@ -290,7 +317,7 @@ class DiffusionPrior(Prior):
 
 
 @dataclass(frozen=True)
-class ARPriorSpec(PriorSpec):
+class ARPriorSpec(TrainedPriorSpec):
     """Samples an :class:`~unclip_pl.parts.ARPriorPart` code by code.
 
     Args:
@@ -302,7 +329,8 @@ class ARPriorSpec(PriorSpec):
             one, and leaves the choice to the dot-product token.
     """
 
-    checkpoint: str
+    part = ARPriorPart
+
     guidance: float = 1.0
     temperature: float = 1.0
     dot_quantile: float = 0.5
@@ -312,9 +340,9 @@ class ARPriorSpec(PriorSpec):
         check_draws(self.temperature, self.dot_quantile, self.candidates)
         check_guidance(self.guidance)
 
-    def load(self, root: Path, device: str = "cpu") -> "ARPrior":
-        """Read the checkpoint."""
-        return ARPrior(self, load_part(root / self.checkpoint, ARPriorPart).to(device))
+    def of(self, part: ARPriorPart) -> "ARPrior":
+        """Return the prior of a part."""
+        return ARPrior(self, part)
 
 
 class ARPrior(Prior):
@@ -393,7 +421,7 @@ def _describe(prior: Prior, task: EmbeddingPart) -> None:
 
 
 @dataclass(frozen=True)
-class MixturePriorSpec(PriorSpec):
+class MixturePriorSpec(TrainedPriorSpec):
     """Samples a :class:`~unclip_pl.parts.MixturePriorPart` coordinate by coordinate.
 
     Args:
@@ -403,7 +431,8 @@ class MixturePriorSpec(PriorSpec):
         candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept.
     """
 
-    checkpoint: str
+    part = MixturePriorPart
+
     guidance: float = 1.0
     temperature: float = 1.0
     candidates: int = 1
@@ -412,9 +441,9 @@ class MixturePriorSpec(PriorSpec):
         check_draws(self.temperature, 0.0, self.candidates)
         check_guidance(self.guidance)
 
-    def load(self, root: Path, device: str = "cpu") -> "MixturePrior":
-        """Read the checkpoint."""
-        return MixturePrior(self, load_part(root / self.checkpoint, MixturePriorPart).to(device))
+    def of(self, part: MixturePriorPart) -> "MixturePrior":
+        """Return the prior of a part."""
+        return MixturePrior(self, part)
 
 
 class MixturePrior(Prior):
@@ -455,18 +484,18 @@ class MixturePrior(Prior):
 
 
 @dataclass(frozen=True)
-class RegressionPriorSpec(PriorSpec):
+class RegressionPriorSpec(TrainedPriorSpec):
     """Asks a :class:`~unclip_pl.parts.RegressionPriorPart` once.
 
     Args:
         checkpoint: file of the trained Task, relative to the run.
     """
 
-    checkpoint: str
+    part = RegressionPriorPart
 
-    def load(self, root: Path, device: str = "cpu") -> "RegressionPrior":
-        """Read the checkpoint."""
-        return RegressionPrior(self, load_part(root / self.checkpoint, RegressionPriorPart).to(device))
+    def of(self, part: RegressionPriorPart) -> "RegressionPrior":
+        """Return the prior of a part."""
+        return RegressionPrior(self, part)
 
 
 class RegressionPrior(Prior):
@@ -474,7 +503,7 @@ class RegressionPrior(Prior):
 
     task: RegressionPriorPart
 
-    def __init__(self, spec: PriorSpec, task: RegressionPriorPart) -> None:
+    def __init__(self, spec: RegressionPriorSpec, task: RegressionPriorPart) -> None:
         super().__init__(spec)
         _describe(self, task)
         self.task = task

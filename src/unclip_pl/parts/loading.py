@@ -13,24 +13,24 @@ from jsonargparse import ArgumentParser
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.moved import moved_in
-from unclip_pl.parts.ar_prior import ARPriorPart, MixturePriorPart
 from unclip_pl.parts.base import Part, TrainingRecord
-from unclip_pl.parts.decoder import DecoderPart
-from unclip_pl.parts.prior import DiffusionPriorPart
-from unclip_pl.parts.regression import RegressionPriorPart
-from unclip_pl.parts.upsampler import UpsamplerPart
 
 P = TypeVar("P", bound=Part)
 
-#: What the Tasks of this package train. A checkpoint names its Task; to draw, its part is enough, and takes no trainer.
-TRAINED_BY: dict[Any, type[Part]] = {
-    "unclip_pl.tasks.ARPriorTask": ARPriorPart,
-    "unclip_pl.tasks.DecoderTask": DecoderPart,
-    "unclip_pl.tasks.DiffusionPriorTask": DiffusionPriorPart,
-    "unclip_pl.tasks.MixturePriorTask": MixturePriorPart,
-    "unclip_pl.tasks.RegressionPriorTask": RegressionPriorPart,
-    "unclip_pl.tasks.UpsamplerTask": UpsamplerPart,
-}
+
+def part_of(task: Any) -> type[Part] | None:
+    """Return the part that a Task of this package trains, which draws without a trainer; None for any other Task.
+
+    Args:
+        task: class path that a checkpoint names: ``unclip_pl.tasks.XTask`` trains ``unclip_pl.parts.XPart``.
+    """
+    found = re.fullmatch(r"unclip_pl\.tasks\.(\w+)Task", task) if isinstance(task, str) else None
+    part: type[Part] | None = getattr(import_module("unclip_pl.parts"), f"{found[1]}Part", None) if found else None
+    return part
+
+
+def _is_ours(part: type[Part]) -> bool:
+    return part.__module__.startswith("unclip_pl.parts.")
 
 
 def load_part(path: str | Path, expected: type[P], map_location: str = "cpu") -> P:
@@ -51,8 +51,8 @@ def load_part(path: str | Path, expected: type[P], map_location: str = "cpu") ->
         raise InputError(f"Expected a checkpoint written by `unclip fit`. {path} names no Task: give another file.")
     task = hyper_parameters["_class_path"]
     try:
-        alone = isinstance(task, str) and task in TRAINED_BY and expected in TRAINED_BY.values()
-        cls = TRAINED_BY[task] if alone else trusted_class(task)
+        alone = part_of(task) if _is_ours(expected) else None
+        cls = alone or trusted_class(task)
         check_classes(config := _without_files(hyper_parameters))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
@@ -142,7 +142,7 @@ def _without_files(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rebuild(cls: type[Part], config: dict[str, Any]) -> Any:
-    if cls in TRAINED_BY.values():  # it has no place for what only its training needs
+    if _is_ours(cls):  # it has no place for what only its training needs
         config = {key: config[key] for key in signature(cls).parameters if key in config}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "part", fail_untyped=False)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip_pl.generation.priors import ARPriorSpec, MixturePriorSpec
 from unclip_pl.parts.ar_prior import ARPriorPart, MixturePriorPart
 from unclip_pl.tasks.base import EmbeddingTask
 from unclip_pl.types import PriorBatch
@@ -12,6 +13,7 @@ from unclip_pl.types import PriorBatch
 class ARPriorTask(ARPriorPart, EmbeddingTask):
     """Trains the autoregressive prior by cross-entropy on dot-product token and codes."""
 
+    spec = ARPriorSpec
     batch_type = PriorBatch
     edges = ("net.code_embedding", "net.dot_head", "net.head")
 
@@ -31,6 +33,7 @@ class ARPriorTask(ARPriorPart, EmbeddingTask):
 class MixturePriorTask(MixturePriorPart, EmbeddingTask):
     """Trains the autoregressive prior of Gaussian mixtures by the likelihood of the coordinates."""
 
+    spec = MixturePriorSpec
     batch_type = PriorBatch
     edges = ("net.code_embedding", "net.head")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unclip_pl.diffusion.process import noise_like
 from unclip_pl.errors import InputError
+from unclip_pl.generation.priors import TrainedPriorSpec
 from unclip_pl.nn.kernels import fast_bfloat16
 from unclip_pl.nn.text import mix_text
 from unclip_pl.parts.base import EmbeddingPart, Optimization, Part
@@ -318,6 +319,9 @@ class Task(Part, LightningModule):
 
 class EmbeddingTask(EmbeddingPart, Task):
     """A Task that lives in one CLIP's embedding space."""
+
+    #: Spec of the prior that it trains, by which validation draws; None where it trains none.
+    spec: ClassVar[type[TrainedPriorSpec] | None] = None
 
     def drop_text(self, text: TextFeatures, generator: torch.Generator | None) -> TextFeatures:
         """Scale z_t, and replace a share of the captions, states and z_t together, by the null caption."""

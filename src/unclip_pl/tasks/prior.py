@@ -8,6 +8,7 @@ from torch.nn.functional import one_hot
 
 from unclip_pl.diffusion import PosteriorMSE
 from unclip_pl.diffusion.loss import simple_loss
+from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.parts.prior import DiffusionPriorPart
 from unclip_pl.tasks.base import EmbeddingTask
 from unclip_pl.types import PriorBatch, TextFeatures
@@ -26,6 +27,7 @@ class Draws(NamedTuple):
 class DiffusionPriorTask(DiffusionPriorPart, EmbeddingTask):
     """Trains the diffusion prior by L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2), and measures its errors at each time."""
 
+    spec = DiffusionPriorSpec
     batch_type = PriorBatch
     edges = ("net.out_proj",)
 

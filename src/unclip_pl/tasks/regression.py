@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion.loss import simple_loss
+from unclip_pl.generation.priors import RegressionPriorSpec
 from unclip_pl.parts.regression import RegressionPriorPart
 from unclip_pl.tasks.base import EmbeddingTask
 from unclip_pl.types import PriorBatch
@@ -18,6 +19,7 @@ class RegressionPriorTask(RegressionPriorPart, EmbeddingTask):
     scaled embeddings, as in every loss here. Without L_CLS the optimum is the conditional mean E[z_i | y].
     """
 
+    spec = RegressionPriorSpec
     batch_type = PriorBatch
     edges = ("net.out_proj",)
 
