@@ -1,1 +1,1 @@
-"""LightningModules that only test: scores of one model, the comparison of the priors, and the report of it."""
+"""LightningModules that only test: scores of one model, FID, and the cells of a comparison, which `report` draws."""

@@ -1,1 +1,1 @@
-"""Other people's checkpoints of the same networks: Karlo's, in its own layout and in diffusers'."""
+"""What other people's programs write and read: Karlo's checkpoints, dumps of embeddings, folders of diffusers."""

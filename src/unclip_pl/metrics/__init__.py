@@ -1,4 +1,4 @@
-"""The numbers of a comparison as pure functions, and two torchmetrics.Metric that pool batches and processes.
+"""The numbers of a comparison as pure functions, and three torchmetrics.Metric that pool batches and processes.
 
 Features come from the caller: no function here loads a network.
 """

@@ -1,1 +1,1 @@
-"""Networks: both priors, the codec, the UNet, the text transformer, and the embedding space they work in."""
+"""Networks: those of the priors, the codec, the U-Nets, the text transformer, and the embedding space they work in."""
