@@ -3,6 +3,8 @@
 python benchmarks/solvers.py shapes --run runs/quickstart              # its source is RUN/data
 python benchmarks/solvers.py emoji --run runs/emoji --source DIR
 
+A run that has flow-decoder/ or flow-prior/, networks on a straight path, gets them beside the others.
+
 Points that results/solvers/NAME.json has are not measured again, unless the weights are others.
 
 The rule. Its captions are those of the validation split, on which no result is measured.
@@ -62,6 +64,11 @@ SOLVERS: dict[str, Callable[[int], Sampler]] = {
     "DPM-Solver++(2M), Karras' levels": partial(DPMSolver, grid="karras"),
     "Heun": lambda looks: Heun((looks + 1) // 2),
 }
+#: Those of the networks on a straight path, at even times; DDIM is Euler's method there.
+STRAIGHT: dict[str, Callable[[int], Sampler]] = {
+    "straight path, Euler": partial(DDIM, grid="uniform"),
+    "straight path, DPM-Solver++(2M)": partial(DPMSolver, grid="uniform"),
+}
 #: What stands for a solver in an AR prior.
 CODES = "code by code"
 #: Noise levels of guidance, Kynkäänniemi et al. (2024); decoders here decide what to draw between them.
@@ -104,7 +111,7 @@ class Setting(NamedTuple):
     @property
     def sampler(self) -> Sampler:
         """The solver itself."""
-        return SOLVERS[self.solver](self.looks)
+        return (SOLVERS | STRAIGHT)[self.solver](self.looks)
 
     @property
     def way(self) -> dict[str, Any]:
@@ -285,6 +292,9 @@ PARTS = {
     "decoder": Part(pictures_of, ("DDIM",), ((1, 1), (1.5, 1), (2, 1)), tuple(SOLVERS), 2),
     "prior": Part(embeddings_of, ("DDIM", "ancestral"), ((1, 1), (1, 2), (1.5, 1)), tuple(SOLVERS), 1.5),
     "ar_prior": Part(codes_of, (CODES,), ((1, 1), (1.25, 1), (1.5, 1), (2, 1))),
+    # Trained by configs/decoder/flow.yaml and configs/prior/flow.yaml; drawn beside those above.
+    "flow-decoder": Part(pictures_of, tuple(STRAIGHT)[:1], ((1, 1), (1.5, 1), (2, 1)), tuple(STRAIGHT)),
+    "flow-prior": Part(embeddings_of, tuple(STRAIGHT)[:1], ((1, 1), (1.5, 1)), tuple(STRAIGHT)),
 }
 
 
@@ -336,12 +346,14 @@ class Study:
         print(f"{name}: reference {reference.setting.key}; chosen {winner.setting.key}")
         write_json(self.path, self.content, indent=1)
         if solvers:
-            self.draw(name, reference, winner)
+            self.draw(name.removeprefix("flow-"))
 
-    def draw(self, name: str, reference: Point, winner: Point) -> None:
+    def draw(self, name: str) -> None:
         """Draw a panel for each measure: lines of solvers, the reference's interval as a band, the choice ringed."""
+        points, part = self.points(name), self.content["parts"][name]
+        reference, winner = points[part["reference"]], points[part["chosen"]]
         lines: dict[str, list[Point]] = {}
-        for point in self.points(name).values():
+        for point in (points | self.points(f"flow-{name}")).values():
             lines.setdefault(point.setting.line, []).append(point)
         figure = new_figure(3.4 * len(reference.measures), 4.4)
         for place, (key, (_, low, high)) in enumerate(reference.measures.items()):
@@ -366,9 +378,10 @@ class Study:
         """Return how a line looks: its solver's colour, and a marker for its way."""
         own = point.setting
         usual = own[2:] == reference.setting[2:]
+        solvers = [*SOLVERS, *STRAIGHT]
         ways = sorted({part_way for part in PARTS.values() for part_way in part.ways} - {reference.setting[2:4]})
         return {
-            "color": PALETTE[list(SOLVERS).index(own.solver)],
+            "color": PALETTE[solvers.index(own.solver)],
             "marker": "x" if own.interval else "o" if usual else "s^Dv<>"[ways.index(own[2:4])],
             "linestyle": "-" if usual else ":",
             "label": own.solver if usual else line,
@@ -382,11 +395,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--source", help="its shards; RUN/data if not given")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), help="those that the run has, if not given")
     options = parser.parse_args()
     truth = Truth(options.name, options.run, options.source or str(options.run / "data"))
     study = Study(truth, options.out / f"{options.name}.json")
-    for name in options.parts:
+    for name in options.parts or [name for name in PARTS if (options.run / name).exists()]:
         study.part(name, PARTS[name])
 
 

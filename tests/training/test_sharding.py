@@ -118,8 +118,9 @@ def assert_same(a: dict[str, Any], b: dict[str, Any], atol: float = 1e-6) -> Non
 @pytest.mark.slow
 def test_sharded_is_ddp_and_each_goes_on_from_the_other(mini_run: Path, tmp_path: Path) -> None:
     """Two ranks of gloo, the same rows and noise: without sharding, and with it, across an interruption too."""
-    ddp = ["--trainer.strategy", "ddp", "--trainer.callbacks", EMA]
-    fsdp = ["--trainer.strategy", SHARDED, "--trainer.callbacks", SHARDED_EMA]
+    adamw = ["--model.init_args.optimization.muon_lr", "0"]  # Muon has a test of its own below
+    ddp = [*adamw, "--trainer.strategy", "ddp", "--trainer.callbacks", EMA]
+    fsdp = [*adamw, "--trainer.strategy", SHARDED, "--trainer.callbacks", SHARDED_EMA]
     whole = fit(mini_run, tmp_path / "whole", "prior", *ddp, "--trainer.max_steps", "4")
     assert_same(fit(mini_run, tmp_path / "sharded", "prior", *fsdp, "--trainer.max_steps", "4"), whole)
     for first, second in ((ddp, fsdp), (fsdp, ddp), (fsdp, fsdp)):
@@ -178,14 +179,17 @@ def test_muon_orthogonalises_whole_matrices(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_muon_sharded_is_muon_under_ddp(mini_run: Path, tmp_path: Path) -> None:
-    """And a sharded run goes on from an unsharded one's checkpoint. Clipping's last bit may turn one of bfloat16."""
+    """And a sharded run goes on from an unsharded one's checkpoint.
+
+    Clipping's last bit may turn one of bfloat16 in an update of .01 · .2 · √(largest side): some 1e-5 a step.
+    """
     muon = ["--model.init_args.optimization.muon_lr", "0.01"]
     ddp = [*muon, "--trainer.strategy", "ddp", "--trainer.callbacks", EMA]
     fsdp = [*muon, "--trainer.strategy", SHARDED, "--trainer.callbacks", SHARDED_EMA]
     whole = fit(mini_run, tmp_path / "whole", "prior", *ddp, "--trainer.max_steps", "4")
     fit(mini_run, tmp_path / "half", "prior", *ddp, "--trainer.max_steps", "2", "--trainer.max_epochs", "9")
     half = ["--ckpt_path", str(tmp_path / "half" / "checkpoints" / "last.ckpt")]
-    assert_same(fit(mini_run, tmp_path / "other", "prior", *fsdp, *half, "--trainer.max_steps", "4"), whole, atol=1e-5)
+    assert_same(fit(mini_run, tmp_path / "other", "prior", *fsdp, *half, "--trainer.max_steps", "4"), whole, atol=4e-5)
 
 
 SHRUNK = {
