@@ -352,17 +352,23 @@ class Study:
         """Draw a panel for each measure: lines of solvers, the reference's interval as a band, the choice ringed."""
         points, part = self.points(name), self.content["parts"][name]
         reference, winner = points[part["reference"]], points[part["chosen"]]
-        lines: dict[str, list[Point]] = {}
-        for point in (points | self.points(f"flow-{name}")).values():
+        drawn, lines = [*points.values(), *self.points(f"flow-{name}").values()], dict[str, list[Point]]()
+        for point in drawn:
             lines.setdefault(point.setting.line, []).append(point)
-        figure = new_figure(3.4 * len(reference.measures), 4.4)
+        panels = len(reference.measures)
+        figure = new_figure(max(3.4 * panels, 10), 4.6)
         for place, (key, (_, low, high)) in enumerate(reference.measures.items()):
-            axes, measure = figure.add_subplot(1, len(reference.measures), place + 1), MEASURES[key]
+            axes, measure = figure.add_subplot(1, panels, place + 1), MEASURES[key]
             axes.axhspan(measure.scale * low, measure.scale * high, color=FAINT, alpha=0.6, linewidth=0)
-            for line, points in lines.items():
-                x, y = zip(*sorted((p.evaluations, measure.scale * p.measures[key].mean) for p in points), strict=True)
-                axes.plot(x, y, markersize=3.5, linewidth=1, **self.style(line, points[0], reference))
+            for line, along in lines.items():
+                x, y = zip(*sorted((p.evaluations, measure.scale * p.measures[key].mean) for p in along), strict=True)
+                axes.plot(x, y, markersize=3.5, linewidth=1, **self.style(line, along[0], reference))
             axes.plot(winner.evaluations, measure.scale * winner.measures[key].mean, "o", **RING)
+            if measure.sign:  # the worst tenth, Heun at few steps above all, lies outside
+                means = np.array([point.measures[key].mean for point in drawn])
+                worst = np.quantile(measure.sign * means, 0.1) * measure.sign
+                seen = measure.scale * np.array([worst, low, high, *means[measure.sign * (means - worst) > 0]])
+                axes.set_ylim(seen.min() - 0.05 * np.ptp(seen), seen.max() + 0.05 * np.ptp(seen))
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel("network evaluations", fontsize=8.5)
