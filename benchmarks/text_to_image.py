@@ -59,7 +59,7 @@ from unclip_pl.tasks import UpsamplerTask
 
 ROOT = Path(__file__).parent.parent
 OUT, CHECKPOINT = ROOT / "results" / "text-to-image", "checkpoints/last.ckpt"
-CAPTIONS, BATCH, SHOWN, SIDE = 256, 32, 8, 64
+CAPTIONS, BATCH, SHOWN, SIDE = 192, 32, 8, 64
 GUIDANCE, STEPS = {"prior": 1.0, "decoder": 1.5}, (25, 25)
 #: Steps of our prior and of our decoder, fewest first.
 FEW = ((4, 4), (4, 6), (6, 8), (8, 12), (15, 25))
