@@ -64,7 +64,7 @@ GUIDANCE, STEPS = {"prior": 1.0, "decoder": 1.5}, (25, 25)
 #: Steps of our prior and of our decoder, fewest first.
 FEW = ((4, 4), (4, 6), (6, 8), (8, 12), (15, 25))
 #: Captions of a timed call, and calls.
-TIMED, ROUNDS = 8, 3
+TIMED, ROUNDS = 4, 3
 
 Precision: TypeAlias = Literal["32-true", "bf16-mixed"]
 Draw: TypeAlias = Callable[[list[str], int, Precision], Tensor]  # captions, seed, precision
