@@ -164,14 +164,23 @@ def moments_distance(real: Tensor, fake: Tensor) -> Tensor:
 
 def _with_ones(features: Tensor) -> Tensor:
     """Return (B, 1 + F) float64, the first column ones."""
-    return torch.cat([features.new_ones(len(features), 1), features], dim=1).double()
+    rows = torch.empty(len(features), features.shape[1] + 1, dtype=torch.float64, device=features.device)
+    rows[:, 0] = 1
+    if (
+        rows.device.type == "cpu"
+    ):  # NumPy copies on one thread. Torch's would go on spinning on the cores that BLAS wants.
+        known = torch.promote_types(features.dtype, torch.float32)  # NumPy has no bfloat16
+        rows.numpy()[:, 1:] = features.detach().to(known).numpy()
+    else:
+        rows[:, 1:] = features
+    return rows
 
 
 def _mean_and_cov(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Compute mean and covariance of moments; only lower triangles are filled, before and after."""
     count = moments[0, 0]
     mean = moments[1:, 0] / count
-    return mean, (moments[1:, 1:] - count * mean.outer(mean)) / (count - 1)
+    return mean, torch.addr(moments[1:, 1:], mean, mean, alpha=-count.item()).div_(count - 1)
 
 
 def frechet_resamples(
