@@ -35,7 +35,7 @@ PEERS := 'diffusers>=0.42,<0.43' einops ema-pytorch accelerate pytorch-warmup ko
 $(BENCH)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
-	$(BENCH)/bin/python -m pip install --quiet --editable . $(PEERS)
+	$(BENCH)/bin/python -m pip install --quiet --editable '.[stream]' $(PEERS)
 	$(BENCH)/bin/python -m pip install --quiet --no-deps dalle2-pytorch==1.15.6
 	@touch $@
 
