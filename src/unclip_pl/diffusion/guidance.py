@@ -1,4 +1,8 @@
-"""Wrappers of a denoiser: guidance, by no condition or by a weaker network, and clipping. Solvers know none of them."""
+"""Wrappers of a denoiser: guidance, by no condition or by a weaker network, and clipping.
+
+A solver sees a denoiser alone. Guidance of the AR prior acts on probabilities: ``guided_probability`` in
+``unclip_pl.nn.ar_prior``.
+"""
 
 import torch
 from torch import Tensor

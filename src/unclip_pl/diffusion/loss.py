@@ -1,4 +1,7 @@
-"""Training objectives: one number per sample, (B,), the mean over its dimensions."""
+"""Training objectives: one number per sample, (B,), the mean over its dimensions.
+
+The Tasks in ``unclip_pl.tasks`` train by them.
+"""
 
 import math
 

@@ -25,7 +25,10 @@ class Draws(NamedTuple):
 
 
 class DiffusionPriorTask(DiffusionPriorPart, EmbeddingTask):
-    """Trains the diffusion prior by L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2), and measures its errors at each time."""
+    """Trains the diffusion prior by L = E ‖f(z_i^(t), t, y) − z_i‖² (§2.2), and measures its errors at each time.
+
+    A diffusion that predicts eps, v or a velocity has that in the place of z_i.
+    """
 
     spec = DiffusionPriorSpec
     batch_type = PriorBatch
