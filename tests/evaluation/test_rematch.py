@@ -35,8 +35,8 @@ SMALL = {
 }
 #: Some stages with the values that it is done for, two training seeds of what is compared. The slow test has all.
 KINDS: dict[str, dict[str, list[Any]]] = {
-    "store": {}, "heldout": {}, "heldout-store": {}, "codec": {}, "try-diffusion": {"lr": ["0.005"], "seed": [0]},
-    "try-ar": {"lr": ["0.005"], "seed": [0]}, "choice": {"prior": ["diffusion", "ar"]},
+    "store": {}, "heldout": {}, "heldout-store": {}, "codec": {}, "try-diffusion": {"lr": ["0.01"], "seed": [0]},
+    "try-ar": {"lr": ["0.01"], "seed": [0]}, "choice": {"prior": ["diffusion", "ar"]},
     "diffusion": {"seed": [1, 2]}, "ar": {"seed": [1, 2]}, "matched": {"seed": [1]}, "best": {"seed": [1, 2]},
     "reference": {"seed": [1]}, "posterior": {"seed": [1]}, "frontier": {"seed": [1]},
     "decoder-guidance": {"seed": [1], "prior": ["ar"], "scale": [3.0]},
@@ -198,7 +198,7 @@ def test_a_study_from_end_to_end_and_without_its_run(
     assert report["frontier"]["reference"]["calibration_gap"]["mean"] is not None
     for name in ("diffusion", "ar"):
         row = report["priors"][name]
-        assert (row["lr"], row["training_steps"], row["training_samples"], row["seeds"]) == (0.005, 2, 32, [1, 2])
+        assert (row["lr"], row["training_steps"], row["training_samples"], row["seeds"]) == (0.01, 2, 32, [1, 2])
         assert row["sampling"]["guidance"] == chosen(tmp_path, name)
     duels = {(duel["first"], duel["second"]): duel["seeds"] for duel in report["duels"] if not duel["matched"]}
     assert duels["diffusion", "ar"] == 2
