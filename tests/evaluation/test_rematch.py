@@ -36,7 +36,7 @@ SMALL = {
 #: Some stages with the values that it is done for, two training seeds of what is compared. The slow test has all.
 KINDS: dict[str, dict[str, list[Any]]] = {
     "store": {}, "heldout": {}, "heldout-store": {}, "codec": {}, "try-diffusion": {"lr": ["0.01"], "seed": [0]},
-    "try-ar": {"lr": ["0.01"], "seed": [0]}, "choice": {"prior": ["diffusion", "ar"]},
+    "try-ar": {"lr": ["0.01"], "seed": [0]}, "choice": {"prior": ["diffusion"]}, "choice-ar": {},
     "diffusion": {"seed": [1, 2]}, "ar": {"seed": [1, 2]}, "matched": {"seed": [1]}, "best": {"seed": [1, 2]},
     "reference": {"seed": [1]}, "posterior": {"seed": [1]}, "frontier": {"seed": [1]},
     "decoder-guidance": {"seed": [1], "prior": ["ar"], "scale": [3.0]},
