@@ -182,6 +182,49 @@ def test_learned_variance_spans_small_to_large() -> None:
     torch.testing.assert_close(run("learned", 1.0), run("large", 1.0))
 
 
+def learned_fraction(error: float, t: Tensor, data_var: float = 0.25) -> Tensor:
+    """What the bound teaches: the fraction of beta_tilde + c_x0^2 c_t in a training step (Bao et al. 2022, eq. 8).
+
+    Args:
+        error: RMS by which the network misses E[x0 | x_t], beside the posterior's own spread.
+        t: training times, the first one left out.
+        data_var: variance of the data, which are normal.
+    """
+    schedule = CosineSchedule()
+    alpha, sigma = schedule.alpha_sigma(t)
+    q = schedule.posterior(t, t - 1 / T)
+    c_t = data_var * sigma**2 / (alpha**2 * data_var + sigma**2) + error**2
+    return (q.c_x0.square() * c_t / q.beta_tilde).log1p() / (q.beta / q.beta_tilde).log()
+
+
+@pytest.mark.parametrize("data_var", [0.01, 0.25, 1.0])
+def test_an_exact_denoiser_never_asks_for_more_than_beta(data_var: float) -> None:
+    """Where data have variance 1 or less, their posterior's is sigma^2 at most, which is what beta leaves room for."""
+    frac = learned_fraction(0.0, torch.arange(2, T + 1, dtype=torch.float64) / T, data_var)
+    assert frac.min() > 0
+    assert frac.max() < 1 + 1e-9
+
+
+@pytest.mark.parametrize("steps", [2, 8, 25])
+def test_a_network_that_misses_x0_by_more_than_the_noise_draws_with_beta_at_most(steps: int) -> None:
+    """A network that predicts x0 has an error that does not fall with the noise, so its variance exceeds beta.
+
+    In a training step that is a little more noise. Between the times of 25 steps beta and beta_tilde lie far apart, and
+    the same fraction would mean a variance of 1e10.
+    """
+    x_T = torch.randn(2000, 1, dtype=torch.float64, generator=generator())
+
+    def run(variance: Variance) -> float:
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+            x0 = gaussian_denoise(x_t, t).x0 + 0.2 * math.sqrt(2) * torch.sin(1e5 * x_t)
+            return Denoised(x0, learned_fraction(0.2, t[:, None].clamp(min=2 / T)))
+
+        return Ancestral(steps, variance).sample(denoise, x_T, GaussianDiffusion(), generator=generator(1)).var().item()
+
+    assert learned_fraction(0.2, torch.tensor(0.01, dtype=torch.float64)) > 10
+    assert run("small") < run("learned") < 1.1 * run("large")
+
+
 Network = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 

@@ -186,8 +186,9 @@ class Ancestral(OneLook):
     Args:
         steps: number of times that it visits, one network evaluation each.
         variance: variance of each draw. `small`: beta_tilde. `large`: beta. `learned`: between them as `Denoised.frac`
-            says. `analytic`: beta_tilde + c_x0^2 c_t with c_t = `GaussianDiffusion.posterior_mse`, the variance of x0
-            given x_t: exact for a Gaussian posterior of independent dimensions (Bao et al. 2022, eq. 8).
+            says, and beta at most. `analytic`: beta_tilde + c_x0^2 c_t with c_t = `GaussianDiffusion.posterior_mse`,
+            the variance of x0 given x_t: exact for a Gaussian posterior of independent dimensions (Bao et al. 2022,
+            eq. 8).
         grid: spacing of the times, see `time_grid`.
 
     Raises:
@@ -235,7 +236,9 @@ class Ancestral(OneLook):
                         "Expected a network that predicts its variance, for variance='learned'. Got none: sample with "
                         "'small' or 'large'."
                     )
-                noise = noise * (0.5 * log_ratio[i] * (denoised.frac - 1)).exp()
+                # Data of variance 1 or less need no more than beta. A network that misses x0 by more than the noise, as
+                # x0-prediction does near data, learns fractions above 1, which overflow between times that lie apart.
+                noise = noise * (0.5 * log_ratio[i] * (denoised.frac.clamp(max=1) - 1)).exp()
             return c_x0 * denoised.x0 + c_xt * x_t + noise
 
         return step
