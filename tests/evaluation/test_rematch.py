@@ -113,7 +113,7 @@ def test_a_recipe_holds_every_arm_that_the_claims_name(name: str) -> None:
             assert f"{prior}-{seed}" in written[f"matched-{seed}-{prior}"].needs
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "rematch-contenders"])
+@pytest.mark.parametrize("name", [*STUDIES, "rematch-contenders", "rematch-compute"])
 def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> None:
     recipe = Recipe(read(name), {"{run}": "run", "{source}": "data", "{base}": "base", "{results}": f"results/{name}"})
     texts = [f"{stage.run} {json.dumps(recipe.configs(key))}" for key, stage in recipe.stages.items()]
@@ -125,7 +125,7 @@ def test_no_name_is_left_unfilled_and_no_two_stages_keep_one_file(name: str) -> 
     assert all(Path(path).is_file() for path in configs), configs
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "rematch-contenders"])
+@pytest.mark.parametrize("name", [*STUDIES, "rematch-contenders", "rematch-compute"])
 def test_a_choice_is_between_the_networks_that_its_recipe_trains_with_its_rate(name: str) -> None:
     recipe = Recipe(read(name), {"{run}": "{run}", "{source}": "data", "{base}": "base", "{results}": "results"})
     choices = [key for key in recipe.stages if key.startswith("choice")]
@@ -153,6 +153,31 @@ def test_every_contender_is_tried_chosen_trained_and_measured() -> None:
         weights = yaml.safe_load((RECIPES.parent / "base" / "choice-contenders.yaml").read_text())["model"]["init_args"]
         listed = [folder.replace("{prior}", path.stem) for (folder,) in weights["weights"].values()]
         assert tried == listed
+
+
+def test_every_budget_has_a_whole_schedule_and_is_measured_before_a_longer_one_is_trained() -> None:
+    stages = write_out(read("rematch-compute"))
+    places, last = {stage.out: i for i, stage in enumerate(stages.values())}, 0
+    for budget in ("0.5", "1", "2", "4", "8"):
+        config = yaml.safe_load((RECIPES.parent / "base" / f"budget-{budget}.yaml").read_text())
+        assert config["model"]["init_args"]["optimization"]["warmup_steps"] == 200 * float(budget)
+        assert set(config["trainer"].values()) == {940 * float(budget)}
+        cells = {f"{prior}-{seed}" for prior in ("diffusion", "ar", "flow") for seed in (1, 2, 3)}
+        assert {out for out in places if f"/budget-{budget}-" in out} == {
+            f"{{results}}/cells/budget-{budget}-{cell}.json" for cell in cells
+        }
+        for cell in cells:
+            prior, _, seed = cell.partition("-")
+            name = list(stages)[places[f"{{results}}/cells/budget-{budget}-{cell}.json"]]
+            (fit,) = [stages[need] for need in stages[name].needs if need != "heldout-store"]
+            assert fit.out == f"{{run}}/{prior}-{budget}-{seed}"
+            assert f"budget-{budget}.yaml" in fit.run
+            assert f"contenders/{prior}.yaml" in fit.run
+            assert last < places[fit.out] < places[stages[name].out]
+        last = max(places[f"{{results}}/cells/budget-{budget}-{cell}.json"] for cell in cells)
+    assert all(
+        f"{{results}}/cells/{arm}-{seed}.json" in places for arm in ("posterior", "reference") for seed in (1, 2, 3)
+    )
 
 
 def make(stages: dict[str, Stage], base: Path, folder: Path) -> dict[str, Any]:
@@ -267,3 +292,37 @@ def test_every_contender_runs_and_gets_its_row(mini_run: Path, tmp_path: Path) -
     assert {name: [point["x"] for point in line["stated_match"]] for name, line in curve.items()} == {
         "generated z_i": [0.0, 0.1, 0.2, 0.4], "true z_i": [0.0, 0.1, 0.2, 0.4]
     }  # fmt: skip
+
+
+@pytest.mark.slow  # 53 stages, minutes of a core
+@pytest.mark.usefixtures("in_process")
+def test_every_budget_runs_and_lies_on_a_curve(mini_run: Path, tmp_path: Path) -> None:
+    """One training seed and learning rate, budgets of 2 to 10 steps."""
+    steps = {"0.5": 2, "1": 4, "2": 6, "4": 8, "8": 10}
+    stages = {}
+    for name, stage in read("rematch-compute").items():
+        values = {key: stage.matrix[key][:1] for key in ("seed", "lr") if key in stage.matrix}
+        words = [stage.run, SMALL.get(stage.run.split()[0], "")]
+        if budget := stage.matrix.get("budget", [""])[0] if words[0].startswith("fit") else "":
+            number = steps[str(budget)]
+            words += [f"--trainer.max_steps {number} --trainer.val_check_interval {number}"]
+        stages[name] = replace(stage, run=" ".join(words), matrix=stage.matrix | values)
+    del stages["data"]
+    one_trial(stages, tmp_path)
+    report = make(stages, mini_run, tmp_path)
+    found = report["compute"]
+    points = {title: {name: line["points"] for name, line in lines.items()} for title, lines in found.items()}
+    for name in ("diffusion", "ar", "flow"):
+        trained = points["training budget"][name]
+        assert [point["x"] for point in trained] == [float(budget) for budget in steps]
+        flops = [point["flops"] for point in trained]
+        assert flops == pytest.approx([flops[0] * number / 2 for number in steps.values()])
+        assert found["training budget"][name]["slopes"]["embed_kid"]["seeds"] == [1]
+    work = {name: [point["x"] for point in line] for name, line in points["work for an embedding"].items()}
+    assert work == {"diffusion": [1, 2, 4, 8, 16, 32], "ar": [1, 2, 4], "flow": [1, 2, 4, 8, 16, 32]}
+    assert {choice["file"] for choice in report["choices"]} == {
+        f"{name}-{length}" for name in ("diffusion", "ar", "flow") for length in ("short", "longer")
+    }
+    page = (tmp_path / "results" / "report.md").read_text()
+    assert "## Quality for compute" in page
+    assert "plots/compute.png" in page

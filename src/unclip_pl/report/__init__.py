@@ -17,6 +17,7 @@ from unclip_pl.evaluation.sheet import REAL, Sheet, sheet_path
 from unclip_pl.files import replacing, write_json
 from unclip_pl.generation.provenance import stage_seconds, wall_seconds
 from unclip_pl.report.claims import claims_table, judge
+from unclip_pl.report.compute import compute
 from unclip_pl.report.frontier import at_equal, frontier
 from unclip_pl.report.page import html, markdown
 from unclip_pl.report.plots import draw_plots, file_name
@@ -47,6 +48,7 @@ def draw(folder: Path) -> dict[str, Any]:
     seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]
     report["meta"] |= {"stages": stage_seconds(folder), "wall_seconds": seconds}
     report["frontier"] = frontier(study.arms, rows_of(study.arms))
+    report["compute"] = compute(study.arms)
     report["ablations"] += at_equal(study.arms, paper["ablations"])
     report["words"] = paper["words"]
     report["claims"] = judge(report, paper["claims"])

@@ -22,11 +22,13 @@ from unclip_pl.report.tables import (
     claim_table,
     cost_table,
     duel_table,
+    excess_table,
     foundation_table,
     further_tables,
     lines_of,
     metric_tables,
     sample_sizes,
+    slope_table,
     summary,
 )
 
@@ -95,6 +97,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
             ],
         ),
         ("What is claimed, what we find", [claim_table(report), _unmeasured(report)]),
+        ("Quality for compute", [_figure("compute"), slope_table(report), excess_table(report)]),
         ("Every measure at a glance", [_figure("metrics"), Text(WORDS["statistics"], "How to read the intervals")]),
         ("Head to head", [_figure("head_to_head"), duel_table(report)]),
     ]

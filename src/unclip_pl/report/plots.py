@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report.compute import AXES, EXCESS
 from unclip_pl.report.frontier import CONCENTRATION
 from unclip_pl.report.study import MATCHED, distinct
 
@@ -30,7 +31,7 @@ PANELS = 3
 #: More stages than these are not drawn: those of a study are its cells.
 BARS = 24
 #: Curves whose x grows by factors.
-LOG = ("sampling steps", "axes", "candidates")
+LOG = ("sampling steps", "axes", "candidates", *AXES)
 
 
 def colors(report: Report) -> dict[str, str]:
@@ -50,6 +51,8 @@ def draw_plots(report: Report) -> dict[str, bytes]:
         drawn = {"metrics": draw_metrics(rows), "calibration": draw_calibration(rows), "cost": draw_cost(rows)}
     if report.get("frontier", {}).get("points"):
         drawn["frontier"] = draw_frontier(report)
+    if report.get("compute"):
+        drawn["compute"] = draw_compute(report)
     if report["duels"]:
         drawn["head_to_head"] = draw_duels(report)
     if any("embed_fd" in line["measures"] for line in report["ablations"]):
@@ -197,6 +200,47 @@ def draw_frontier(report: Report) -> Figure:
         if place == 0:
             axes.legend(fontsize=7.5, frameon=False)
     return figure
+
+
+def draw_compute(report: Report) -> Figure:
+    """Draw the excess over the perfect prior against FLOPs, log-log, with fitted power laws."""
+    found, priors = report["compute"], colors(report)
+    names = list(dict.fromkeys(name for lines in found.values() for name in lines))
+    free = _unused(priors.values() if priors.keys() & set(names) else [])
+    palette = {name: priors.get(name) or next(free) for name in names}
+    figure = new_figure(3.3 * len(EXCESS), 0.3 + 2.7 * len(found))
+    for row, (title, lines) in enumerate(found.items()):
+        for column, (name, label) in enumerate(EXCESS.items()):
+            axes = figure.add_subplot(len(found), len(EXCESS), row * len(EXCESS) + column + 1)
+            for prior, line in lines.items():
+                _excess_line(axes, line, name, palette[prior], prior)
+            axes.set(xscale="log", yscale="log")
+            axes.set_title(f"excess {label} ↓", fontsize=9, color=INK, loc="left")
+            axes.set_xlabel(f"FLOPs: {title}", fontsize=8.5)
+            clean(axes, grid="both")
+            axes.tick_params(which="minor", length=0, labelsize=6, labelbottom=False)
+            if row == column == 0:
+                axes.legend(fontsize=7.5, frameon=False)
+    return figure
+
+
+def _excess_line(axes: Axes, line: dict[str, Any], name: str, color: str, label: str) -> None:
+    """Draw a contender's points with their intervals, and its power law; what no log axis holds points downwards."""
+    points = [(point["flops"], point["excess"][name]) for point in line["points"]]
+    above = [(x, value) for x, value in points if value["mean"] > 0]
+    axes.plot([x for x, _ in above], [value["mean"] for _, value in above], "o", color=color, markersize=4, label=label)
+    for x, value in above:
+        if value["low"] is not None:
+            ends = [max(value["low"], value["mean"] / 10), value["high"]]
+            axes.plot([x, x], ends, color=color, linewidth=1.6, alpha=0.3)
+    for x, value in points:
+        if value["mean"] <= 0:
+            axes.plot(x, 0.03, "v", color=color, markerfacecolor="white", transform=axes.get_xaxis_transform())
+    slope = line["slopes"].get(name, {"mean": None})
+    if slope["mean"] is not None:
+        ends = [points[0][0], points[-1][0]]
+        fitted = [slope["start"], slope["start"] * (ends[1] / ends[0]) ** slope["mean"]]
+        axes.plot(ends, fitted, color=color, linewidth=1.0)
 
 
 def draw_calibration(report: Report) -> Figure:

@@ -102,7 +102,7 @@ def read_study(folder: Path, order: list[str]) -> Study:
     _check_bases(cells)
     known = {name: place for place, name in enumerate(order)}
     ordered = sorted(arms, key=lambda key: (key.kind, known.get(key.name, len(known))))
-    choices = [_read(path) for path in sorted((folder / BEST).glob("[!.]*.json"))]
+    choices = [_read(path) | {"file": path.stem} for path in sorted((folder / BEST).glob("[!.]*.json"))]
     return Study({key: arms[key] for key in ordered}, cells, choices)
 
 

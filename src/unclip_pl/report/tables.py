@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from unclip_pl.evaluation.measures import GROUPS, MEASURES, end_of_grid
 from unclip_pl.report.claims import UNMEASURED
+from unclip_pl.report.compute import EXCESS
 from unclip_pl.report.study import MATCHED, distinct
 
 Report = dict[str, Any]
@@ -120,6 +121,59 @@ def ablation_table(report: Report) -> Table | None:
     return Table("Ablations", head, rows, notes) if rows else None
 
 
+def slope_table(report: Report) -> Table | None:
+    """Return the slopes of the excess over the perfect prior against FLOPs; None where no curve has any."""
+    rows = [
+        [
+            Cell(title),
+            Cell(name, f"{len(line['points'])} points"),
+            *(_slope(line["slopes"].get(measure)) for measure in EXCESS),
+        ]
+        for title, lines in report["compute"].items()
+        for name, line in lines.items()
+    ]
+    notes = [
+        (
+            "slope",
+            "b of excess = a · FLOPs^b; 95 % interval over captions and the training seeds that all points share",
+        ),
+        ("excess at or below 0", "counts as it is: the fit is Poisson pseudo-maximum likelihood, and drops no point"),
+        ("–", "no power law fits, such as where the excess sums to 0 or less; [–]: none fits in one resample or more"),
+    ]
+    return Table("Slopes", ["FLOPs of", "contender", *EXCESS.values()], rows, notes) if rows else None
+
+
+def _slope(value: dict[str, Any] | None) -> Cell:
+    if value is None or value["mean"] is None:
+        return Cell("–")
+    known = f"[{value['low']:+.2f}, {value['high']:+.2f}], " if value["low"] is not None else "[–], "
+    return Cell(f"{value['mean']:+.2f}", f"{known}{len(value['seeds'])} seeds")
+
+
+def excess_table(report: Report) -> Table | None:
+    """Return every point of the curves against FLOPs."""
+    rows = [
+        [
+            Cell(f"{title} {point['x']:g}", name),
+            Cell(f"{point['flops']:.2e}", f"{len(point['seeds'])} seeds"),
+            *(Cell(f"{1e3 * value['mean']:.2f}", _thousandths(value)) for value in map(point["excess"].get, EXCESS)),
+        ]
+        for title, lines in report["compute"].items()
+        for name, line in lines.items()
+        for point in line["points"]
+    ]
+    notes = [
+        ("excess", "a contender's value less the perfect prior's, paired by seed; noise may take it below 0"),
+        (EXCESS["mean_error"], "|E[s] - E[z_i]|² given the caption: E[s·s'] - 2 E[s·z_i], less the perfect prior's"),
+    ]
+    head = ["curve", "FLOPs", *(f"{label} × 1000" for label in EXCESS.values())]
+    return Table("Excess over the perfect prior", head, rows, notes) if rows else None
+
+
+def _thousandths(value: dict[str, Any]) -> str:
+    return "" if value["low"] is None else f"[{1e3 * value['low']:.2f}, {1e3 * value['high']:.2f}]"
+
+
 def further_tables(report: Report) -> list[Table]:
     """Return the tables that a study adds, such as decoders of another budget."""
     shown = ("fd_judge", "stated_match", "parts_right", "swapped", "clip_score", "recall", "diversity_gap", "vendi")
@@ -194,7 +248,7 @@ def choice_table(report: Report) -> Table | None:
         for setting, taken in choice["chosen"].items():  # not every prior has a guidance
             kind, trials = SETTINGS[setting], choice["guidance" if setting == "guidance" else "learning_rates"]
             if end := end_of_grid(trials, taken):
-                notes.append((f"{choice['prior']}'s {kind}", f"the {end} tried: one beyond might be better still"))
+                notes.append((f"{choice['file']}'s {kind}", f"the {end} tried: one beyond might be better still"))
             for value, trial in trials.items():
                 error = f"± {trial['joint_fd_error']:.4f}" if trial.get("joint_fd_error") else ""
                 loss = "–" if trial.get("val_loss") is None else f"{trial['val_loss']:.4f}"
@@ -202,7 +256,7 @@ def choice_table(report: Report) -> Table | None:
                 numbers += [f"{100 * trial['retrieval_r10']:.1f}"]
                 best = float(value) == taken
                 cells = [Cell(x, error * (i == 1), best) for i, x in enumerate((value, *numbers))]
-                rows.append([Cell(choice["prior"]), Cell(kind), *cells])
+                rows.append([Cell(choice["file"]), Cell(kind), *cells])
     head = ["prior", "setting", "value", "joint_fd ↓", "validation loss ↓", "embed_fd ↓", "mean z_i·z_t", "R@10 % ↑"]
     return Table("Chosen on validation data", head, rows, notes) if rows else None
 
