@@ -269,16 +269,19 @@ def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
     assert [point["x"] for point in report["curves"]["axes"]["true z_i"]["stated_match"]] == [2, 4, 8, 12, 16, 24, 32]
 
 
-@pytest.mark.slow  # 52 stages, minutes of a core
+@pytest.mark.slow  # 66 stages, minutes of a core
 @pytest.mark.usefixtures("in_process")
 def test_every_contender_runs_and_gets_its_row(mini_run: Path, tmp_path: Path) -> None:
     """One training seed and learning rate of each, and the decoder of noised embeddings at every level."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(RECIPES.parent / "claims" / "contenders.yaml", tmp_path / "results" / "claims.yaml")
     stages = {}
     for name, stage in read("rematch-contenders").items():
         values = {key: stage.matrix[key][:1] for key in ("seed", "lr") if key in stage.matrix}
+        values |= {"count": [1, 4]} if "count" in stage.matrix else {}
         words = [stage.run, SMALL.get(stage.run.split()[0], "")]
         words += [SMALL["decoder"]] if name == "decoder-noise" else []
-        words += [SMALL["drawn"]] if name.startswith("noise-") else []
+        words += [SMALL["drawn"]] if name.startswith(("noise-", "reference")) else []
         stages[name] = replace(stage, run=" ".join(words), matrix=stage.matrix | values)
     del stages["data"]
     one_trial(stages, tmp_path)
@@ -287,7 +290,9 @@ def test_every_contender_runs_and_gets_its_row(mini_run: Path, tmp_path: Path) -
     assert contenders <= set(report["priors"])
     for name in ("ar", "mixture"):
         assert report["priors"][name]["metrics"]["nats"]["mean"] > 0
-    assert "eclipse - mlp" in report["differences"]["embed_kid"]  # win rates need pictures
+    assert "mlp - eclipse" in report["differences"]["embed_kid"]  # win rates need pictures
+    unmeasured = {claim["claim"] for claim in report["claims"] if claim["verdict"] == UNMEASURED}
+    assert all(claim.startswith("Of equally concentrated samples") for claim in unmeasured)  # untrained
     curve = report["curves"]["noise level of z_i"]
     assert {name: [point["x"] for point in line["stated_match"]] for name, line in curve.items()} == {
         "generated z_i": [0.0, 0.1, 0.2, 0.4], "true z_i": [0.0, 0.1, 0.2, 0.4]

@@ -45,8 +45,8 @@ TIE = 1e-6
 #: Measures whose paired differences are reported.
 DIFFERENCES = (
     "fd_judge", "fd_judge_corrected", "kid_judge", "told_apart", "precision", "density", "embed_fd",
-    "embed_fd_corrected", "embed_kid", "stated_match", "clip_score", "retrieval_r10", "residual", "diversity_gap",
-    "vendi", "recall", "cos_true", "parts_right", "swapped", "class_share",
+    "embed_fd_corrected", "embed_kid", "probe_match", "stated_match", "clip_score", "retrieval_r10", "residual",
+    "diversity_gap", "vendi", "recall", "cos_true", "text_cos", "nats", "parts_right", "swapped", "class_share",
 )  # fmt: skip
 
 Arm = dict[int, dict[str, Any]]  # training seed → what its cell says of the arm
