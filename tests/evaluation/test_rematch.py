@@ -176,7 +176,9 @@ def test_every_budget_has_a_whole_schedule_and_is_measured_before_a_longer_one_i
             assert last < places[fit.out] < places[stages[name].out]
         last = max(places[f"{{results}}/cells/budget-{budget}-{cell}.json"] for cell in cells)
     assert all(
-        f"{{results}}/cells/{arm}-{seed}.json" in places for arm in ("posterior", "reference") for seed in (1, 2, 3)
+        f"{{results}}/cells/{arm}-{seed}.json" in places
+        for arm in ("posterior", "posterior-seen", "reference")
+        for seed in (1, 2, 3)
     )
 
 
@@ -322,7 +324,8 @@ def test_every_budget_runs_and_lies_on_a_curve(mini_run: Path, tmp_path: Path) -
         assert [point["x"] for point in trained] == [float(budget) for budget in steps]
         flops = [point["flops"] for point in trained]
         assert flops == pytest.approx([flops[0] * number / 2 for number in steps.values()])
-        assert found["training budget"][name]["slopes"]["embed_kid"]["seeds"] == [1]
+        for slopes in ("slopes", "reducible"):
+            assert found["training budget"][name][slopes]["embed_kid"]["seeds"] == [1]
     work = {name: [point["x"] for point in line] for name, line in points["work for an embedding"].items()}
     assert work == {"diffusion": [1, 2, 4, 8, 16, 32], "ar": [1, 2, 4], "flow": [1, 2, 4, 8, 16, 32]}
     assert {choice["file"] for choice in report["choices"]} == {

@@ -1,5 +1,6 @@
 """The perfect prior of the shapes draws what the renderer draws."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,21 @@ def test_its_pictures_show_what_captions_state_in_any_batch(
     assert len(read[8:16].unique(dim=0)) > 4  # a blue heart: eight of 2 · 5 · 4 pictures
     alone = prior.embed(text.rows(slice(10, 11)), generator=[torch.Generator().manual_seed(10)])
     torch.testing.assert_close(alone[0], together[10])
+
+
+def test_what_training_never_shows_is_drawn_where_the_caption_names_it_and_not_else(
+    prior: TruePosterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(prior.clip, "encode_image", lambda images: seen.append(images) or images.flatten(1))
+    monkeypatch.setattr(prior, "spec", replace(prior.spec, split="train"))
+    text = prior.clip.describe(["a blue heart", "a heart"])
+    prior.embed(text.repeat(40), generator=torch.Generator().manual_seed(0))
+    read, *_ = ShapesOracle()(seen[0])
+    colors = [VALUES["color"][row[ATTRIBUTES.index("color")]] for row in read]
+    assert set(colors[:40]) == {"blue"}
+    assert "blue" not in colors[40:]
+    assert len(set(colors[40:])) > 3
 
 
 def test_its_embeddings_are_the_clips(prior: TruePosterior) -> None:

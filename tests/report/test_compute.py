@@ -71,13 +71,25 @@ def cell(excess: float, flops: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(folder: Path, write_cell: Write, slopes: dict[str, float], last: float | None = None) -> dict[str, Any]:
-    """A study of power laws, and what is found of its trainings; ``last`` replaces the excess at the largest budget."""
+def write(
+    folder: Path, write_cell: Write, slopes: dict[str, float], last: float | None = None, reachable: float = 0.0
+) -> dict[str, Any]:
+    """A study of power laws over what can be learned, and what is found of its trainings.
+
+    Args:
+        folder: folder of the study.
+        write_cell: writes a cell.
+        slopes: contender → exponent.
+        last: excess at the largest budget, in place of the law's.
+        reachable: excess of the best prior that can be learned.
+    """
     for seed in (1, 2, 3):
         write_cell(folder, f"posterior-{seed}", seed, {"true posterior": cell(0.0, 0.0)})
+        if reachable:
+            write_cell(folder, f"seen-{seed}", seed, {"seen posterior": cell(reachable, 0.0)})
         for name, slope in slopes.items():
             for x in (0.5, 1, 2, 4, 8):
-                excess = last if last is not None and x == 8 else 1e-3 * x**slope
+                excess = last if last is not None and x == 8 else reachable + 1e-3 * x**slope
                 fields = {"kind": "curve", "title": "training budget", "series": name, "x": x}
                 write_cell(folder, f"{name}-{x:g}-{seed}", seed, {name: cell(excess, 1e13 * x)}, **fields)
     return compute(read_study(folder, []).arms)["training budget"]
@@ -94,6 +106,20 @@ def test_cells_give_the_slopes_that_they_were_made_with(tmp_path: Path, write_ce
             assert [fitted[end] for end in ("mean", "low", "high")] == pytest.approx([slope] * 3, abs=1e-6)
             assert fitted["start"] == pytest.approx(1e-3 * 0.5**slope)
         assert [point["x"] for point in found[name]["points"]] == [0.5, 1, 2, 4, 8]
+
+
+def test_over_what_can_be_learned_the_law_is_straight_and_over_the_perfect_prior_it_is_not(
+    tmp_path: Path, write_cell: Write
+) -> None:
+    lines = write(tmp_path, write_cell, {"flow": -0.5}, reachable=4e-4)
+    line = lines["flow"]
+    assert line["reachable"]["mean_error"]["mean"] == pytest.approx(4e-4)
+    for measure in EXCESS:
+        assert line["reducible"][measure]["mean"] == pytest.approx(-0.5, abs=1e-6)
+        assert -0.35 < line["slopes"][measure]["mean"] < -0.2
+    table = slope_table({"compute": {"training budget": lines}})
+    assert table is not None
+    assert [row[2].text for row in table.rows] == ["perfect prior", "what can be learned"]
 
 
 def test_seeds_that_a_budget_lacks_do_not_hide_it(tmp_path: Path, write_cell: Write) -> None:
@@ -113,7 +139,9 @@ def test_a_point_below_zero_is_shown_and_counts(tmp_path: Path, write_cell: Writ
     slopes, points = slope_table(found), excess_table(found)
     assert slopes is not None
     assert points is not None
-    assert f"| flow 5 points | {slope:+.2f} [{slope:+.2f}, {slope:+.2f}], 3 seeds |" in markdown_table(slopes)
+    assert f"| flow 5 points | perfect prior | {slope:+.2f} [{slope:+.2f}, {slope:+.2f}], 3 seeds |" in markdown_table(
+        slopes
+    )
     assert "| training budget 8 flow | 8.00e+13 3 seeds | -0.10 [-0.10, -0.10] |" in markdown_table(points)
     assert [len(axes.lines) for axes in draw_compute(found).axes] == [7] * 3  # points, 4 bars, a triangle, the law
 

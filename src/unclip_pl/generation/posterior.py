@@ -13,7 +13,7 @@ from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.errors import InputError
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.shapes.captions import parse
-from unclip_pl.shapes.render import VALUES, Attributes, Split, pairs, render
+from unclip_pl.shapes.render import HELD_OUT, VALUES, Attributes, Split, pairs, render
 from unclip_pl.streams import Streams, fill_like
 from unclip_pl.types import TextFeatures
 
@@ -27,7 +27,8 @@ class TruePosteriorSpec(PriorSpec):
     Args:
         clip: the CLIP that embeds; its weights are named relative to the run.
         size: side of the rendered pictures in pixels, as in the data.
-        split: split whose distribution is drawn from; ``train`` never draws a pair that training does not show.
+        split: split whose distribution is drawn from; ``train`` draws a pair that training does not show only where the
+            caption names it.
     """
 
     clip: ClipSpec
@@ -62,7 +63,9 @@ class TruePosterior(Prior):
         pictures = []
         for tokens, mask, seed in zip(text.tokens, text.mask, seeds.tolist(), strict=True):
             rng = np.random.default_rng(seed)
-            drawn = draw_open(self._stated(tokens[mask].tolist()), split=self.spec.split, rng=rng)
+            stated = self._stated(tokens[mask].tolist())
+            named = (stated.get("shape"), stated.get("color")) in HELD_OUT
+            drawn = draw_open(stated, split="heldout" if named else self.spec.split, rng=rng)
             pictures.append(render([drawn], size=self.spec.size, rng=rng))
         images = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2).div(127.5).sub(1)
         return F.normalize(self.clip.encode_image(images.to(text.embed.device)).float(), dim=-1)

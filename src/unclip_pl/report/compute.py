@@ -25,6 +25,8 @@ EXCESS = {
     "embed_kid": "kernel distance",
     "mean_error": "squared error of the mean",
 }
+#: Row of the best prior that can be learned: the perfect one without what training never shows.
+REACHABLE = "seen posterior"
 #: Steepest slope that a fit may find.
 STEEPEST = 20.0
 
@@ -38,12 +40,15 @@ def compute(arms: dict[Key, Arm]) -> dict[str, Any]:
     Returns:
         ``points``, by FLOPs: ``x``, ``flops``, ``seeds`` and the ``excess`` of each measure. ``slopes``, measure →
         interval over the ``seeds`` that all points share and captions, and ``start``, the fitted excess at the first
-        point; all None where no power law fits. Empty without a perfect prior.
+        point; all None where no power law fits. ``reducible``, the same of the excess over the best prior that can be
+        learned, and ``reachable``, that prior's own excess; both empty where it was not measured. Empty without a
+        perfect prior.
 
     Raises:
         InputError: a point and the perfect prior were measured on different captions.
     """
-    floor = arms.get(Key("prior", "", PERFECT), {})
+    floor, best = (arms.get(Key("prior", "", name), {}) for name in (PERFECT, REACHABLE))
+    reachable = _excesses(best, floor) if best.keys() & floor.keys() else {}
     found: dict[str, Any] = {}
     for title, cost in AXES.items():
         lines: dict[str, list[tuple[Key, Arm]]] = {}
@@ -55,14 +60,20 @@ def compute(arms: dict[Key, Arm]) -> dict[str, Any]:
             found.setdefault(title, {})[name] = {
                 "points": [_point(key, arm, floor, cost) for key, arm in line],
                 "slopes": _slopes([arm for _, arm in line], floor, cost),
+                "reducible": _slopes([arm for _, arm in line], best, cost),
+                "reachable": reachable,
             }
     return found
 
 
 def _point(key: Key, arm: Arm, floor: Arm, cost: str) -> dict[str, Any]:
     seeds = sorted(arm.keys() & floor.keys())
-    excess = {name: plain(crossed_resamples(_excess(arm, floor, name, seeds))) for name in EXCESS}
-    return {"x": key.x, "flops": _flops(arm, cost), "seeds": seeds, "excess": excess}
+    return {"x": key.x, "flops": _flops(arm, cost), "seeds": seeds, "excess": _excesses(arm, floor)}
+
+
+def _excesses(arm: Arm, floor: Arm) -> dict[str, Any]:
+    seeds = sorted(arm.keys() & floor.keys())
+    return {name: plain(crossed_resamples(_excess(arm, floor, name, seeds))) for name in EXCESS}
 
 
 def _flops(arm: Arm, cost: str) -> float:

@@ -214,6 +214,9 @@ def draw_compute(report: Report) -> Figure:
             axes = figure.add_subplot(len(found), len(EXCESS), row * len(EXCESS) + column + 1)
             for prior, line in lines.items():
                 _excess_line(axes, line, name, palette[prior], prior)
+            reachable = next(iter(lines.values()))["reachable"].get(name, {"mean": 0})["mean"]
+            if reachable > 0:
+                axes.axhline(reachable, color=REFERENCE, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.set(xscale="log", yscale="log")
             axes.set_title(f"excess {label} ↓", fontsize=9, color=INK, loc="left")
             axes.set_xlabel(f"FLOPs: {title}", fontsize=8.5)

@@ -127,20 +127,29 @@ def slope_table(report: Report) -> Table | None:
         [
             Cell(title),
             Cell(name, f"{len(line['points'])} points"),
-            *(_slope(line["slopes"].get(measure)) for measure in EXCESS),
+            Cell(over),
+            *(_slope(line[slopes].get(measure)) for measure in EXCESS),
         ]
         for title, lines in report["compute"].items()
         for name, line in lines.items()
+        for slopes, over in (("slopes", "perfect prior"), ("reducible", "what can be learned"))
+        if line[slopes]
     ]
     notes = [
         (
             "slope",
             "b of excess = a · FLOPs^b; 95 % interval over captions and the training seeds that all points share",
         ),
+        (
+            "what can be learned",
+            "the perfect prior without pairs that training never shows and the caption does not name",
+        ),
         ("excess at or below 0", "counts as it is: the fit is Poisson pseudo-maximum likelihood, and drops no point"),
         ("–", "no power law fits, such as where the excess sums to 0 or less; [–]: none fits in one resample or more"),
     ]
-    return Table("Slopes", ["FLOPs of", "contender", *EXCESS.values()], rows, notes) if rows else None
+    return (
+        Table("Slopes", ["FLOPs of", "contender", "excess over the", *EXCESS.values()], rows, notes) if rows else None
+    )
 
 
 def _slope(value: dict[str, Any] | None) -> Cell:
