@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,24 @@ subprocess.run([sys.executable, "-c", {child!r}], check=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == (policy or "PASSIVE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@pytest.mark.parametrize("trim", ["", "0"])
+def test_freed_memory_is_used_again_unless_the_user_says_otherwise(trim: str) -> None:
+    """Filling 64 MiB a second time touches no new page."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"MALLOC_TRIM_THRESHOLD_": trim} if trim else {}
+    code = """
+import resource, unclip_pl
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytes([n]) * 2**23 for n in range(1, 9)]
+    del blocks
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) > 32 if trim else int(done.stdout) < 8
 
 
 def test_help_names_every_command_and_imports_no_torch() -> None:
