@@ -14,7 +14,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.metrics.interval import mean_interval
 from unclip_pl.origin import commit
 
-CELL = Path(__file__).parents[2] / "results" / "rematch-shapes" / "cells" / "matched-ar-1.json"
+CELL = Path(__file__).parents[2] / "results" / "rematch-shapes" / "cells" / "best-ar-1.json"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.report.card import model_card
 
 ROOT = Path(__file__).parents[2]
-REPORT = ROOT / "results" / "rematch-shapes" / "report.json"
+REPORT = ROOT / "results" / "shapes-32px" / "report.json"
 
 
 @pytest.fixture
