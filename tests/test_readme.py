@@ -60,7 +60,7 @@ def test_there_are_commands_and_no_gaps() -> None:
 
 
 def test_the_table_of_results_is_the_reports() -> None:
-    report = json.loads((ROOT / "results/rematch-shapes/report.json").read_text())
+    report = json.loads((ROOT / "results/archive/rematch-shapes/report.json").read_text())
     table = re.findall(r"^\| .* \| (\d.*) \| (\d.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     expected = []
     for name in ("diffusion", "ar", "linear", "text", "ceiling"):
