@@ -143,7 +143,7 @@ def test_what_was_chosen_is_a_config_to_lay_over_others(
     )
     assert training == {"model": {"init_args": {"optimization": {rate: 0.002}}}}
     assert sampling == {"model": {"init_args": {"priors": {"mine": {"init_args": {"guidance": 1.0}}}}}}
-    table = choice_table({"choices": [json.loads((tmp_path / "best" / "mine.json").read_text())]})
+    table = choice_table({"choices": [json.loads((tmp_path / "best" / "mine.json").read_text()) | {"file": "mine"}]})
     assert table is not None
     assert [row[1].text for row in table.rows] == [words, words, "guidance"]
 
@@ -172,7 +172,7 @@ def test_without_guidance_the_learning_rate_alone_is_chosen(
     found = json.loads((tmp_path / "best/mine.json").read_text())
     assert (found["chosen"], found["guidance"]) == ({"lr": 0.002}, {})
     assert yaml.safe_load((tmp_path / "best/mine-sampling.yaml").read_text()) == {"model": {"init_args": {}}}
-    table = choice_table({"choices": [found]})
+    table = choice_table({"choices": [found | {"file": "mine"}]})
     assert table is not None
     assert [row[1].text for row in table.rows] == ["learning rate"] * 2
     assert "mine: learning rate 0.002: " in capsys.readouterr().out

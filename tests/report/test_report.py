@@ -165,7 +165,12 @@ def test_best_is_whoever_reaches_the_best_mean_without_the_ceiling(report: dict[
 @pytest.mark.parametrize(("chosen", "end"), [(0.001, "smallest"), (0.002, None), (0.004, "largest")])
 def test_a_learning_rate_at_the_end_of_those_tried_is_named(chosen: float, end: str | None) -> None:
     trial = {"joint_fd": 0.02, "embed_fd": 0.01, "text_cos": 0.7, "retrieval_r10": 0.4}
-    choice = {"prior": "ar", "learning_rates": dict.fromkeys(("0.004", "0.001", "0.002"), trial), "guidance": {}}
+    choice = {
+        "file": "ar",
+        "prior": "ar",
+        "learning_rates": dict.fromkeys(("0.004", "0.001", "0.002"), trial),
+        "guidance": {},
+    }
     table = choice_table({"choices": [choice | {"chosen": {"lr": chosen, "guidance": 1.0}}]})
     assert table is not None
     told = [text for term, text in table.notes if term == "ar's learning rate"]
