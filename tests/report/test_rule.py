@@ -76,6 +76,7 @@ def test_deltas_are_those_of_the_rule() -> None:
 def test_what_is_open_says_what_would_close_it() -> None:
     wide = {"mean": 0.0, "low": -0.03, "high": 0.03}
     assert cost_of(wide, 0.01) == "open: the half-width is 3.0 δ, so it takes about 9 times the seeds and captions"
+    assert "is 1.1 δ, so it takes about 1.2 times the" in cost_of({"mean": 0.0, "low": -0.011, "high": 0.011}, 0.01)
     assert "within δ" in cost_of({"mean": 0.01, "low": -0.001, "high": 0.015}, 0.01)
     assert cost_of(wide, None) == ""
 

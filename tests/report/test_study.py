@@ -286,6 +286,19 @@ def test_what_was_not_measured_has_no_verdict(tmp_path: Path, arm: Arm, write_ce
     assert list(report["priors"]) == ["diffusion", "diffusion (matched)"]
 
 
+@pytest.mark.parametrize(("guidance", "verdict"), [(1.0, HOLDS), (1.5, UNMEASURED)])
+def test_a_prior_without_guidance_has_matched_settings(
+    guidance: float, verdict: str, tmp_path: Path, arm: Arm, write_cell: Write
+) -> None:
+    """Its own row then answers what is asked of equally many samples without guidance."""
+    for seed in range(3):
+        arms = {name: arm(name, seed, worse) for name, worse in (("diffusion", 0.0), ("ar", 1.0))}
+        for made in arms.values():
+            made["sampling"]["guidance"] = guidance
+        write_cell(tmp_path, f"both-{seed}", seed, arms)
+    assert found(reduce(tmp_path))["The diffusion prior needs less training compute"]["verdict"] == verdict
+
+
 def test_a_study_may_have_claims_of_its_own(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
     write_cell(tmp_path, "a", 0, {"mine": arm("mine", 0), "yours": arm("yours", 0, 1.0)})
     claim = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report.study import row_named
 from unclip_pl.settings import read_yaml
 
 HOLDS, FAILS, EQUAL, DISAGREE = "holds", "does not hold", "no difference", "measures disagree"
@@ -115,7 +116,8 @@ def cost_of(interval: dict[str, Any], delta: float | None) -> str:
     if half <= delta:
         return "open although the half-width is within δ: more seeds and captions move the ends"
     width = half / delta
-    return f"open: the half-width is {width:.1f} δ, so it takes about {width**2:.0f} times the seeds and captions"
+    more = f"{width**2:.0f}" if width**2 >= 1.95 else f"{width**2:.1f}"
+    return f"open: the half-width is {width:.1f} δ, so it takes about {more} times the seeds and captions"
 
 
 def varied(pair: dict[str, Any]) -> str:
@@ -243,10 +245,11 @@ def _of_ablation(line: dict[str, Any], name: str, *, titled: bool) -> str:
 
 def _compute(report: Report, row: dict[str, Any]) -> Finding:
     """Judge at equally many samples: less arithmetic, nothing clearly worse and something clearly better."""
-    ours, theirs = (report["priors"].get(name) for name in _names(row))
+    first, second = (row_named(report, name) for name in _names(row))
+    ours, theirs = (report["priors"].get(name) for name in (first, second))
     if not ours or not theirs or not theirs["training_flops"]:
         return Finding(UNMEASURED)
-    pairs = {name: pair for name in row["measures"] if (pair := difference(report, name, *_names(row)))}
+    pairs = {name: pair for name in row["measures"] if (pair := difference(report, name, first, second))}
     if not pairs:
         return Finding(UNMEASURED)
     found = {verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()}

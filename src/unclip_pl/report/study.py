@@ -174,6 +174,13 @@ def distinct(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "priors": rows}
 
 
+def row_named(report: dict[str, Any], name: str) -> str:
+    """Return the row of that name; of a prior at matched settings its own, where that has no guidance either."""
+    rows, own = report["priors"], name.removesuffix(MATCHED)
+    unguided = own in rows and rows[own]["sampling"].get("guidance") == 1
+    return own if unguided and name not in rows else name
+
+
 def entry(arm: Arm) -> dict[str, Any]:
     """Return one row of the tables."""
     first = next(iter(arm.values()))

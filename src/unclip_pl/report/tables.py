@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from unclip_pl.evaluation.measures import GROUPS, MEASURES, end_of_grid
 from unclip_pl.report.claims import UNMEASURED
 from unclip_pl.report.compute import EXCESS
-from unclip_pl.report.study import MATCHED, distinct
+from unclip_pl.report.study import MATCHED, distinct, row_named
 
 Report = dict[str, Any]
 #: What a study chooses on validation data, in words.
@@ -367,17 +367,19 @@ def _duels(report: Report) -> str:
 
 
 def _cost(report: Report) -> str:
-    rows = {name: row for name, row in report["priors"].items() if name.endswith(MATCHED) and row["training_flops"]}
+    """Return what training and an embedding cost the first contender, as shares of what they cost the others."""
+    trained = [name for name, row in report["priors"].items() if row["training_flops"] and not name.endswith(MATCHED)]
+    at = {name: row_named(report, name + MATCHED) for name in trained}
+    rows = {name: report["priors"][row] for name, row in at.items() if row in report["priors"]}
     if len(rows) < 2:
         return ""
     (first, ours), *others = rows.items()
     listed = "; ".join(
-        f"{ours['training_flops'] / row['training_flops']:.2f} times the training FLOPs of "
-        f"{name.removesuffix(MATCHED)}, "
+        f"{ours['training_flops'] / row['training_flops']:.2f} times the training FLOPs of {name}, "
         f"{ours['flops_per_embedding'] / max(1, row['flops_per_embedding']):.1f} times its FLOPs for an embedding"
         for name, row in others
     )
-    return f"After equally many samples, without guidance, {first.removesuffix(MATCHED)} has cost {listed}."
+    return f"After equally many samples, without guidance, {first} has cost {listed}."
 
 
 def _calibration(report: Report) -> str:
