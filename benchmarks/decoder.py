@@ -12,11 +12,10 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
-from measure import Row, clock, expect_equal, faster, fastest, floor, flops, growth, show, side_by_side
+from measure import Row, clock, expect_equal, faster, fastest, floor, flops, growth, limits, shares, show, side_by_side
 from parts import stored_space, training_step
 from peers import KarloDecoder, dalle2_decoder
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from unclip_pl.diffusion import Ancestral
 from unclip_pl.generation.decoding import Decoder, DecoderSpec
@@ -28,8 +27,6 @@ from unclip_pl.types import DecoderBatch, TextFeatures
 D, CONTEXT, HEAD, LENGTH, BATCH, GUIDANCE = 256, 192, 64, 13, 8, 2.0
 STEPS = 27
 PRECISIONS: tuple[Literal["32-true", "bf16-mixed"], ...] = ("32-true", "bf16-mixed")
-#: What kernels are called that multiply matrices or convolve.
-KERNELS = ("conv", "::mm", "::bmm", "::addmm", "::baddbmm", "attention")
 
 
 def task() -> DecoderTask:
@@ -78,14 +75,6 @@ def best_step(
     return found[min(found)]
 
 
-def share_of_kernels(step: Callable[[], None]) -> float:
-    """Return the share of the time that is spent in kernels that multiply or convolve."""
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        step()
-    times = {event.key: event.self_cpu_time_total for event in record.key_averages()}
-    return sum(t for name, t in times.items() if any(k in name for k in KERNELS)) / sum(times.values())
-
-
 def losses(ours: DecoderTask, side: int, theirs: KarloDecoder) -> dict[str, tuple[nn.Module, Callable[..., Tensor]]]:
     dalle2 = dalle2_decoder(count_parameters(ours.net), side, D, CONTEXT, HEAD)
 
@@ -110,12 +99,13 @@ def training_rows(ours: DecoderTask, theirs: KarloDecoder, side: int, rounds: in
     work = {name: flops(training(*pair, given, False, torch.contiguous_format)) for name, pair in sides.items()}
     found = {name: best_step(*pair, given) for name, pair in sides.items()}
     seconds = side_by_side({name: step for name, (_, step) in found.items()}, rounds)
-    share = share_of_kernels(found["ours"][1])
+    share, _ = shares(found["ours"][1])
     speed = floor().flops(work["ours"] / seconds["ours"], bf16="bf16" in found["ours"][0])
     notes = {
         "diffusers": f"{equal}; {found['ours'][0]} against {found['diffusers'][0]}; {speed}",
         "dalle2-pytorch": f"{found['dalle2-pytorch'][0]}; {count_parameters(ours.net) / 1e6:.1f} M parameters "
-        f"against {count_parameters(sides['dalle2-pytorch'][0]) / 1e6:.1f} M",
+        f"against {count_parameters(sides['dalle2-pytorch'][0]) / 1e6:.1f} M; "
+        + limits(found["ours"][1], seconds, "dalle2-pytorch"),
     }
     targets = {"diffusers": 1.15, "dalle2-pytorch": 1.3}
     name = f"decoder training step, {side} px, batch {BATCH}, against "
@@ -168,7 +158,8 @@ def sampling_rows(ours: DecoderTask, theirs: KarloDecoder, side: int) -> list[Ro
         "diffusers": f"{same:.1%} of the values equal to 1e-3 in float32; "
         f"{best['ours']} against {best['diffusers']}; {speed}",
         "dalle2-pytorch": f"{best['dalle2-pytorch']}; as many parameters, "
-        f"{work['ours'] / 1e9:,.0f} GFLOP against {work['dalle2-pytorch'] / 1e9:,.0f}",
+        f"{work['ours'] / 1e9:,.0f} GFLOP against {work['dalle2-pytorch'] / 1e9:,.0f}; "
+        + limits(calls["ours", best["ours"]], seconds, "dalle2-pytorch"),
     }
     targets = {"diffusers": 1.15, "dalle2-pytorch": 1.5}
     return [faster(name + peer, seconds, peer, targets[peer], note) for peer, note in notes.items()]

@@ -20,10 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 #: Seconds since some moment.
 clock = time.perf_counter
+#: What operators are called that multiply matrices or convolve, and the others that touch every number.
+PRODUCTS = ("conv", "::mm", "::bmm", "::addmm", "::baddbmm", "attention")
+PASSES = (
+    "silu", "gelu", "softmax", "native_group_norm", "layer_norm", "adamw", "::cat", "::copy_", "::add", "::mul",
+    "::lerp", "::sum",
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -113,6 +120,27 @@ def expect_equal(ours: Tensor, peer: Tensor, tolerance: float) -> str:
     distance = gap(ours, peer)
     assert distance <= tolerance, f"outputs differ by {distance:.1e} of their size; expected at most {tolerance:.0e}"
     return f"outputs equal to {distance:.0e}"
+
+
+def shares(call: Callable[[], Any]) -> tuple[float, float]:
+    """Return the share of the time that products and convolutions take, and that of all kernels.
+
+    What is left goes to Python, autograd and the choice of kernels.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        call()
+    times = {event.key: event.self_cpu_time_total for event in record.key_averages()}
+
+    def share(*words: str) -> float:
+        return sum(t for name, t in times.items() if any(word in name for word in words)) / sum(times.values())
+
+    return share(*PRODUCTS), share(*PRODUCTS, *PASSES)
+
+
+def limits(call: Callable[[], Any], seconds: dict[str, float], peer: str) -> str:
+    """Say how many times a peer's speed ours would be if nothing but kernels took time, and nothing but products."""
+    (products, kernels), ratio = shares(call), seconds[peer] / seconds["ours"]
+    return f"{ratio / kernels:.2f} × if its kernels alone took time, {ratio / products:.2f} × if its products alone did"
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

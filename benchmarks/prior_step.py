@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Row, expect_equal, faster, floor, flops, show, side_by_side
+from measure import Row, expect_equal, faster, floor, flops, limits, show, side_by_side
 from parts import stored_space, training_step
 from peers import KarloPrior, dalle2_prior
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ def rows() -> list[Row]:
         seconds = side_by_side(steps, rounds=6)
         speed = floor().flops(work / seconds["ours"], bf16=bf16)
         kind = "bf16" if bf16 else "float32"
-        for peer, target, note in (("diffusers", 1.05, f"{equal}; {speed}"), ("dalle2-pytorch", 1.35, sizes)):
+        limit = f"{sizes}; {limits(steps['ours'], seconds, 'dalle2-pytorch')}"
+        for peer, target, note in (("diffusers", 1.05, f"{equal}; {speed}"), ("dalle2-pytorch", 1.35, limit)):
             measured.append(
                 faster(
                     f"prior training step, {kind}, batch {BATCH} × 81 tokens, against {peer}",
