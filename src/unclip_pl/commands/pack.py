@@ -46,7 +46,7 @@ def pack_shapes(
         out: folder of the shards.
         train: training images.
         val: validation images.
-        heldout: images of (shape, colour) pairs that train never shows together.
+        heldout: held-out images, of every (shape, colour) pair; train never shows an eighth of the pairs.
         size: side in pixels; without it 64 with words or two objects, else 32.
         words: write the name of a shape over half of the training images; half of their captions name it in the place
             of the shape. Every held-out image has another shape's name.

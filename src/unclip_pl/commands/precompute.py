@@ -88,7 +88,9 @@ def _part(text: str, store: str, *, finish: bool, verify: bool) -> Part | None:
             f"Expected a folder as --store. Got {store}: use one that all processes see, and copy it then."
         )
     if finish and (text or verify):
-        raise InputError("Expected --finish without --part and --verify. Got both: run the parts with them before.")
+        raise InputError(
+            f"Expected --finish alone. Got it with {'--part' if text else '--verify'}: run the parts with that first."
+        )
     return Part.parse(text) if text else None
 
 

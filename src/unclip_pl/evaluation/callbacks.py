@@ -216,7 +216,7 @@ class DecoderScores(ValidationScores):
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """Inside, a network of another precision (bf16-true, 64-true) computes in float32, as samplers do."""
+    """Compute in float32 inside the context, as samplers do, also with a network of bf16-true or 64-true."""
     with torch.inference_mode(False):
         tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
         kept = [tensor.data for tensor in tensors]

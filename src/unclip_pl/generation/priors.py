@@ -209,8 +209,8 @@ class DiffusionPriorSpec(TrainedPriorSpec):
             empty caption.
         candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept (paper: 2).
         x0_bound: bound on the absolute values of the scaled estimate of z_i, for every parameterisation alike (Karlo:
-            10); None sets no bound. At the noisiest step the estimate of a network that predicts noise has its error
-            times 500: without a bound such samples stray. Estimates of networks that predict z_i lie inside.
+            10); None sets no bound. At t = 1 the estimate of a network that predicts noise has its error times 20,000:
+            without a bound such samples stray. Estimates of networks that predict z_i lie inside.
         keep_norm: keep CLIP's own norm, for a decoder of raw embeddings (Karlo); the prior must have learned it.
     """
 

@@ -39,7 +39,7 @@ def fast_bfloat16(device: str) -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention, (B, heads, L, dim).
+    """Compute scaled dot-product attention, (B, heads, L, dim).
 
     On a CPU in bfloat16 it is written out: the backward pass of torch's fused kernel takes up to three times as long as
     what it fuses (64 tokens). A causal one does without a mask in memory, which keeps a GPU's flash attention away: the
@@ -49,7 +49,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         query: (B, heads, L, dim).
         key, value: (B, heads, keys, dim).
         mask: (B or 1, 1, L or 1, keys) bool, True where a query may look; None for everywhere.
-        causal: the queries are the last L of the keys, and none looks behind itself. It takes the place of a mask.
+        causal: the queries are the last L of the keys; each sees itself and the keys before it. It takes the place of
+            a mask.
     """
     fused = query.device.type != "cpu" or query.dtype != torch.bfloat16
     if causal and fused and query.shape == key.shape:
@@ -151,7 +152,7 @@ _KNOWN = hasattr(_OPS, "_reorder_linear_weight") and hasattr(_OPS, "_linear_poin
 
 @contextmanager
 def packed(module: nn.Module) -> Iterator[None]:
-    """Inside, the linear layers of ``module`` multiply by copies of their weights that are laid out once.
+    """Lay out the weights of a module's linear layers once, for all products inside the context.
 
     For samplers: few rows, the same weights at each step. With oneDNN, products with up to 16 rows are two to five
     times as fast; drawing one embedding takes half the time on two threads, drawing eight takes two thirds. Elsewhere

@@ -238,7 +238,10 @@ class UNet(nn.Module):
             InputError: the network is unconditional.
         """
         if self.condition_encoder is None:
-            raise InputError("Expected a U-Net with embed_dim > 0. Got an unconditional one: set model.net.embed_dim.")
+            raise InputError(
+                "Expected a U-Net with embed_dim > 0. Got an unconditional one: build it with the width of CLIP's "
+                "embeddings."
+            )
         return self.condition_encoder(image_embed, text, keep_image=keep_image, level=level)
 
     def forward(self, x: Tensor, index: Tensor, condition: Condition | None = None) -> Tensor:

@@ -117,7 +117,7 @@ def key_of(cell: dict[str, Any], arm: str) -> Key:
 
 
 def _check_bases(cells: list[dict[str, Any]]) -> None:
-    """Ablations may compare bases (such as two CLIPs); all else is compared needs one."""
+    """Refuse cells of several bases. Ablations alone may compare bases, such as two CLIPs."""
     files = {cell["base"]: cell["file"] for cell in cells if cell["kind"] != "ablation"}
     if len(files) > 1:
         told = ", ".join(f"{base} ({file})" for base, file in files.items())

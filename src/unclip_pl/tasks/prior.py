@@ -88,7 +88,7 @@ class DiffusionPriorTask(DiffusionPriorPart, EmbeddingTask):
         self.diffusion.posterior_mse = self._errors.compute(bound=self._variance())
 
     def _variance(self) -> float | None:
-        """Return the data's variance per dimension, which no posterior exceeds; None if the scaling keeps norms."""
+        """Return the data's variance per dimension, which no posterior exceeds; None if the scaling is not ``unit``."""
         if self.space.scaling != "unit":
             return None
         return self.space.unit_scale**2 * (1 - self.space.mean.square().sum().item()) / self.space.embed_dim

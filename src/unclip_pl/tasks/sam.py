@@ -13,10 +13,10 @@ from unclip_pl.errors import InputError
 
 @contextmanager
 def perturbed(module: nn.Module, rho: float) -> Iterator[None]:
-    """Inside, the weights are w + rho g / ‖g‖ (eq. 2), where g is the gradient of all weights on entry.
+    """Move the weights to w + rho g / ‖g‖ (eq. 2) inside the context, where g is the gradient of all weights on entry.
 
     Batch norm counts nothing inside, since its running statistics are those of w. On exit w is back bit for bit, after
-    an exception too. The gradients stay. No device is waited for.
+    an exception too. The gradients are scaled in place to the move: compute new ones inside. No device is waited for.
 
     Args:
         module: module with the weights and their gradients.
