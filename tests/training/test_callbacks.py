@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from unclip_pl.nn.layers import Transformer
@@ -39,6 +40,45 @@ def test_the_average_follows_its_recursion() -> None:
     torch.testing.assert_close(saved["state_dict"]["weight"].item(), expected, rtol=1e-5, atol=1e-5)
     assert saved["state_dict"]["seen"] == 119
     assert saved["averaging_state"]["n_averaged"] == 120
+
+
+class Falling(Number):
+    """One weight that falls by 1 at every step; what it is when it is scored is kept."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.weight.sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.scored = self.weight.item()
+
+    test_step = validation_step
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.scored = self.weight.item()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_scores_are_the_averages_and_a_fit_goes_on_from_the_weights(tmp_path: Path) -> None:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    batches = DataLoader(torch.zeros(8, 1))
+
+    def trainer(steps: int) -> Trainer:
+        written = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        return Trainer(max_steps=steps, callbacks=[WarmupEMA(), written], limit_val_batches=0, **quiet)
+
+    trainer(3).fit(Falling(), batches)
+    path = tmp_path / "step=3.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    average, raw = (checkpoint[name]["weight"].item() for name in ("state_dict", "current_model_state"))
+    assert average > raw == -3
+    for command in ("validate", "test", "predict"):
+        model, other = Falling(), Trainer(callbacks=[WarmupEMA()], **quiet)
+        getattr(other, command)(model, batches, ckpt_path=path)
+        assert model.scored == average, command
+    trainer(4).fit(Falling(), batches, ckpt_path=path)
+    assert torch.load(tmp_path / "step=4.ckpt", weights_only=True)["current_model_state"]["weight"] == -4
 
 
 class Read(LightningModule):

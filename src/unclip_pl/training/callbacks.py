@@ -9,6 +9,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer, TQDMProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -109,7 +110,12 @@ class WarmupEMA(Callback):
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._updates)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the average, which Lightning has loaded into the network, and load the weights."""
+        """Keep the average, which Lightning has loaded into the network, and load the weights that a fit goes on from.
+
+        Other commands score the average, and leave it in the network.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self._average = [weight.to(torch.float32, copy=True) for weight in local_parameters(pl_module)]
         self._step = checkpoint["global_step"]
         if "current_model_state" in checkpoint:
