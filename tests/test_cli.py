@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from unclip_pl.cli import COMMANDS, TRAINER, main
+from unclip_pl.cli import COMMANDS, TRAINER, call, main
 from unclip_pl.clip.encoder import build_clip
 from unclip_pl.errors import InputError, MissingFileError
 
@@ -167,6 +167,19 @@ def test_no_caption(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_prior(mini_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(["sample", "x", "--run", str(mini_run), "--prior", "best"], capsys, "'best'", "diffusion, ar")
+
+
+def test_from_is_left_out_before_paths_alone() -> None:
+    def pack(paths: list[str], out: str) -> object:
+        """Pack."""
+        return paths, out
+
+    def draw(captions: list[str], from_embedding: str = "") -> object:
+        """Draw."""
+        return captions, from_embedding
+
+    assert call("pack", pack, ["--from", "a", "b", "--out", "c"]) == (["a", "b"], "c")
+    assert call("draw", draw, ["a star", "--from", "z.safetensors"]) == (["a star"], "z.safetensors")  # cut short
 
 
 def test_empty_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

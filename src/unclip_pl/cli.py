@@ -356,11 +356,12 @@ def _parser(program: str, entry: Callable[..., Any]) -> Parser:
 
 
 def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
-    """Turn a flag that stands alone, such as ``--verify``, into ``--verify=true``; leave out the word ``--from``."""
+    """Turn a flag that stands alone, as ``--verify`` may, into ``--verify=true``; leave out ``--from`` before paths."""
     flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
+    silent = {"--from"} if "paths" in entry.__annotations__ else set()
     alone = [word.startswith("--") for word in [*words[1:], "--"]]
     pairs = zip(words, alone, strict=False)
-    return [f"{word}=true" if word in flags and last else word for word, last in pairs if word != "--from"]
+    return [f"{word}=true" if word in flags and last else word for word, last in pairs if word not in silent]
 
 
 def train(words: list[str]) -> Any:
