@@ -19,7 +19,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.generation.decoding import Progress
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.play import drawing
-from unclip_pl.play.drawing import Cell, Easel, Frame, Playground, Row, painted
+from unclip_pl.play.drawing import Cell, Dot, Easel, Frame, Map, Playground, Row, painted
 from unclip_pl.play.examples import examples
 from unclip_pl.play.known import known_to, report_of
 from unclip_pl.play.sheet import line, page_in_page, scatter, show
@@ -129,8 +129,13 @@ def test_an_embedding_lies_where_its_coordinates_are(playground: Playground, pic
     assert scatter(placed).count("<circle") == 97
 
 
+def test_an_embedding_alone_is_drawn_in_the_corner() -> None:
+    drawn = scatter(Map([], Dot((0.5, -2.0), "this picture"), "no embeddings"))
+    assert '<circle class="play-own" cx="20.0" cy="380.0" r="8">' in drawn
+
+
 def test_a_bundle_of_shapes_renders_its_training_set_again(
-    playground: Playground, mini_run: Path, tmp_path: Path
+    playground: Playground, mini_run: Path, picture: str, tmp_path: Path
 ) -> None:
     kept = playground.unclip.root
     run = json.loads((kept / "run.json").read_text()) | {"store": ""}
@@ -142,7 +147,11 @@ def test_a_bundle_of_shapes_renders_its_training_set_again(
     there = known_to(playground.unclip).image_embed
     assert torch.allclose(again.image_embed[:96], there, atol=2e-3)  # the store keeps halves
     shutil.rmtree(tmp_path / "stages")
-    assert known_to(other).note == "This run has no embeddings of its training set."
+    nothing = known_to(other)
+    assert nothing.note == "This run has no embeddings of its training set."
+    page = copy(playground)
+    vars(page)["_known"] = nothing
+    assert page.place(picture).dots == []
 
 
 def test_examples_are_of_the_run(playground: Playground, tmp_path: Path) -> None:

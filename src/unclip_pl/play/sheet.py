@@ -66,7 +66,8 @@ def show(frame: Frame) -> str:
 def scatter(map: Map) -> str:
     """Return dots on two axes, with a ring around one's own."""
     x, y = zip(*(dot.at for dot in [*map.dots, map.own]), strict=True)
-    left, low, wide = min(x), min(y), max(max(x) - min(x), max(y) - min(y))
+    left, low = min(x), min(y)
+    wide = max(max(x) - left, max(y) - low) or 1.0  # without dots, one's own stands in the corner
 
     def place(at: tuple[float, float]) -> str:
         return f'cx="{20 + 360 * (at[0] - left) / wide:.1f}" cy="{380 - 360 * (at[1] - low) / wide:.1f}"'
