@@ -115,6 +115,19 @@ def test_a_changed_stage_takes_what_depends_on_it_along_and_nothing_else(journal
     assert list((journal.run / "replaced").glob("b-*/precious"))  # nothing that was whole is lost
 
 
+def test_what_is_set_aside_in_one_second_is_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and folders of one name."""
+    monkeypatch.setattr(time, "strftime", lambda *_: "20261128-110000")
+    for number in range(2):
+        (tmp_path / f"a/{number}/cell").mkdir(parents=True)
+        (tmp_path / f"a/{number}/cell/made").write_text(str(number))
+        (tmp_path / f"a/{number}/cell.json").write_text(str(number))
+        for name in ("cell", "cell.json"):
+            module._set_aside(tmp_path, tmp_path / "a" / str(number) / name)
+    for found in ("cell-*/made", "cell.json-*"):
+        assert sorted(path.read_text() for path in (tmp_path / "replaced").glob(found)) == ["0", "1"]
+
+
 def test_what_was_deleted_is_made_again_with_what_was_made_of_it(journal: Journal) -> None:
     for deleted, asked in (("d", ["d"]), ("b", ["b", "c"])):
         reproduce(chain(), str(journal.run))

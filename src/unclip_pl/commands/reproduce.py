@@ -305,7 +305,9 @@ def _say(text: str, style: str = "") -> None:
 def _read_through(source: str, run: Path, note: bool) -> str:
     """Return a text that changes with what shards hold, or what a store does, whose manifest has all checksums."""
     manifest = Path(source) / MANIFEST
-    return digest([manifest.read_text()]) if manifest.is_file() else _contents(list_shards(source), run, note)
+    if manifest.is_file():
+        return digest([manifest.read_text(encoding="utf-8")])
+    return _contents(list_shards(source), run, note)
 
 
 def _contents(shards: list[Shard], run: Path, note: bool) -> str:
@@ -336,7 +338,7 @@ def _contents(shards: list[Shard], run: Path, note: bool) -> str:
 def _set_aside(root: Path, out: Path) -> None:
     """Move what an earlier recipe made to ``replaced/`` of the run: nothing whole is deleted."""
     if out.exists():
-        target = root / "replaced" / f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target = root / "replaced" / f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(out, target)
 
