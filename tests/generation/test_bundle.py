@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 
 from unclip_pl.cli import main
-from unclip_pl.files import read_checkpoint
+from unclip_pl.commands.bundle import _provenance
+from unclip_pl.files import read_checkpoint, write_json
 from unclip_pl.generation import bundle as bundles
 from unclip_pl.generation import run as runs
 from unclip_pl.generation.bundle import NOTES, read_notes, unpack
 from unclip_pl.generation.manipulation import Manipulator
 from unclip_pl.generation.pipeline import Unclip
-from unclip_pl.generation.run import base_hash, find_run, read_run
+from unclip_pl.generation.run import Origin, base_hash, find_run, read_run
 from unclip_pl.nn.codec import EmbeddingCodec
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.shapes.render import BACKGROUNDS, COLORS, SHAPES, SIZES
@@ -93,6 +94,22 @@ def test_it_names_no_path_of_this_machine(mini_run: Path, bundle: Path) -> None:
     assert told["run"] == mini_run.name
     assert told["commits"]
     assert told["recipe"]["linear"].split()[:4] == ["unclip", "linear", "--source", "{source}"]
+
+
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        ({"meta": {"hardware": ["2 × A, 1 threads", "1 × B"]}}, "2 × A, 1 threads; 1 × B"),
+        ({"meta": {"hardware": "2 × A, 1 threads"}}, "2 × A, 1 threads"),  # as reports said before
+        ({"meta": {}}, "4 × C"),
+        ({}, "4 × C"),
+    ],
+)
+def test_the_origin_names_machines_as_a_report_does(report: dict, told: str, tmp_path: Path) -> None:
+    write_json(tmp_path / NOTES, {"hardware": "4 × C"})
+    write_json(tmp_path / "report.json", report)
+    write_json(tmp_path / NOTES, _provenance(tmp_path))
+    assert Origin.of(tmp_path, tmp_path).text.endswith(f" minutes on {told}")
 
 
 def test_a_study_s_base_is_a_run_again(mini_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,13 +138,14 @@ def _tokens(clip: ClipEncoder, store: Path) -> list[int] | None:
 def _provenance(root: Path) -> dict[str, Any]:
     """Return where the weights come from: the notes of the bundle that the run was, and what was trained since."""
     notes, stages = read_notes(root), stage_records(root)
-    report = json.loads(path.read_text()) if (path := root / "report.json").is_file() else {}
+    report = json.loads(path.read_text(encoding="utf-8")) if (path := root / "report.json").is_file() else {}
+    hardware = report.get("meta", {}).get("hardware") or notes.get("hardware", "")
     commits = [*notes.get("commits", []), *(name for record in stages.values() for name in record["commits"])]
     trained = sum(record["seconds"] for record in stages.values() if record["command"].startswith("fit "))
     return {
         "run": notes.get("run", root.resolve().name),
         "commits": list(dict.fromkeys(commits)),
-        "hardware": report.get("meta", {}).get("hardware", notes.get("hardware", "")),
+        "hardware": hardware if isinstance(hardware, str) else "; ".join(hardware),
         "seconds": notes.get("seconds", 0) + trained,
         "recipe": notes.get("recipe", {}) | {name: f"unclip {record['command']}" for name, record in stages.items()},
         "bundled": commit(),
