@@ -62,6 +62,15 @@ def test_rows_are_what_was_logged_and_measured(study: Path, capsys: pytest.Captu
     assert cell["embed_fd"] == pytest.approx(arm["resamples"]["embed_fd"][0])
 
 
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no archive", lambda data: data[:-9]])
+def test_a_damaged_checkpoint_leaves_the_step_of_the_log(
+    damage: Callable[[bytes], bytes], study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = study / "ar-10" / "checkpoints" / "last.ckpt"
+    last.write_bytes(damage(last.read_bytes()))
+    assert [row["steps"] for row in rows(capsys, study, "--where", "part=ARPrior")] == [20]
+
+
 def test_rows_are_sorted_and_filtered_by_column(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def names(*words: str) -> list[object]:
         return [row["run"] for row in rows(capsys, study, *words)]

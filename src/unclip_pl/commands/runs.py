@@ -5,6 +5,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from json import dumps, loads
@@ -132,7 +133,7 @@ def _logged(folder: Path) -> Row:
         if name not in ("epoch", "hp_metric")
     }
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    if checkpoint.is_file():
+    with suppress(Exception):  # of many types where it is missing or damaged: then the log's step stands
         step = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     return last | ({"steps": step} if step >= 0 else {})
 
