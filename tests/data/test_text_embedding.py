@@ -1,5 +1,6 @@
 """Batches whose captions stand where the images would."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from unclip_pl.clip.encoder import ClipSpec
 from unclip_pl.data.shards import Split
+from unclip_pl.data.store import STATISTICS as IMAGES
 from unclip_pl.data.text_embedding import STATISTICS, TextEmbeddingDataModule
 from unclip_pl.nn.space import EmbeddingSpace, Moments, write_statistics
 from unclip_pl.types import DecoderBatch
@@ -53,6 +55,17 @@ def test_statistics_are_the_captions_own_and_made_once(data: TextEmbeddingDataMo
     assert space.fingerprint == data.embeddings.fingerprint
     made = path.stat().st_mtime_ns
     assert Path(data.statistics).stat().st_mtime_ns == made
+
+
+def test_statistics_are_made_again_when_the_store_is(data: TextEmbeddingDataModule, store: Path) -> None:
+    path = Path(data.statistics)
+    whole = path.read_bytes()
+    images = EmbeddingSpace(str(store / IMAGES))
+    few = Moments.of(torch.randn(9, 64))
+    write_statistics(path, moments=few, null_text=images.null_text, fingerprint=images.fingerprint)
+    made = (store / IMAGES).stat().st_mtime_ns
+    os.utime(path, ns=(made - 1, made - 1))
+    assert Path(data.statistics).read_bytes() == whole
 
 
 def test_statistics_of_another_clip_are_made_again(data: TextEmbeddingDataModule) -> None:

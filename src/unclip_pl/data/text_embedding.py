@@ -21,10 +21,15 @@ class TextEmbeddingDataModule(UnclipDataModule):
 
     @property
     def statistics(self) -> str:
-        """Path of z_t's mean and principal axes over the training split; made where it is missing or another CLIP's."""
-        images = EmbeddingSpace(super().statistics)
-        path = Path(self.store) / STATISTICS
-        if not path.is_file() or EmbeddingSpace(str(path)).fingerprint != images.fingerprint:
+        """Path of z_t's mean and principal axes over the training split.
+
+        It is made where it is missing, another CLIP's, or older than the images' statistics, which a store writes again
+        when shards are added or changed.
+        """
+        source, path = Path(super().statistics), Path(self.store) / STATISTICS
+        images = EmbeddingSpace(str(source))
+        stale = not path.is_file() or path.stat().st_mtime_ns < source.stat().st_mtime_ns
+        if stale or EmbeddingSpace(str(path)).fingerprint != images.fingerprint:
             moments = reduce(Moments.plus, (Moments.of(z_t) for _, z_t in self.embeddings.embed_chunks(Split.TRAIN)))
             write_statistics(path, moments=moments, null_text=images.null_text, fingerprint=images.fingerprint)
         return str(path)
