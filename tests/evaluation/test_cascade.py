@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Stage
 from unclip_pl.commands.reproduce import reproduce
-from unclip_pl.evaluation.cascade import CascadeEvaluation, tiles_of
+from unclip_pl.evaluation.cascade import CascadeEvaluation, Rows, tiles_of
+from unclip_pl.evaluation.scores import View
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
@@ -59,6 +60,21 @@ def test_a_perfect_decoder_of_full_size_leaves_nothing_to_add(
     assert scores["32/residual"] < 0.01
     for name in ("32/fd_judge", "32/fd_judge_tiles"):
         assert scores[name] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_grid_of_two_ranks_is_as_large_as_that_of_one(lookup: DecoderSpec, tmp_path: Path) -> None:
+    clip, noise = ClipSpec("tiny-rn"), torch.Generator().manual_seed(0)
+    rows = [Rows(torch.empty(0), ["a star", "a ring"], torch.randn(2, 3, 4, 4, generator=noise)) for _ in range(2)]
+    images = torch.randn(4, 3, 8, 8, generator=noise)
+    drawn = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        module = CascadeEvaluation("", "", clip, clip, lookup, [], ShapesOracle(), str(out), shown=2)
+        view = View(torch.empty(0), torch.empty(0), torch.empty(0), images[: 2 * ranks])
+        module._write({}, {"8": view, "real": view}, rows[:ranks])
+        with Image.open(out / "cascade.png") as picture:
+            drawn.append(picture.tobytes())
+    assert drawn[0] == drawn[1]
 
 
 def test_tiles() -> None:

@@ -152,7 +152,7 @@ class CascadeEvaluation(LightningModule):
     def _write(self, report: dict[str, Any], views: dict[str, View], rows: list[Rows]) -> None:
         meta = {**provenance(self.device), "settings": self.settings}
         write_json(self.out / "cascade.json", {**report, "meta": meta}, indent=2)
-        captions = list(chain.from_iterable(part.captions for part in rows))
+        captions = list(chain.from_iterable(part.captions for part in rows))[: self.shown]  # each rank has kept as many
         small = torch.cat([part.small for part in rows])
         first, *rest = views
         columns = [f"{first} px, as drawn", "bicubic", *(f"to {name} px" for name in rest if name != REAL), REAL]
