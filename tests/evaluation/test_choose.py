@@ -1,6 +1,7 @@
 """The rule that chooses a prior's settings, on trials whose best is known."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -155,6 +156,16 @@ def test_one_prior_is_expected_with_networks(tmp_path: Path) -> None:
     for weights in ({}, {"0.1": []}):
         with pytest.raises(ValueError, match="networks of every learning rate"):
             Choice("run", ClipSpec("tiny-rn"), {"a": NoisySpec()}, weights, [1.0], str(tmp_path / "x.json"))
+
+
+def test_an_overlay_takes_the_place_of_the_one_before_whole(tmp_path: Path) -> None:
+    choice = Choice("run", None, {"a": NoisySpec()}, {"0.1": ["run"]}, [1.0], str(tmp_path / "best" / "ä.json"))
+    choice._overlay("sampling", {"old": 1})
+    path = tmp_path / "best" / "ä-sampling.yaml"
+    os.link(path, tmp_path / "reading")
+    choice._overlay("sampling", {})
+    assert yaml.safe_load((tmp_path / "reading").read_text(encoding="utf-8"))["model"]["init_args"] == {"old": 1}
+    assert path.read_text(encoding="utf-8").startswith("# Chosen on validation data, see ä.json.\n")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.costs import task_of
 from unclip_pl.evaluation.inputs import parts_of
 from unclip_pl.evaluation.measures import end_of_grid
-from unclip_pl.files import write_json
+from unclip_pl.files import write_json, write_text
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance
 from unclip_pl.generation.run import check_clip
@@ -216,9 +216,8 @@ class Choice(LightningModule):
 
     def _overlay(self, kind: str, init_args: dict[str, Any]) -> None:
         path = self.out.with_name(f"{self.out.stem}-{kind}.yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
         head = f"# Chosen on validation data, see {self.out.name}.\n"
-        path.write_text(head + yaml.safe_dump({"model": {"init_args": init_args}}))
+        write_text(path, head + yaml.safe_dump({"model": {"init_args": init_args}}))
 
 
 def summed_up(trials: list[Trial]) -> dict[str, Any]:
