@@ -123,7 +123,8 @@ def test_a_part_is_drawn_again_and_the_rest_stays(
     assert changed[11:21, 11:21].any()
     changed[11:21, 11:21] = False
     assert not changed.any()
-    assert Image.open(out).text.items() >= {"caption": "a red star", "seed": "4", "jumps": "1"}.items()
+    facts = {"caption": "a red star", "seed": "4", "jumps": "1", "prior": "diffusion"}
+    assert Image.open(out).text.items() >= facts.items()
     larger = tmp_path / "larger.png"
     Image.open(mask).resize((64, 64), Image.Resampling.NEAREST).save(larger)
     assert inpaint(mini_run, str(tmp_path / "exact.png"), str(larger), tmp_path / "b.png", *words, "--jumps", "1") == 0
@@ -148,10 +149,7 @@ def test_a_mask_without_white_is_a_warning_and_the_picture(
         (["PICTURE", "--mask", "nowhere.png"], "No file at nowhere.png"),
         (["PICTURE", "--mask", "pyproject.toml"], "Got pyproject.toml"),
         (["PICTURE", "--mask", "WIDE"], "Expected a mask of 32 × 32 pixels, as the picture"),
-        (
-            ["PICTURE", "--mask", "MASK", "--prior", "ar", "--candidates", "2"],
-            "Expected a caption for settings of a prior",
-        ),
+        (["PICTURE", "--mask", "MASK", "--prior", "ar"], "Expected a caption for settings of a prior"),
         (["PICTURE", "--mask", "MASK", "--solver", "Heun", "--jumps", "2"], "Expected a solver of one look a step"),
         (["PICTURE", "--mask", "MASK", "--caption", "a star", "--prior", "none"], "has no prior 'none'"),
         (["PICTURE", "--canvas", "1.5"], "Expected --mask, or --canvas with --caption"),
@@ -187,7 +185,7 @@ def test_what_cannot_be_inpainted_is_one_line(
         (["interpolate", "PICTURE"], "Expected two image files or two captions. Got 1"),
         (["interpolate", "PICTURE", "a red star"], "and the caption 'a red star': name two of a kind"),
         (["interpolate", "PICTURE", "nowhere.png"], "No file at nowhere.png"),
-        (["interpolate", "PICTURE", "PICTURE", "--prior_steps", "5"], "Expected two captions for options of a solver"),
+        (["interpolate", "PICTURE", "PICTURE", "--prior", "ar"], "Expected two captions for options of a solver"),
         (["interpolate", "PICTURE", "PICTURE", "--num", "1"], "Expected num >= 2"),
         (["probe", "PICTURE", "--dims", "[65]"], "Expected dims from 1 to the embedding's 64. Got [65]"),
         (["reconstruct", "PICTURE", "--steps", "2000"], "Expected from 1 to 1000 steps"),

@@ -95,7 +95,7 @@ def test_embeddings_come_from_a_file(
     refused = {
         "tiny-rn-other": ["--from_embedding", str(path)],
         "No embeddings at": ["--from_embedding", "nowhere.safetensors"],
-        "Got both: leave one out": ["--from_embedding", str(path), "--candidates", "2"],
+        "Got both: leave one out": ["--from_embedding", str(path), "--prior", "ar"],
         "a .png file, or a folder": ["a star", "--out", "x.jpg"],
     }
     for fragment, words in refused.items():

@@ -55,6 +55,12 @@ def test_the_known_comes_back_and_the_open_is_drawn(sampler: Sampler, jumps: int
         assert torch.equal(drawn(Inpaint(sampler, KNOWN, HALF | True, jumps), diffusion), plain)
 
 
+def test_another_number_of_steps() -> None:
+    given, fewer = Inpaint(DDIM(6, 0.5), KNOWN, HALF, 2), Inpaint(DDIM(3, 0.5), KNOWN, HALF, 2)
+    assert torch.equal(drawn(given.with_steps(3), GaussianDiffusion()), drawn(fewer, GaussianDiffusion()))
+    assert given.solver.steps == 6
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_network_sees_the_known_at_the_level_of_its_noise(eta: float) -> None:
     """x_t at the known pixels is alpha x0 + sigma n: what a network was trained to look at, after the first step."""

@@ -203,10 +203,11 @@ def test_a_guide_leads_an_upsampler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = drawn()
     torch.testing.assert_close(drawn(guidance=2.0, guide=GuideSpec("up.ckpt")), plain)
-    assert torch.equal(drawn(guide=GuideSpec("weaker.ckpt")), plain)
     assert not torch.allclose(drawn(guidance=2.0, guide=GuideSpec("weaker.ckpt")), plain, atol=1e-3)
-    with pytest.raises(ValueError, match=r"Expected a guide for an upsampler's guidance.* Got guidance 2 alone"):
+    with pytest.raises(ValueError, match=r"guidance and guide together.* Got guidance 2 without a guide"):
         drawn(guidance=2.0)
+    with pytest.raises(ValueError, match=r"guidance and guide together.* Got guidance 1 with a guide"):
+        drawn(guide=GuideSpec("weaker.ckpt"))
     with pytest.raises(ValueError, match=r"double.ckpt enlarges 2 times, and the other 4"):
         drawn(guidance=2.0, guide=GuideSpec("double.ckpt"))
 

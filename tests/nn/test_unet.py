@@ -227,6 +227,8 @@ def test_errors_name_the_fault(decoder: UNet, inputs: tuple[Tensor, Tensor, Tens
         tiny_decoder(head_channels=5)
     with pytest.raises(ValueError, match="embed_dim > 0"):
         UNet(text_width=4)
+    with pytest.raises(ValueError, match="embed_dim > 0"):
+        UNet(image_levels=True)
 
 
 KARLO: dict[str, Any] = {"channels": 320, "res_blocks": 3, "channel_mult": [1, 2, 3, 4], "head_channels": 64}

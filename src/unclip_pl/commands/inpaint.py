@@ -61,7 +61,8 @@ def inpaint(
             hidden = given[0].masked_fill(drawn[0], 0.0)
             images = studio.unclip.inpaint(given, drawn, texts, **settings).images
         facts = {"pictures": studio.pictures.names[0], "caption": caption or "", "seed": options.seed, "jumps": jumps}
-        facts |= options.of_decoder() | options.of_prior() | ({} if mask else {"canvas": canvas})
+        facts |= options.of_decoder() | ({} if caption is None else {"prior": "diffusion"}) | options.of_prior()
+        facts |= {} if mask else {"canvas": canvas}
         _save(studio, facts, given[0], hidden, images)
 
 

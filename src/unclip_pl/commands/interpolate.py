@@ -95,7 +95,7 @@ def _between_captions(captions: list[str], options: BetweenOptions, num: int) ->
         images = studio.manipulator.between_captions(
             *captions, num=num, seed=options.seed, progress=studio.bar("drawing"), **settings
         )
-        facts = {"captions": "\n".join(captions), "seed": options.seed, "prior": options.prior}
+        facts = {"captions": "\n".join(captions), "seed": options.seed, "prior": "diffusion"}
         columns = [f"{i / (num - 1):.2g}" for i in range(num)]
         rows = [(" → ".join(captions), list(images))]
         studio.save_grid(rows, columns, facts | options.of_decoder() | options.of_prior())

@@ -61,7 +61,7 @@ def sample(
             facts: dict[str, Any] = {"from_embedding": Path(from_embedding).name}
             draw = partial(studio.unclip.decode, z_i, texts)
         else:
-            facts = {"prior": options.prior, **options.of_prior()}
+            facts = {"prior": "diffusion", **options.of_prior()}
             draw = partial(studio.unclip.generate, texts, **studio.prior_settings())
         studio.warn_of_unknown(texts)
         bar, seed = studio.bar("drawing", ways=-(-len(texts) * num // batch_size)), options.seed

@@ -69,7 +69,7 @@ class CaptionOptions(RunOptions):
         guidance: guidance scale of the decoder; 1 is off.
         solver: solver of the decoder, with the settings that its class has by default.
         steps: number of times that the decoder's solver visits.
-        prior: name of one of the run's priors.
+        prior: name of one of the run's priors; without it diffusion.
         prior_guidance: guidance scale of the prior.
         prior_solver: solver of a diffusion prior.
         prior_steps: number of times that a diffusion prior's solver visits.
@@ -79,7 +79,7 @@ class CaptionOptions(RunOptions):
     guidance: NonNegativeFloat | None = None
     solver: Solver | None = None
     steps: PositiveInt | None = None
-    prior: str = "diffusion"
+    prior: str | None = None
     prior_guidance: NonNegativeFloat | None = None
     prior_solver: Solver | None = None
     prior_steps: PositiveInt | None = None
@@ -90,8 +90,8 @@ class CaptionOptions(RunOptions):
         return self._given("guidance", "solver", "steps")
 
     def of_prior(self) -> dict[str, Any]:
-        """Return the prior's settings that were given, beside its name."""
-        return self._given("prior_guidance", "prior_solver", "prior_steps", "candidates")
+        """Return the prior's name and settings that were given."""
+        return self._given("prior", "prior_guidance", "prior_solver", "prior_steps", "candidates")
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -180,8 +180,9 @@ class Studio(AbstractContextManager["Studio"]):
         """Return what the options ask of the prior, as arguments of :meth:`Unclip.generate`."""
         options = self.options
         assert isinstance(options, CaptionOptions)
-        sampler = _sampler(self.unclip.prior(options.prior).sampler, options.prior_solver, options.prior_steps)
-        given = {"prior": options.prior, "prior_guidance": options.prior_guidance, "candidates": options.candidates}
+        prior = options.prior or "diffusion"
+        sampler = _sampler(self.unclip.prior(prior).sampler, options.prior_solver, options.prior_steps)
+        given = {"prior": prior, "prior_guidance": options.prior_guidance, "candidates": options.candidates}
         return given | {"prior_sampler": sampler}
 
     def bar(self, what: str, *, ways: int = 1) -> Callable[[int, int, "Tensor"], None]:

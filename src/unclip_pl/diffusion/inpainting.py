@@ -1,5 +1,7 @@
 """Inpainting: samples of which a part is known (RePaint, Lugmayr et al. 2022)."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,12 @@ class Inpaint(Sampler):
         self.known = known
         self.mask = mask
         self.jumps = 0 if mask.all() else jumps
+
+    def with_steps(self, steps: int) -> Self:
+        """Return the same inpainting by the solver with another number of steps."""
+        other = super().with_steps(steps)
+        other.solver = self.solver.with_steps(steps)
+        return other
 
     def times(self, diffusion: GaussianDiffusion) -> list[float]:
         """Return the times that the solver visits."""

@@ -76,7 +76,7 @@ class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path an
         guide: weaker upsampler (autoguidance); it does not guide the last step of another network.
 
     Raises:
-        InputError: guidance without a guide, or a negative scale.
+        InputError: guidance without a guide, a guide without guidance, or a negative scale.
     """
 
     checkpoint: str
@@ -86,17 +86,17 @@ class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path an
     guide: GuideSpec | None = None
 
     def __post_init__(self) -> None:
-        if check_guidance(self.guidance) != 1 and self.guide is None:
+        if (check_guidance(self.guidance) != 1) != (self.guide is not None):
             raise InputError(
-                f"Expected a guide for an upsampler's guidance, since it has no condition to drop. Got guidance "
-                f"{self.guidance:g} alone: name a weaker upsampler as guide, or leave guidance out."
+                "Expected an upsampler's guidance and guide together, since it has no condition to drop. Got guidance "
+                f"{self.guidance:g} with{'' if self.guide else 'out'} a guide: give both, or leave both out."
             )
 
     def load(self, root: Path, device: str = "cpu") -> "Upsampler":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
         task = load_part(root / self.checkpoint, UpsamplerPart).to(device)
         last = load_part(root / self.last_step, UpsamplerPart).to(device) if self.last_step else task
-        guide = self.guide.load(root, device, task) if self.guide and self.guidance != 1 else None
+        guide = self.guide.load(root, device, task) if self.guide else None
         return Upsampler(self, task, last, guide)
 
 

@@ -167,7 +167,7 @@ class UNet(nn.Module):
         image_levels: be told the level of noise on z_i (Stable unCLIP); a decoder with ``image_noise`` needs it.
 
     Raises:
-        InputError: a caption is to be used without ``embed_dim``.
+        InputError: a condition is to be used without ``embed_dim``.
     """
 
     def __init__(
@@ -194,9 +194,10 @@ class UNet(nn.Module):
         image_levels: bool = False,
     ) -> None:
         super().__init__()
-        if embed_dim == 0 and (text_width or text_encoder or text_embed_in_time or image_map):
+        if embed_dim == 0 and (text_width or text_encoder or text_embed_in_time or image_map or image_levels):
             raise InputError(
-                "Expected embed_dim > 0 with text_width, text_encoder, text_embed_in_time or image_map. Got 0: set it."
+                "Expected embed_dim > 0 with text_width, text_encoder, text_embed_in_time, image_map or image_levels. "
+                "Got 0: set it."
             )
         time_width = 4 * channels
         context_width = context_width or time_width
