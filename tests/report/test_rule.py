@@ -81,6 +81,23 @@ def test_what_is_open_says_what_would_close_it() -> None:
     assert cost_of(wide, None) == ""
 
 
+def test_a_difference_within_delta_may_be_one_all_the_same(report: dict[str, Any]) -> None:
+    row = {"test": "difference", "measures": ["clip_score"]}
+    for low, high, clear in ((0.2, 0.4, True), (-0.2, 0.4, False)):
+        moved = {"clip_score": {"diffusion - ar": {"mean": 0.3, "low": low, "high": high, "first": 1.3, "second": 1.0}}}
+        told = judged({**report, "differences": moved}, **row)
+        assert told["verdict"] == EQUAL
+        assert ("clear of 0, and within δ" in told["ours"]) is clear
+
+
+def test_a_token_that_is_ignored_decides_nothing(report: dict[str, Any]) -> None:
+    row = {"test": "ablation", "titles": ["dot token"], "measures": ["embed_kid"], "obeyed": "ar"}
+    asked = report["priors"]["ar"]["metrics"]["dot_obedience"]
+    for low, untold in ((-0.1, True), (0.1, False)):
+        asked |= {"mean": 0.3, "low": low, "high": 0.5}
+        assert (judged(report, **row)["verdict"] == UNTOLD) is untold
+
+
 @pytest.fixture
 def report(study_folder: Path) -> dict[str, Any]:
     return read(study_folder)

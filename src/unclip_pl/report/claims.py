@@ -161,7 +161,7 @@ def _duel(report: Report, row: dict[str, Any]) -> Finding:
             ours += f"; it ranks {row['mean']}, which answers with the mean, above the truth, and so decides nothing"
         else:
             verdicts.append(verdict(rate, above=True, balance=0.5, delta=WIN_DELTA))
-            ours += _open(verdicts[-1], rate, WIN_DELTA)
+            ours += _remark(verdicts[-1], rate, WIN_DELTA, balance=0.5)
         told.append(ours)
     if told and best:
         told.append(varied({"seeds": best["seeds"], "captions": best["win_rates"][names[0]].get("captions", 0)}))
@@ -192,7 +192,7 @@ def _difference(report: Report, row: dict[str, Any]) -> Finding:
     told = [text for line in lines if (text := _told(report, *line))]
     verdicts = [verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()]
     first, pair = next(iter(pairs.items()))
-    told[0] += _open(verdicts[0], pair, delta_of(report, first))
+    told[0] += _remark(verdicts[0], pair, delta_of(report, first))
     return Finding(together(verdicts), ". ".join([*told, varied(pair)]).removesuffix(". "))
 
 
@@ -201,7 +201,10 @@ def _above(row: dict[str, Any], name: str) -> bool:
     return {"higher": True, "lower": False}.get(row.get("claimed", ""), MEASURES[name].better == "higher")
 
 
-def _open(found: str, interval: dict[str, Any], delta: float | None) -> str:
+def _remark(found: str, interval: dict[str, Any], delta: float | None, *, balance: float = 0.0) -> str:
+    """Return what would close an open verdict, or that a difference within δ is one all the same."""
+    if found == EQUAL and not interval["low"] <= balance <= interval["high"]:
+        return f"; clear of {100 * balance:.0f} %, and within δ" if balance else "; clear of 0, and within δ"
     told = cost_of(interval, delta) if found == OPEN else ""
     return f"; {told}" if told else ""
 
@@ -213,6 +216,8 @@ def _ablation(report: Report, row: dict[str, Any]) -> Finding:
     names = [name for name in row["measures"] if any(name in line["measures"] for line in there)]
     if not names:
         return Finding(UNMEASURED)
+    if "obeyed" in row and _ignored(report, row["obeyed"]):
+        return Finding(UNTOLD, f"{row['obeyed']} does not follow its dot-product token, so no share of it differs")
     verdicts, told = [], []
     for name in names:
         decisive = [line for line in there if name in line["measures"]]
@@ -228,8 +233,16 @@ def _ablation(report: Report, row: dict[str, Any]) -> Finding:
             _of_ablation(line, name, titled=len(shown) > 1) for line in shown
         )
         widest = max(decisive, key=lambda line: _width(line["measures"][name]["difference"]))
-        told.append(ours + _open(verdicts[-1], widest["measures"][name]["difference"], delta))
+        if verdicts[-1] != EQUAL or len(decisive) == 1:
+            ours += _remark(verdicts[-1], widest["measures"][name]["difference"], delta)
+        told.append(ours)
     return Finding(together(verdicts), ". ".join(told))
+
+
+def _ignored(report: Report, prior: str) -> bool:
+    """Return whether a prior was not seen to follow its dot-product token."""
+    obedience = report["priors"].get(prior, {"metrics": {}})["metrics"].get("dot_obedience") or {}
+    return obedience.get("low") is not None and obedience["low"] <= 0
 
 
 def _width(interval: dict[str, Any]) -> float:
@@ -288,7 +301,7 @@ def _frontier(report: Report, row: dict[str, Any]) -> Finding:
         verdicts.append(verdict(pair, above=_above(row, name), delta=delta))
         sides = ", ".join(f"{row[side]} {MEASURES[name].show(pair[side])}" for side in ("first", "second"))
         ours = f"{MEASURES[name].label}: {sides}, difference {_signed(name, pair)}"
-        told.append(ours + _open(verdicts[-1], pair, delta))
+        told.append(ours + _remark(verdicts[-1], pair, delta))
     return Finding(together(verdicts), ". ".join([*told, f"varied: {pair['seeds']} seeds and the captions"]))
 
 
