@@ -14,9 +14,9 @@ from unclip_pl.evaluation.drawing import Painter, gather, join_views
 from unclip_pl.evaluation.inputs import parts_of, streams_for
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.evaluation.scores import View, accuracy_by_attribute, true_attributes
-from unclip_pl.evaluation.sheet import resize
+from unclip_pl.evaluation.sheet import REAL
 from unclip_pl.files import write_json
-from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec
+from unclip_pl.generation.decoding import DecoderSpec, UpsamplerSpec, resize
 from unclip_pl.generation.pictures import grid, save_png
 from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.metrics.attributes import captions_right
@@ -24,8 +24,6 @@ from unclip_pl.metrics.frechet import FrechetDistance, frechet_interval
 from unclip_pl.metrics.interval import mean_interval
 from unclip_pl.shapes.oracle import ShapesOracle
 from unclip_pl.types import EvaluationBatch
-
-REAL = "real"
 
 
 class Seen(NamedTuple):

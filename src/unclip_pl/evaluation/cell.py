@@ -39,9 +39,9 @@ from unclip_pl.evaluation.scores import (
     states_unseen_pair,
     true_attributes,
 )
-from unclip_pl.evaluation.sheet import FORMAT, REAL, Sheet, resize, sheet_path
+from unclip_pl.evaluation.sheet import FORMAT, REAL, Sheet, sheet_path
 from unclip_pl.files import write_json
-from unclip_pl.generation.decoding import DecoderSpec
+from unclip_pl.generation.decoding import DecoderSpec, resize
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance, settings
 from unclip_pl.generation.run import RUN, base_hash

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from unclip_pl.files import replacing
+from unclip_pl.generation.pictures import to_image
 
 #: Version of the cells' form.
 FORMAT = 1
@@ -25,14 +25,13 @@ class Sheet(NamedTuple):
     columns: list[str]
 
     def joined(self) -> Tensor:
-        """Return (3, R · H, C · H) in [0, 1], picture beside picture."""
-        return self.images.clamp(-1, 1).add(1).div(2).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+        """Return (3, R · H, C · H) in [-1, 1], picture beside picture."""
+        return self.images.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     def save(self, path: Path) -> None:
         """Write a PNG file."""
-        pixels = (255 * self.joined()).round().to(torch.uint8).permute(1, 2, 0).numpy()
         with replacing(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
+            to_image(self.joined()).save(temporary, "PNG")
 
     @classmethod
     def load(cls, path: Path, rows: list[str], columns: list[str]) -> Self:
@@ -40,13 +39,6 @@ class Sheet(NamedTuple):
         sheet = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
         cells = sheet.unflatten(2, (len(columns), -1)).unflatten(1, (len(rows), -1))  # (3, R, H, C, H)
         return cls(cells.permute(1, 3, 0, 2, 4).float().div(127.5).sub(1), rows, columns)
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Return (N, 3, H, H) at another side, bicubic: for the eye."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def sheet_path(cell: Path, name: str) -> Path:

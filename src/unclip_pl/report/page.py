@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.sheet import Sheet
+from unclip_pl.generation.pictures import to_image
 from unclip_pl.report.claims import UNMEASURED
 from unclip_pl.report.plots import DPI, colors, curve_file
 from unclip_pl.report.tables import (
@@ -242,7 +243,7 @@ def _rows(sheet: Sheet, grouped: bool) -> list[dict[str, Any]]:
 def _png(image: Tensor) -> str:
     """Return a picture (3, H, H) in [-1, 1] as a data URL."""
     buffer = io.BytesIO()
-    Image.fromarray(image.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    to_image(image).save(buffer, "PNG")
     return _embedded(buffer.getvalue())
 
 
