@@ -1,7 +1,6 @@
 """``unclip precompute``: frozen CLIP features of every shard of a source, over any number of processes."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from unclip_pl.clip.encoder import ClipSpec
-from unclip_pl.data.precompute import Part, embed_share
+from unclip_pl.data.precompute import Part, embed_share, launched
 from unclip_pl.data.precompute import finish as finish_store
 from unclip_pl.errors import InputError
 
@@ -100,8 +99,7 @@ def _fabric(accelerator: str, devices: int, num_nodes: int) -> Any:
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     world_size = devices * num_nodes
-    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if world_size == 1 and started > 1:
+    if world_size == 1 and (started := launched()) > 1:
         raise InputError(
             f"Expected --devices times --num_nodes to be the {started} processes that were started. Got 1: set them."
         )

@@ -1,7 +1,6 @@
 """LightningDataModules: frozen CLIP features and images for every task, and plain pairs for training a CLIP."""
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unclip_pl.clip.encoder import ClipEncoder, ClipSpec
 from unclip_pl.data.pairs import PairStore
-from unclip_pl.data.precompute import lacks_states, pending, precompute
+from unclip_pl.data.precompute import lacks_states, launched, pending, precompute
 from unclip_pl.data.sampler import Blocks, BlockShuffleSampler, EvaluationSampler, RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import STATISTICS, EmbeddingStore
@@ -147,11 +146,6 @@ def in_order(
 def _place(data: LightningDataModule) -> tuple[int, int]:
     """Return this process's rank, and the number of processes."""
     return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
-
-
-def _launched() -> int:
-    """Count the processes that a launcher (torchrun, SLURM) started, before there is a trainer to ask."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 class StoreDataModule(ResumableDataModule):
@@ -296,7 +290,7 @@ class UnclipDataModule(StoreDataModule):
     @property
     def statistics(self) -> str:
         """Path of the statistics that ``EmbeddingSpace`` reads; the store is made first where it is missing."""
-        self.ensure_store(_launched())
+        self.ensure_store(launched())
         return str(Path(self.store) / STATISTICS)
 
     @cached_property

@@ -6,6 +6,7 @@ decodes the next, and another one writes the last.
 """
 
 import logging
+import os
 import queue
 import re
 import threading
@@ -190,6 +191,11 @@ def _forget_other_captions(
     if stale:
         log.warning("%s: making %d shard(s) again, with caption_key %r.", folder, len(stale), caption_key)
         write_manifest(folder, [record for name, record in manifest.items() if name not in stale])
+
+
+def launched() -> int:
+    """Count the processes that a launcher (torchrun, SLURM) started, before there is a trainer to ask."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def deal(shards: list[Shard], rank: int, world_size: int) -> list[Shard]:

@@ -5,7 +5,7 @@ A spec is what a config names, without touching a file. ``spec.load(root)`` read
 
 import math
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,6 +20,7 @@ from unclip_pl.diffusion import (
     Denoise,
     Inpaint,
     Inversion,
+    Progress,
     Sampler,
     check_guidance,
     check_interval,
@@ -32,8 +33,6 @@ from unclip_pl.parts import DecoderPart, UpsamplerPart, load_part
 from unclip_pl.parts.decoder import EmbeddingNoise
 from unclip_pl.streams import Streams
 from unclip_pl.types import TextFeatures
-
-Progress = Callable[[int, int, Tensor], None]  # steps done, steps, the estimate of x0
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.diffusion import Sampler
+from unclip_pl.diffusion import Progress, Sampler
 from unclip_pl.errors import InputError
-from unclip_pl.generation.decoding import Progress, resize
+from unclip_pl.generation.decoding import resize
 from unclip_pl.generation.pipeline import Unclip, streams
 from unclip_pl.types import TextFeatures
 

@@ -69,18 +69,17 @@ def open_mask(path: str | Path, picture: str | Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(mask) > 127)[None, None]
 
 
-def _decoded(path: Path) -> Image.Image:
+def _decoded(path: Path, size: int | None = None) -> Image.Image:
+    """Decode a picture, or its central square at a side of ``size``."""
     try:
-        return decode_upright(path.read_bytes(), FORMATS)
+        image = decode_upright(path.read_bytes(), FORMATS)
+        return image if size is None else center_square(image, size)
     except BadSample as error:
         raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}. Convert it.") from error
 
 
 def _open(path: Path, size: int) -> tuple[np.ndarray, str]:
-    try:
-        image = center_square(_decoded(path), size)
-    except BadSample as error:
-        raise InputError(f"Expected an image ({', '.join(FORMATS)}). Got {path}: {error}. Convert it.") from error
+    image = _decoded(path, size)
     with opened(path.read_bytes(), FORMATS) as picture:
         return np.array(image), _changes(picture, size)
 

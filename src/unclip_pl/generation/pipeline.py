@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipEncoder
-from unclip_pl.diffusion import Sampler, check_guidance
+from unclip_pl.diffusion import Progress, Sampler, check_guidance
 from unclip_pl.errors import InputError
 from unclip_pl.generation.bundle import read_notes
-from unclip_pl.generation.decoding import Canvas, Decoder, Progress, resize
+from unclip_pl.generation.decoding import Canvas, Decoder, resize
 from unclip_pl.generation.priors import Prior, PriorSpec, TrueEmbedding, TrueEmbeddingSpec
 from unclip_pl.generation.provenance import trained_on_shapes
 from unclip_pl.generation.run import (

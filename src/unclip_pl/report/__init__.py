@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from unclip_pl.evaluation.sheet import REAL, Sheet, sheet_path
-from unclip_pl.files import replacing, write_json
+from unclip_pl.files import replacing, write_json, write_text
 from unclip_pl.generation.provenance import stage_seconds, wall_seconds
 from unclip_pl.report.claims import claims_table, judge
 from unclip_pl.report.compute import compute
@@ -66,8 +66,7 @@ def draw(folder: Path) -> dict[str, Any]:
         ("report.md", markdown(report, figures, sheets)),
         ("report.html", html(report, figures, sheets)),
     ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return report
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.report.frontier import PERFECT
 from unclip_pl.report.study import row_named
 from unclip_pl.settings import read_yaml
 
@@ -20,7 +21,7 @@ OPEN, UNTOLD, UNMEASURED = "open", "cannot be told", "not measured"
 #: Largest difference of a win rate from a half that makes none.
 WIN_DELTA = 0.03
 #: Rows between which a distance's δ is a tenth of the way: the perfect prior, or else the true embedding, and z_t.
-PERFECT, TRUE, TEXT = "true posterior", "ceiling", "text"
+TRUE, TEXT = "ceiling", "text"
 #: A study's own table of claims, in its folder.
 OWN = "claims.yaml"
 
