@@ -47,7 +47,7 @@ def variance(run: Path) -> list[dict[str, Any]]:
     Captions of the training split: a distance between 1,024 held-out embeddings is mostly the bias of so few.
     """
     prior = DiffusionPriorSpec("prior/checkpoints/last.ckpt", candidates=1).load(run)
-    task, store = prior.task, EmbeddingStore(run / "store", str(run / "data"), image_size=1)
+    task, store = prior.part, EmbeddingStore(run / "store", str(run / "data"), image_size=1)
     if task.diffusion.posterior_mse is None:  # a checkpoint from before it was kept: estimate it as validation does
         task.draws_per_caption = 8
         unseen = [store.prior_batch(rows) for rows in batches_of(store.rows(Split.VAL))]

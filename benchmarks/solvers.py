@@ -241,7 +241,7 @@ Measuring: TypeAlias = Callable[[Setting], Point]
 def pictures_of(truth: Truth, checkpoint: str) -> Measuring:
     """Return what measures a decoder."""
     spec = DecoderSpec(checkpoint, 32, DDIM(), precision="bf16-mixed")
-    task = spec.load(truth.run).task
+    task = spec.load(truth.run).part
 
     def measure(setting: Setting) -> Point:
         sampler, guidance, interval = setting.sampler, setting.guidance, setting.interval
@@ -256,7 +256,7 @@ def pictures_of(truth: Truth, checkpoint: str) -> Measuring:
 def embeddings_of(truth: Truth, checkpoint: str) -> Measuring:
     """Return what measures a diffusion prior."""
     spec = DiffusionPriorSpec(checkpoint)
-    task = spec.load(truth.run).task
+    task = spec.load(truth.run).part
 
     def measure(setting: Setting) -> Point:
         own = replace(spec, sampler=setting.sampler, **setting.way, guidance_interval=setting.interval)
@@ -269,7 +269,7 @@ def embeddings_of(truth: Truth, checkpoint: str) -> Measuring:
 def codes_of(truth: Truth, checkpoint: str) -> Measuring:
     """Return what measures an AR prior."""
     spec = ARPriorSpec(checkpoint)
-    task = spec.load(truth.run).task
+    task = spec.load(truth.run).part
 
     def measure(setting: Setting) -> Point:
         prior = ARPrior(replace(spec, **setting.way), task)

@@ -93,7 +93,7 @@ class Ours:
         """Return pictures (B, 3, 64, 64) in [-1, 1]. In bf16 the prior stays in float32, as in the package."""
         generator, text = torch.Generator().manual_seed(seed), self.clip.describe(captions)
         z_i = self.prior.adjusted(sampler=of_prior).embed(text, generator=generator)
-        decoder = Decoder(replace(self.decoder.spec, precision=how, sampler=of_decoder), self.decoder.task)
+        decoder = Decoder(replace(self.decoder.spec, precision=how, sampler=of_decoder), self.decoder.part)
         return decoder.decode(z_i, text, generator=generator)
 
 

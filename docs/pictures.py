@@ -49,7 +49,7 @@ def priors(unclip: Unclip) -> Image.Image:
 def noise(unclip: Unclip) -> Image.Image:
     """Show what the decoder sees at some of its times, and what it takes the picture to be."""
     z_i, text = unclip.generate([CAPTION], seed=SEED).image_embed, unclip.clip.describe([CAPTION])
-    task, seen = unclip.decoder.task, []
+    task, seen = unclip.decoder.part, []
     denoise = task.denoiser(z_i, text, unclip.decoder.spec.guidance)
 
     def look(x_t: Tensor, t: Tensor) -> object:

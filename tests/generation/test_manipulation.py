@@ -173,7 +173,7 @@ def test_an_edit_turns_the_embedding_and_leaves_the_rest(manipulator: Manipulato
     edited = manipulator.edit(latent, "blue", "red", thetas=(0.0, 0.25, 0.5)).view(2, 3, 3, SIDE, SIDE)
     torch.testing.assert_close(edited[:, 0], images, rtol=0, atol=0.02)
     direction = F.normalize(torch.eye(D)[2] - torch.eye(D)[0], dim=-1)
-    lowest = torch.tensor(manipulator.decoder.inversion(400).times(manipulator.decoder.task.diffusion)[-1])
+    lowest = torch.tensor(manipulator.decoder.inversion(400).times(manipulator.decoder.part.diffusion)[-1])
     alpha, sigma = CosineSchedule().alpha_sigma(lowest)
     gain = alpha * VAR / (alpha.square() * VAR + sigma.square())
     for i, theta in ((1, 0.25), (2, 0.5)):
@@ -220,7 +220,7 @@ def test_what_is_out_of_range_is_refused(manipulator: Manipulator, images: Tenso
             manipulator.interpolate(latent, other)
     with pytest.raises(ValueError, match=r"from 1 to the embedding's 6. Got \[0\]"):
         manipulator.probe(latent.image_embed, dims=[0])
-    manipulator.decoder.task.space.components = torch.empty(0)
+    manipulator.decoder.part.space.components = torch.empty(0)
     with pytest.raises(ValueError, match="knows no principal axes"):
         manipulator.probe(latent.image_embed)
 

@@ -25,11 +25,11 @@ def test_a_prior_that_follows_its_dot_token_is_obedient(share: float) -> None:
         def __init__(self) -> None:
             self.spec = ARPriorSpec("", candidates=3)
             self.codec = SimpleNamespace(dot_edges=torch.linspace(-0.6, 0.8, 15)[None])  # type: ignore[assignment]
-            self.task = SimpleNamespace(net=SimpleNamespace(dot_head=torch.nn.Linear(2, 16)))  # type: ignore[assignment]
+            self.part = SimpleNamespace(net=SimpleNamespace(dot_head=torch.nn.Linear(2, 16)))  # type: ignore[assignment]
 
         def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
             assert self.spec.candidates == 1
-            asked = -0.6 + 0.1 * (self.task.net.dot_head(torch.zeros(2)).argmax() - 0.5)
+            asked = -0.6 + 0.1 * (self.part.net.dot_head(torch.zeros(2)).argmax() - 0.5)
             z_t = F.normalize(text.embed, dim=-1)
             other = torch.randn(z_t.shape, generator=generator)  # type: ignore[arg-type]
             across = F.normalize(other - (other * z_t).sum(-1, keepdim=True) * z_t, dim=-1)
@@ -40,6 +40,6 @@ def test_a_prior_that_follows_its_dot_token_is_obedient(share: float) -> None:
     found = prior.obedience(captions(6), generator=torch.Generator().manual_seed(1))  # not what drew the captions
     assert found is not None
     torch.testing.assert_close(found, torch.full((6,), share), atol=1e-4, rtol=0)
-    assert not prior.task.net.dot_head._forward_hooks
+    assert not prior.part.net.dot_head._forward_hooks
     prior.codec.dot_edges = torch.zeros(1, 0)  # no token
     assert prior.obedience(captions(6)) is None

@@ -116,7 +116,7 @@ def test_a_decoder_of_the_caption_alone_is_blind_to_z_i(mini_run: Path) -> None:
         DecoderSpec(checkpoint, 32, sampler, drop_embedding=drop).load(mini_run) for drop in (False, True)
     )
     text, generator = with_it.null_text(2), torch.Generator()
-    z_i = torch.randn(2, 2, with_it.task.space.embed_dim, generator=generator.manual_seed(0))
+    z_i = torch.randn(2, 2, with_it.part.space.embed_dim, generator=generator.manual_seed(0))
     blind, seeing = ([d.decode(z, text, generator=generator.manual_seed(1)) for z in z_i] for d in (alone, with_it))
     assert torch.equal(*blind)
     assert not torch.equal(*seeing)
@@ -127,7 +127,7 @@ def test_a_decoder_of_z_i_alone_is_deaf_to_the_caption(mini_run: Path) -> None:
     hearing, deaf = (replace(spec, drop_text=drop).load(mini_run) for drop in (False, True))
     empty, generator = hearing.null_text(2), torch.Generator()
     said = empty._replace(embed=-empty.embed, states=-empty.states)
-    z_i = torch.randn(2, hearing.task.space.embed_dim, generator=generator.manual_seed(0))
+    z_i = torch.randn(2, hearing.part.space.embed_dim, generator=generator.manual_seed(0))
     a, b = (
         [d.decode(z_i, text, generator=generator.manual_seed(1)) for text in (empty, said)] for d in (hearing, deaf)
     )
@@ -144,7 +144,7 @@ def test_a_decoder_in_bfloat16_draws_the_same_but_for_rounding(mini_run: Path) -
         DecoderSpec(checkpoint, 32, sampler, precision=precision).load(mini_run)
         for precision in ("32-true", "bf16-mixed")
     )
-    z_i, text = torch.randn(2, full.task.space.embed_dim), full.null_text(2)
+    z_i, text = torch.randn(2, full.part.space.embed_dim), full.null_text(2)
     drawn = [decoder.decode(z_i, text, generator=torch.Generator().manual_seed(0)) for decoder in (full, mixed)]
     assert drawn[1].dtype == torch.float32
     assert not torch.equal(*drawn)
@@ -158,7 +158,7 @@ def test_variances_that_the_decoder_did_not_learn_are_refused_on_loading(mini_ru
     with pytest.raises(ValueError, match="posterior_mse"):
         DecoderSpec(checkpoint, 32, Ancestral(4, "analytic")).load(mini_run)
     decoder = DecoderSpec(checkpoint, 32, Ancestral(4, "large")).load(mini_run)
-    z_i = torch.zeros(1, decoder.task.space.embed_dim)
+    z_i = torch.zeros(1, decoder.part.space.embed_dim)
     with pytest.raises(ValueError, match="learned its variance"):
         decoder.decode(z_i, decoder.null_text(1), sampler=Ancestral(4, "learned"))
 
@@ -317,7 +317,7 @@ def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(decoding, "load_part", load)
     second = UpsamplerSpec("second.ckpt", DDIM(15))
     decoder.upsamplers = [stage.load(Path()) for stage in (UpsamplerSpec("first.ckpt"), second)]
-    z_i = torch.randn(1, decoder.task.space.embed_dim, generator=torch.Generator().manual_seed(0))
+    z_i = torch.randn(1, decoder.part.space.embed_dim, generator=torch.Generator().manual_seed(0))
     image = decoder.decode(z_i, decoder.null_text(1), generator=torch.Generator().manual_seed(1))
     assert image.shape == (1, 3, 1024, 1024)
     assert image.isfinite().all()

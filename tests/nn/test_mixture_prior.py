@@ -200,7 +200,7 @@ def test_the_prior_draws_what_its_network_says(source: tuple[PriorBatch, str, st
     assert isinstance(prior, MixturePrior)
     z_i = prior.embed(batch.text.rows(slice(4000)), generator=seeded(0))
     torch.testing.assert_close(z_i.norm(dim=-1), torch.ones(4000))
-    y = prior.task.codec.coordinates(z_i)  # a fresh network: mean 0, variance 1
+    y = prior.part.codec.coordinates(z_i)  # a fresh network: mean 0, variance 1
     torch.testing.assert_close(y.mean(0), torch.zeros(N), rtol=0, atol=0.07)
     torch.testing.assert_close(y.var(0), torch.ones(N), rtol=0.1, atol=0)
     assert prior.evaluations == N

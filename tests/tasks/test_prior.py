@@ -100,7 +100,7 @@ def test_the_loss_of_a_quarter_is_the_mean_over_its_own_draws(tmp_path: Path) ->
 def test_the_sampler_finds_it_in_the_checkpoint(mini_run: Path, tmp_path: Path) -> None:
     path = mini_run / "prior" / "checkpoints" / "last.ckpt"
     prior = DiffusionPriorSpec(path.name, Ancestral(4, "analytic")).load(path.parent)
-    c_t = prior.task.diffusion.posterior_mse
+    c_t = prior.part.diffusion.posterior_mse
     assert c_t is not None
     assert torch.equal(c_t, torch.load(path, weights_only=True)["posterior_mse"])
 

@@ -125,7 +125,7 @@ def test_every_network_answers_once(net: PriorNetwork, statistics: str) -> None:
     torch.testing.assert_close(z_i.norm(dim=-1), torch.ones(5))
     torch.testing.assert_close(prior.embed(text.rows(slice(1, 2))), z_i[1:2])
     with pytest.raises(ValueError, match="Expected a prior with guidance"):
-        RegressionPrior(RegressionPriorSpec(""), prior.task).adjusted(guidance=2.0)
+        RegressionPrior(RegressionPriorSpec(""), prior.part).adjusted(guidance=2.0)
 
 
 def test_bad_settings_are_refused(statistics: str) -> None:

@@ -231,9 +231,9 @@ def summed_up(trials: list[Trial]) -> dict[str, Any]:
 @torch.no_grad()
 def validation_loss(prior: Prior, batches: list[PriorBatch]) -> float:
     """Return the training's loss with every caption kept and the same noise for every prior; NaN without a Task."""
-    if prior.task is None:
+    if prior.part is None:
         return math.nan
-    task = task_of(prior.task)
+    task = task_of(prior.part)
     task.text_drop = 0.0
     losses = [
         len(batch.image_embed) * task.loss(batch, torch.Generator().manual_seed(i)).item()

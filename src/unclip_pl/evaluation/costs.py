@@ -72,7 +72,7 @@ def costs_of(prior: Prior, cost: Cost, pairs: PriorBatch) -> dict[str, Any]:
         pairs: captions and embeddings on the prior's device, for counting the operations of a training step.
     """
     record = prior.record
-    task = task_of(prior.task) if prior.task is not None and record.steps else None
+    task = task_of(prior.part) if prior.part is not None and record.steps else None
     flops = 0 if task is None else training_flops(task, pairs)
     return {
         "parameters": prior.num_parameters,

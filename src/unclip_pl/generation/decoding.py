@@ -93,10 +93,10 @@ class UpsamplerSpec(ABC):  # an ABC, or jsonargparse would take no class_path an
 
     def load(self, root: Path, device: str = "cpu") -> "Upsampler":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
-        task = load_part(root / self.checkpoint, UpsamplerPart).to(device)
-        last = load_part(root / self.last_step, UpsamplerPart).to(device) if self.last_step else task
-        guide = self.guide.load(root, device, task) if self.guide else None
-        return Upsampler(self, task, last, guide)
+        part = load_part(root / self.checkpoint, UpsamplerPart).to(device)
+        last = load_part(root / self.last_step, UpsamplerPart).to(device) if self.last_step else part
+        guide = self.guide.load(root, device, part) if self.guide else None
+        return Upsampler(self, part, last, guide)
 
 
 class Upsampler:
@@ -105,30 +105,30 @@ class Upsampler:
     def __init__(
         self,
         spec: UpsamplerSpec,
-        task: UpsamplerPart,
+        part: UpsamplerPart,
         finisher: UpsamplerPart,
         guide: UpsamplerPart | None = None,
     ) -> None:
         self.spec = spec
         self.sampler = spec.sampler or DDIM(27)
-        self.task = task
+        self.part = part
         self.finisher = finisher
         self.guide = guide
-        if not same_levels(task.diffusion, finisher.diffusion):
+        if not same_levels(part.diffusion, finisher.diffusion):
             raise InputError(
                 f"Expected last_step {spec.last_step} to be trained on the noise levels of {spec.checkpoint}. Got "
                 "another schedule or number of training steps: name an upsampler of the same diffusion."
             )
-        self.sampler.check(task.diffusion)
+        self.sampler.check(part.diffusion)
 
     def upsample(self, low: Tensor, *, generator: Streams | None = None, canvas: Canvas | None = None) -> Tensor:
         """Enlarge pictures (B, 3, h, h) in [-1, 1] to ``factor`` times the side, around what a canvas holds."""
-        size = low.shape[-1] * self.task.factor
+        size = low.shape[-1] * self.part.factor
         x_T = noise_like(torch.empty(len(low), 3, size, size, device=low.device), generator=generator)
-        first = self.task.denoiser(low, size, self.spec.guidance, guide=self.guide)
-        last = first if self.finisher is self.task else self.finisher.denoiser(low, size)
+        first = self.part.denoiser(low, size, self.spec.guidance, guide=self.guide)
+        last = first if self.finisher is self.part else self.finisher.denoiser(low, size)
         sampler = self.sampler if canvas is None else canvas.around(self.sampler, size)
-        return sampler.sample(first, x_T, self.task.diffusion, last=last, generator=generator)
+        return sampler.sample(first, x_T, self.part.diffusion, last=last, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ class DecoderSpec(ABC):  # see UpsamplerSpec
 
     def load(self, root: Path, device: str = "cpu") -> "Decoder":
         """Read the checkpoints, which are named relative to ``root``, onto a device."""
-        task = load_part(root / self.checkpoint, DecoderPart).to(device)
-        guide = self.guide.load(root, device, task) if self.guide else None
-        return Decoder(self, task, [upsampler.load(root, device) for upsampler in self.upsamplers], guide)
+        part = load_part(root / self.checkpoint, DecoderPart).to(device)
+        guide = self.guide.load(root, device, part) if self.guide else None
+        return Decoder(self, part, [upsampler.load(root, device) for upsampler in self.upsamplers], guide)
 
 
 class Decoder:
@@ -186,20 +186,20 @@ class Decoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        task: DecoderPart,
+        part: DecoderPart,
         upsamplers: Sequence[Upsampler] = (),
         guide: DecoderPart | None = None,
     ) -> None:
         self.spec = spec
         self.image_size = spec.image_size
         self.sampler = spec.sampler or Ancestral(250, "learned")
-        self.task = task
+        self.part = part
         self.upsamplers = list(upsamplers)
         self.guide = guide
         self.check(self.sampler)
-        if not 0 <= spec.noise_level <= task.image_noise:
+        if not 0 <= spec.noise_level <= part.image_noise:
             raise InputError(
-                f"Expected a noise_level from 0 to {task.image_noise:g}, the image_noise of {spec.checkpoint}. Got "
+                f"Expected a noise_level from 0 to {part.image_noise:g}, the image_noise of {spec.checkpoint}. Got "
                 f"{spec.noise_level:g}: change it, or train a decoder with more."
             )
 
@@ -209,22 +209,22 @@ class Decoder:
         Raises:
             InputError: it asks for what the network was not trained for.
         """
-        sampler.check(self.task.diffusion, learns_variance=self.task.learns_variance)
+        sampler.check(self.part.diffusion, learns_variance=self.part.learns_variance)
         return sampler
 
     @property
     def needs_norm(self) -> bool:
         """Whether it was trained on raw embeddings, so that z_i must come with CLIP's own norm."""
-        return self.task.space.scaling == "raw"
+        return self.part.space.scaling == "raw"
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the CLIP whose embeddings it was trained on."""
-        return self.task.space.fingerprint
+        return self.part.space.fingerprint
 
     def inversion(self, steps: int) -> Inversion:
         """Return the DDIM inversion of its own pictures, down to the lowest noise that its parameterisation bears."""
-        return Inversion(steps, self.FLOOR if self.task.diffusion.prediction == "x0" else 0.0)
+        return Inversion(steps, self.FLOOR if self.part.diffusion.prediction == "x0" else 0.0)
 
     def denoiser(
         self,
@@ -234,7 +234,7 @@ class Decoder:
         noise: EmbeddingNoise | None = None,
     ) -> Denoise:
         """Return ``denoise(x_t, t)`` under embeddings (B, d), with or without noise, and captions; None for none."""
-        return self.task.denoiser(
+        return self.part.denoiser(
             image_embed,
             self.null_text(len(image_embed)) if text is None or self.spec.drop_text else text,
             check_guidance(guidance),
@@ -247,7 +247,7 @@ class Decoder:
     @property
     def output_size(self) -> int:
         """Side of its pictures after all upsamplers, in pixels."""
-        return self.image_size * math.prod(upsampler.task.factor for upsampler in self.upsamplers)
+        return self.image_size * math.prod(upsampler.part.factor for upsampler in self.upsamplers)
 
     def enlarge(self, image: Tensor, *, generator: Streams | None = None, canvas: Canvas | None = None) -> Tensor:
         """Send pictures (B, 3, h, h) through the upsamplers, if there are any, and clamp them to [-1, 1].
@@ -266,7 +266,7 @@ class Decoder:
 
     def null_text(self, n: int) -> TextFeatures:
         """Return n empty captions, for drawing from the embedding alone."""
-        return self.task.space.null_text.repeat(n)
+        return self.part.space.null_text.repeat(n)
 
     @torch.no_grad()
     def decode(
@@ -305,5 +305,5 @@ class Decoder:
             solver = self.sampler if sampler is None else self.check(sampler)
             if canvas is not None:
                 solver = canvas.around(solver, self.image_size, canvas.jumps)
-            image = solver.sample(denoise, x_T, self.task.diffusion, generator=generator, progress=progress)
+            image = solver.sample(denoise, x_T, self.part.diffusion, generator=generator, progress=progress)
             return self.enlarge(image, generator=generator, canvas=canvas)

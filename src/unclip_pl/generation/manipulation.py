@@ -130,7 +130,7 @@ class Manipulator:
         z_i = self.clip.encode_image(images)
         x0 = resize(images, self.decoder.image_size)
         denoise = self.decoder.denoiser(z_i, guidance)
-        x_T = self.decoder.inversion(steps).invert(denoise, x0, self.decoder.task.diffusion, progress=progress)
+        x_T = self.decoder.inversion(steps).invert(denoise, x0, self.decoder.part.diffusion, progress=progress)
         return Latent(z_i, x_T, steps, guidance)
 
     def restore(
@@ -267,7 +267,7 @@ class Manipulator:
         """
         if num < 2:
             raise InputError(f"Expected at least 2 pictures between two captions. Got {num}: ask for more pictures.")
-        encoder = self.decoder.task.net.condition_encoder
+        encoder = self.decoder.part.net.condition_encoder
         if encoder is not None and encoder.text_encoder is not None:
             raise InputError(
                 f"{self.decoder.spec.checkpoint} reads words, and there are none between two captions: use a decoder "
@@ -353,7 +353,7 @@ class Manipulator:
         Raises:
             InputError: one is out of range.
         """
-        d = self.decoder.task.space.embed_dim
+        d = self.decoder.part.space.embed_dim
         if dims is None:
             return [2**i for i in range((d - 1).bit_length())] + [d]
         if not dims or not all(1 <= n <= d for n in dims):
@@ -369,7 +369,7 @@ class Manipulator:
         Raises:
             InputError: the decoder's statistics know no principal axes.
         """
-        space, y = self.decoder.task.space, self.coordinates(image_embed)
+        space, y = self.decoder.part.space, self.coordinates(image_embed)
         norm = image_embed.norm(dim=-1, keepdim=True)
         kept = (torch.arange(y.shape[1], device=y.device) < torch.tensor(dims, device=y.device)[:, None]).to(y)
         return F.normalize((y[:, None] * kept) @ space.components + space.mean, dim=-1) * norm[:, None]
@@ -380,7 +380,7 @@ class Manipulator:
         Raises:
             InputError: the decoder's statistics know no principal axes.
         """
-        space = self.decoder.task.space
+        space = self.decoder.part.space
         if space.components.numel() == 0:
             raise InputError(
                 f"{self.decoder.spec.checkpoint} knows no principal axes of its training set's embeddings, as an "
@@ -393,7 +393,7 @@ class Manipulator:
     ) -> Tensor:
         """Draw (B, 3, H, H), before any upsampler."""
         denoise = self.decoder.denoiser(latent.image_embed, latent.guidance)
-        inversion, diffusion = self.decoder.inversion(latent.steps), self.decoder.task.diffusion
+        inversion, diffusion = self.decoder.inversion(latent.steps), self.decoder.part.diffusion
         return inversion.restore(
             denoise, latent.x_T, diffusion, eta=eta, own=own, generator=generator, progress=progress
         )

@@ -112,7 +112,7 @@ class Prior(ABC):
     #: The solver that draws it, if there is one.
     sampler: Sampler | None = None
     #: The trained part behind it, if there is one.
-    task: EmbeddingPart | None = None
+    part: EmbeddingPart | None = None
 
     def __init__(self, spec: PriorSpec) -> None:
         self.spec = spec
@@ -232,8 +232,8 @@ class DiffusionPriorSpec(TrainedPriorSpec):
 
     def load(self, root: Path, device: str = "cpu") -> "DiffusionPrior":
         """Read the checkpoint."""
-        task = load_part(root / self.checkpoint, DiffusionPriorPart).to(device)
-        return DiffusionPrior(self, task, self.guide.load(root, device, task) if self.guide else None)
+        part = load_part(root / self.checkpoint, DiffusionPriorPart).to(device)
+        return DiffusionPrior(self, part, self.guide.load(root, device, part) if self.guide else None)
 
     def of(self, part: DiffusionPriorPart) -> "DiffusionPrior":
         """Return the prior of a part, without guide."""
@@ -244,24 +244,24 @@ class DiffusionPrior(Prior):
     """The paper's better prior: diffusion over embeddings."""
 
     spec: DiffusionPriorSpec
-    task: DiffusionPriorPart
+    part: DiffusionPriorPart
     sampler: Sampler
 
     def __init__(
-        self, spec: DiffusionPriorSpec, task: DiffusionPriorPart, guide: DiffusionPriorPart | None = None
+        self, spec: DiffusionPriorSpec, part: DiffusionPriorPart, guide: DiffusionPriorPart | None = None
     ) -> None:
         super().__init__(spec)
-        _describe(self, task)
-        self.task = task
+        _describe(self, part)
+        self.part = part
         self.guide = guide
         self.keeps_norm = spec.keep_norm
         self.sampler = spec.sampler or Ancestral(64)
-        if spec.keep_norm and task.space.scaling not in ("standardize", "raw"):
+        if spec.keep_norm and part.space.scaling not in ("standardize", "raw"):
             raise InputError(
-                f"{spec.checkpoint} was trained on embeddings scaled {task.space.scaling!r}, without their norm. "
+                f"{spec.checkpoint} was trained on embeddings scaled {part.space.scaling!r}, without their norm. "
                 "Leave keep_norm out, or train with scaling 'standardize' or 'raw'."
             )
-        self.sampler.check(task.diffusion)
+        self.sampler.check(part.diffusion)
 
     def adjusted(
         self, *, guidance: float | None = None, candidates: int | None = None, sampler: Sampler | None = None
@@ -269,14 +269,14 @@ class DiffusionPrior(Prior):
         """Return a prior with the same weights and other settings, see :meth:`Prior.adjusted`."""
         other = super().adjusted(guidance=guidance, candidates=candidates, sampler=sampler)
         if sampler is not None:
-            sampler.check(self.task.diffusion)
+            sampler.check(self.part.diffusion)
             other.sampler = sampler
         return other
 
     @property
     def evaluations(self) -> int:
         """Number of network evaluations that one embedding takes; guidance doubles those in its interval."""
-        spec, diffusion = self.spec, self.task.diffusion
+        spec, diffusion = self.spec, self.part.diffusion
         looks = self.sampler.looks(diffusion)
         twice = sum(in_interval(spec.guidance_interval, diffusion.schedule, t) for t in looks)
         return (len(looks) + (0 if spec.guidance == 1 else twice)) * spec.candidates
@@ -284,15 +284,15 @@ class DiffusionPrior(Prior):
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Draw the candidates and keep the best. The caption is encoded once for all steps and candidates."""
-        space, n = self.task.space, len(text.embed)
+        space, n = self.part.space, len(text.embed)
         x_T = noise_like(text.embed.new_empty(n, self.spec.candidates, space.embed_dim), generator=generator)
-        with packed(self.task.net):
-            z_i = self.sampler.sample(self._denoiser(text), x_T, self.task.diffusion, generator=generator)
+        with packed(self.part.net):
+            z_i = self.sampler.sample(self._denoiser(text), x_T, self.part.diffusion, generator=generator)
         z_i = space.unscale(z_i)
         return best_of(z_i if self.keeps_norm else F.normalize(z_i, dim=-1), text)
 
     def _denoiser(self, text: TextFeatures) -> Denoise:
-        spec, alone = self.spec, partial(self._look, self.task, text)
+        spec, alone = self.spec, partial(self._look, self.part, text)
         if spec.guidance == 1:
             whole = alone()
         elif self.guide is None:
@@ -300,13 +300,13 @@ class DiffusionPrior(Prior):
         else:
             whole = autoguided(alone(), self._look(self.guide, text), spec.guidance)
         if spec.guidance != 1 and spec.guidance_interval is not None:
-            whole = within(spec.guidance_interval, self.task.diffusion.schedule, whole, alone())
+            whole = within(spec.guidance_interval, self.part.diffusion.schedule, whole, alone())
         return whole if spec.x0_bound is None else clip_x0(whole, spec.x0_bound)
 
-    def _look(self, task: DiffusionPriorPart, text: TextFeatures, *, unconditional: bool = False) -> Denoise:
+    def _look(self, part: DiffusionPriorPart, text: TextFeatures, *, unconditional: bool = False) -> Denoise:
         """Return a network's ``denoise(x_t, t)``; of 2B captions, the last B empty, if asked for."""
-        diffusion, null = task.diffusion, task.null_text if unconditional else None
-        step = task.net.under(task.space.scale_text(text), null, draws=self.spec.candidates)
+        diffusion, null = part.diffusion, part.null_text if unconditional else None
+        step = part.net.under(part.space.scale_text(text), null, draws=self.spec.candidates)
         step = recorded(step, text.embed.device)
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:  # x_t (B or 2B, N, d), t of one value per caption
@@ -349,14 +349,14 @@ class ARPrior(Prior):
     """The paper's other prior: a language model over the codes of an embedding."""
 
     spec: ARPriorSpec
-    task: ARPriorPart
+    part: ARPriorPart
     codec: EmbeddingCodec
 
-    def __init__(self, spec: ARPriorSpec, task: ARPriorPart) -> None:
+    def __init__(self, spec: ARPriorSpec, part: ARPriorPart) -> None:
         super().__init__(spec)
-        _describe(self, task)
-        self.task = task
-        self.codec = task.codec
+        _describe(self, part)
+        self.part = part
+        self.codec = part.codec
 
     @property
     def evaluations(self) -> int:
@@ -366,12 +366,12 @@ class ARPrior(Prior):
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Draw the codes one after another, with cached keys and values, and decode them."""
-        space, codec, spec = self.task.space, self.codec, self.spec
-        with packed(self.task.net):
-            codes = self.task.net.generate(
+        space, codec, spec = self.part.space, self.codec, self.spec
+        with packed(self.part.net):
+            codes = self.part.net.generate(
                 space.scale_text(text),
                 values_of=codec.value_table,
-                unconditional=self.task.null_text,
+                unconditional=self.part.null_text,
                 guidance=spec.guidance,
                 temperature=spec.temperature,
                 dot_quantile=spec.dot_quantile,
@@ -384,7 +384,7 @@ class ARPrior(Prior):
     @torch.no_grad()
     def nats(self, batch: PriorBatch) -> Tensor | None:
         """Return the nats of true embeddings, see :meth:`Prior.nats`; those of the dot-product token are among them."""
-        return self.task.nats(batch)
+        return self.part.nats(batch)
 
     def obedience(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor | None:
         """Force the dot-product token low, then high: the change of z_i·z_t, over what the tokens ask for."""
@@ -399,7 +399,7 @@ class ARPrior(Prior):
             for stream, state in zip(_streams(generator), states, strict=True):
                 stream.set_state(state)  # both see the same noise
             forced = F.one_hot(torch.tensor(bucket, device=edges.device), len(edges) + 1) * 1e4
-            handle = self.task.net.dot_head.register_forward_hook(lambda *args, forced=forced: args[2] * 0 + forced)
+            handle = self.part.net.dot_head.register_forward_hook(lambda *args, forced=forced: args[2] * 0 + forced)
             try:
                 cosines.append(F.cosine_similarity(alone.embed(text, generator=generator), text.embed, dim=-1))
             finally:
@@ -414,10 +414,10 @@ def _streams(generator: Streams | None) -> Sequence[torch.Generator]:
     return [generator] if isinstance(generator, torch.Generator) else generator
 
 
-def _describe(prior: Prior, task: EmbeddingPart) -> None:
-    prior.num_parameters = count_parameters(task.net)
-    prior.record = task.record or TrainingRecord()
-    prior.fingerprint = task.space.fingerprint
+def _describe(prior: Prior, part: EmbeddingPart) -> None:
+    prior.num_parameters = count_parameters(part.net)
+    prior.record = part.record or TrainingRecord()
+    prior.fingerprint = part.space.fingerprint
 
 
 @dataclass(frozen=True)
@@ -450,37 +450,37 @@ class MixturePrior(Prior):
     """An autoregressive prior with a density: a mixture of Gaussians for each coordinate of an embedding."""
 
     spec: MixturePriorSpec
-    task: MixturePriorPart
+    part: MixturePriorPart
 
-    def __init__(self, spec: MixturePriorSpec, task: MixturePriorPart) -> None:
+    def __init__(self, spec: MixturePriorSpec, part: MixturePriorPart) -> None:
         super().__init__(spec)
-        _describe(self, task)
-        self.task = task
+        _describe(self, part)
+        self.part = part
 
     @property
     def evaluations(self) -> int:
         """Number of network evaluations that one embedding takes; guidance doubles it."""
-        return self.task.codec.code_length * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
+        return self.part.codec.code_length * self.spec.candidates * (1 if self.spec.guidance == 1 else 2)
 
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Draw the coordinates one after another, with cached keys and values, and place them."""
-        task, spec = self.task, self.spec
-        with packed(task.net):
-            y = task.net.generate(
-                task.space.scale_text(text),
-                unconditional=task.null_text,
+        part, spec = self.part, self.spec
+        with packed(part.net):
+            y = part.net.generate(
+                part.space.scale_text(text),
+                unconditional=part.null_text,
                 guidance=spec.guidance,
                 temperature=spec.temperature,
                 candidates=spec.candidates,
                 generator=generator,
             )  # (B, N, n)
-        return best_of(task.codec.place(y.flatten(0, 1)).unflatten(0, y.shape[:2]), text)
+        return best_of(part.codec.place(y.flatten(0, 1)).unflatten(0, y.shape[:2]), text)
 
     @torch.no_grad()
     def nats(self, batch: PriorBatch) -> Tensor | None:
         """Return the nats of true embeddings, see :meth:`Prior.nats`."""
-        return self.task.nats(batch)
+        return self.part.nats(batch)
 
 
 @dataclass(frozen=True)
@@ -501,12 +501,12 @@ class RegressionPriorSpec(TrainedPriorSpec):
 class RegressionPrior(Prior):
     """A network's one answer to a caption: the conditional mean, or what ECLIPSE makes of it."""
 
-    task: RegressionPriorPart
+    part: RegressionPriorPart
 
-    def __init__(self, spec: RegressionPriorSpec, task: RegressionPriorPart) -> None:
+    def __init__(self, spec: RegressionPriorSpec, part: RegressionPriorPart) -> None:
         super().__init__(spec)
-        _describe(self, task)
-        self.task = task
+        _describe(self, part)
+        self.part = part
 
     @property
     def evaluations(self) -> int:
@@ -516,8 +516,8 @@ class RegressionPrior(Prior):
     @torch.no_grad()
     def embed(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor:
         """Return the network's answer, (B, d) of unit norm; nothing is drawn."""
-        with packed(self.task.net):
-            return F.normalize(self.task.space.unscale(self.task.answer(text)), dim=-1)
+        with packed(self.part.net):
+            return F.normalize(self.part.space.unscale(self.part.answer(text)), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -92,14 +92,14 @@ def write_diffusers(run: Path, folder: Path) -> list[str]:
     assert parts.clip is not None
     upsampler, files = decoder.upsamplers[0], description.decoder.upsamplers[0]
     networks = [
-        _network(root, "prior", spec.checkpoint, prior.task),
-        _network(root, "decoder", description.decoder.checkpoint, decoder.task),
-        _network(root, "super_res_first", files.checkpoint, upsampler.task),
+        _network(root, "prior", spec.checkpoint, prior.part),
+        _network(root, "decoder", description.decoder.checkpoint, decoder.part),
+        _network(root, "super_res_first", files.checkpoint, upsampler.part),
         _network(root, "super_res_last", files.last_step or files.checkpoint, upsampler.finisher),
     ]
     faults = [
         *_faults(networks, parts.clip),
-        *_scalings(prior, decoder, [upsampler.task, upsampler.finisher]),
+        *_scalings(prior, decoder, [upsampler.part, upsampler.finisher]),
     ]
     if faults:
         raise InputError(
@@ -111,7 +111,7 @@ def write_diffusers(run: Path, folder: Path) -> list[str]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         ready = Path(temporary) / "folder"
-        said = _write(ready, networks, parts.clip, prior, (decoder.image_size, upsampler.task.factor))
+        said = _write(ready, networks, parts.clip, prior, (decoder.image_size, upsampler.part.factor))
         write_text(ready / CARD, card)
         ready.replace(folder)
     return [*said, "", call]
@@ -159,11 +159,11 @@ def _faults(networks: list[Network], clip: ClipEncoder) -> Iterator[str]:
 
 def _scalings(prior: DiffusionPrior, decoder: Any, upsamplers: list[Any]) -> Iterator[str]:
     """Yield what the pipeline does between the networks otherwise than the run."""
-    if prior.task.space.scaling not in ("standardize", "raw"):
-        yield f"the prior's embeddings are scaled {prior.task.space.scaling!r}, not 'standardize' or 'raw'"
-    if decoder.task.space.scaling != "raw":
-        yield f"the decoder's embeddings are scaled {decoder.task.space.scaling!r}, not 'raw'"
-    if prior.task.learned_null is not None:
+    if prior.part.space.scaling not in ("standardize", "raw"):
+        yield f"the prior's embeddings are scaled {prior.part.space.scaling!r}, not 'standardize' or 'raw'"
+    if decoder.part.space.scaling != "raw":
+        yield f"the decoder's embeddings are scaled {decoder.part.space.scaling!r}, not 'raw'"
+    if prior.part.learned_null is not None:
         yield "the prior's null condition is learned, not the empty caption"
     for task in upsamplers:
         if task.interpolation != "bicubic":
@@ -209,7 +209,7 @@ def _modules(
         sides: side of the decoder's pictures, and the factor by which they are enlarged.
     """
     of_prior, of_decoder, *upsamplers = networks
-    space, size = prior.task.space, sides[0]
+    space, size = prior.part.space, sides[0]
     whole = exported(of_prior.net, diffusers_prior(of_prior.settings["heads"]))
     raw = space.scaling == "raw"
     mean = torch.zeros(1, space.embed_dim) if raw else space.raw_mean[None]
