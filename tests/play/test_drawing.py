@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unclip_pl.diffusion import Progress
 from unclip_pl.errors import InputError
-from unclip_pl.generation.decoding import Progress
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.play import drawing
-from unclip_pl.play.drawing import Cell, Dot, Easel, Frame, Map, Playground, Row, painted
+from unclip_pl.play.drawing import Dot, Easel, Frame, Labelled, Map, Playground, Row, painted
 from unclip_pl.play.examples import examples
 from unclip_pl.play.known import known_to, report_of
 from unclip_pl.play.sheet import line, page_in_page, scatter, show
@@ -208,7 +208,8 @@ def test_a_fault_of_a_drawing_reaches_its_reader() -> None:
 
 def test_texts_are_escaped() -> None:
     evil = "<script>alert(1)</script>"
-    written = show(Frame([Row(evil, [Cell(torch.zeros(3, 2, 2), f'"{evil}', best=True)], evil)], 0, 0.5, evil, evil))
+    row = Row(evil, [Labelled(torch.zeros(3, 2, 2), f'"{evil}', best=True)], evil)
+    written = show(Frame([row], 0, 0.5, evil, evil))
     assert "<script" not in written + line(evil)
     assert 'alt="&lt;script' in written
     assert "50%" in written

@@ -326,7 +326,7 @@ def moments_of(image_embed: np.ndarray) -> Moments:
 # --- The store
 
 
-class _Part(NamedTuple):
+class _ShardRows(NamedTuple):
     """Rows of a batch that lie in one shard."""
 
     shard: Shard
@@ -432,7 +432,7 @@ class EmbeddingStore:
         blocks = self.blocks(split, size)
         for first, stop in zip(*blocks, strict=True):
             rows = np.arange(first, stop)
-            parts = self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64)))
+            parts = self._by_shard(RowBatch(rows, np.zeros(len(rows), np.uint64)))
             text = np.empty((len(rows), self.text_embed_dim), np.float16)
             for part in parts:
                 text[part.where] = part.features.text_embed[part.captions]
@@ -440,12 +440,12 @@ class EmbeddingStore:
 
     def prior_batch(self, batch: RowBatch) -> PriorBatch:
         """Gather embeddings and captions."""
-        parts, size = self._parts(batch), len(batch.rows)
+        parts, size = self._by_shard(batch), len(batch.rows)
         return PriorBatch(self._image_embed(parts, size), self._text(parts, size))
 
     def decoder_batch(self, batch: RowBatch) -> DecoderBatch:
         """Gather embeddings, captions and images."""
-        parts, size = self._parts(batch), len(batch.rows)
+        parts, size = self._by_shard(batch), len(batch.rows)
         return DecoderBatch(self._images(batch), self._image_embed(parts, size), self._text(parts, size))
 
     def evaluation_batch(self, batch: RowBatch) -> EvaluationBatch:
@@ -465,34 +465,34 @@ class EmbeddingStore:
     def captions(self, batch: RowBatch) -> list[str]:
         """Return the caption of each row, as text."""
         texts = np.empty(len(batch.rows), object)
-        for part in self._parts(batch):
+        for part in self._by_shard(batch):
             texts[part.where] = unpack_texts(part.features.captions, part.features.captions_offsets, part.captions)
         return texts.tolist()
 
     def keys(self, rows: np.ndarray) -> list[str]:
         """Return the keys of (n,) rows."""
         keys = np.empty(len(rows), object)
-        for part in self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64))):
+        for part in self._by_shard(RowBatch(rows, np.zeros(len(rows), np.uint64))):
             keys[part.where] = unpack_texts(part.features.keys, part.features.keys_offsets, part.rows)
         return keys.tolist()
 
     def caption_counts(self, rows: np.ndarray) -> np.ndarray:
         """Return how many captions each of (n,) rows has."""
         counts = np.empty(len(rows), np.uint64)
-        for part in self._parts(RowBatch(rows, np.zeros(len(rows), np.uint64))):
+        for part in self._by_shard(RowBatch(rows, np.zeros(len(rows), np.uint64))):
             counts[part.where] = np.diff(part.features.caption_offsets)[part.rows]
         return counts
 
     def metadata(self, batch: RowBatch) -> list[dict[str, Any]]:
         """Return the JSON object of each row, empty where it has none."""
         found: list[dict[str, Any]] = [{} for _ in batch.rows]
-        for shard, features, where, rows, _ in self._parts(batch):
+        for shard, features, where, rows, _ in self._by_shard(batch):
             spans = zip(features.json_offset[rows].tolist(), features.json_size[rows].tolist(), strict=True)
             for place, data in zip(where, shard.read(list(spans)), strict=True):
                 found[place] = parse_json(data)
         return found
 
-    def _parts(self, batch: RowBatch) -> list[_Part]:
+    def _by_shard(self, batch: RowBatch) -> list[_ShardRows]:
         shard_of = np.searchsorted(self.starts, batch.rows, side="right") - 1
         parts = []
         for shard in np.unique(shard_of):
@@ -501,16 +501,16 @@ class EmbeddingStore:
             first = features.caption_offsets[rows]
             count = (features.caption_offsets[rows + 1] - first).astype(np.uint64)
             pair = first + (batch.draws[where] % count).astype(np.int64)
-            parts.append(_Part(self.shards[shard], features, where, rows, features.caption_rows[pair]))
+            parts.append(_ShardRows(self.shards[shard], features, where, rows, features.caption_rows[pair]))
         return parts
 
-    def _image_embed(self, parts: list[_Part], size: int) -> Tensor:
+    def _image_embed(self, parts: list[_ShardRows], size: int) -> Tensor:
         embed = np.empty((size, self.embed_dim), np.float16)
         for part in parts:
             embed[part.where] = part.features.image_embed[part.rows]
         return torch.from_numpy(embed).float()
 
-    def _text(self, parts: list[_Part], size: int) -> TextFeatures:
+    def _text(self, parts: list[_ShardRows], size: int) -> TextFeatures:
         """Pad ragged text features by index arithmetic alone."""
         first, length = np.empty(size, np.int64), np.empty(size, np.int64)
         for part in parts:
@@ -560,7 +560,7 @@ class EmbeddingStore:
     def _decode(self, batch: RowBatch) -> Tensor:
         """Return (B, 3, H, H) uint8, read from the source tars."""
         images = torch.empty(len(batch.rows), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for shard, features, where, rows, _ in self._parts(batch):
+        for shard, features, where, rows, _ in self._by_shard(batch):
             offsets, sizes = features.image_offset[rows].tolist(), features.image_size[rows].tolist()
             files = shard.read(list(zip(offsets, sizes, strict=True)))
             for place, offset, data in zip(where, offsets, files, strict=True):

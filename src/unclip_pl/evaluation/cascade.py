@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     tiles: Tensor  # (B · T, F) unit norm: the judge's features of the pictures' tiles
 
 
-class Rows(NamedTuple):
+class Shared(NamedTuple):
     """What belongs to a batch at every stage."""
 
     truth: Tensor  # (B, A) true attributes
@@ -100,7 +100,7 @@ class CascadeEvaluation(LightningModule):
         judge = self.judge.within(self.run).load().to(self.device)
         self._painter = Painter(parts.decoder, judge, self.oracle, batch_size=0, seed=self.seed)
         self._seen: dict[str, list[Seen]] = {}
-        self._rows: list[Rows] = []
+        self._rows: list[Shared] = []
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draw a batch through the cascade and look at it at every stage."""
@@ -118,7 +118,7 @@ class CascadeEvaluation(LightningModule):
             seen = Seen(self._painter.look(images, keep=keep), F.normalize(tiles.float(), dim=-1).cpu())
             self._seen.setdefault(name, []).append(seen)
         truth = true_attributes(batch.metadata)
-        self._rows.append(Rows(truth, [batch.captions[row] for row in keep], drawn[0][: len(keep)].float().cpu()))
+        self._rows.append(Shared(truth, [batch.captions[row] for row in keep], drawn[0][: len(keep)].float().cpu()))
 
     def on_test_epoch_end(self) -> None:
         """Score every stage, and write and log the scores."""
@@ -147,7 +147,7 @@ class CascadeEvaluation(LightningModule):
             means["fd_judge_tiles"] = stages[name]["fd_judge_tiles"]
             self.log_dict({f"{name}/{key}": value for key, value in means.items()})
 
-    def _write(self, report: dict[str, Any], views: dict[str, View], rows: list[Rows]) -> None:
+    def _write(self, report: dict[str, Any], views: dict[str, View], rows: list[Shared]) -> None:
         meta = {**provenance(self.device), "settings": self.settings}
         write_json(self.out / "cascade.json", {**report, "meta": meta}, indent=2)
         captions = list(chain.from_iterable(part.captions for part in rows))[: self.shown]  # each rank has kept as many

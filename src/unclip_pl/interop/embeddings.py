@@ -135,7 +135,7 @@ class Table:
         )
 
 
-class Part(NamedTuple):
+class Files(NamedTuple):
     """Files whose rows belong together by their position."""
 
     embeds: Array
@@ -166,7 +166,7 @@ class Dump:
         InputError: counts or widths do not agree.
     """
 
-    def __init__(self, images: list[Part], texts: list[Part], *, joined: bool) -> None:
+    def __init__(self, images: list[Files], texts: list[Files], *, joined: bool) -> None:
         self.images, self.texts, self.joined = images, texts, joined
         for side in (images, texts):
             widths = {part.embeds.width: part.embeds.path for part in side}
@@ -336,7 +336,7 @@ def find_dump(paths: list[str], columns: Columns) -> Dump:
         if not path.exists():
             raise MissingFileError(f"No file or folder at {path}: correct the path.")
     if len(given) == 2 and all(path.is_file() for path in given):
-        image, text = ([Part(Array(path), None)] for path in given)
+        image, text = ([Files(Array(path), None)] for path in given)
         return Dump(image, text, joined=False)
     if len(given) not in (1, 2) or not all(path.is_dir() for path in given):
         raise InputError(
@@ -393,10 +393,10 @@ def _require_same(one: dict[int, Path], other: dict[int, Path]) -> None:
         )
 
 
-def _parts(files: dict[int, Path], tables: dict[int, Path], caption: str) -> list[Part]:
+def _parts(files: dict[int, Path], tables: dict[int, Path], caption: str) -> list[Files]:
     if tables:
         _require_same(files, tables)
-    return [Part(Array(path), Table(tables[i], caption) if tables else None) for i, path in files.items()]
+    return [Files(Array(path), Table(tables[i], caption) if tables else None) for i, path in files.items()]
 
 
 # --- Writing the store

@@ -16,7 +16,7 @@ from unclip_pl.interop.sizes import HEAD
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(\.\w+)?\.(safetensors|bin)")
 
 
-class Part(NamedTuple):
+class KarloPart(NamedTuple):
     """One network's weights, with the names of the file that they were read from."""
 
     path: Path
@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
 class KarloFiles(NamedTuple):
     """What was found: ``prior``, ``decoder``, ``upsampler``, ``upsampler_last`` (its last step), and the statistics."""
 
-    parts: dict[str, Part]
+    parts: dict[str, KarloPart]
     statistics: Statistics | None
 
 
@@ -49,7 +49,7 @@ def read_karlo(paths: Iterable[str | Path]) -> KarloFiles:
         MissingFileError: there is nothing at a path.
         InputError: a file holds none of these, or two files hold the same part.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, KarloPart] = {}
     statistics: Statistics | None = None
     for path in map(Path, paths):
         found = _folder(path) if path.is_dir() else _file(path)
@@ -73,13 +73,13 @@ def _file(path: Path) -> KarloFiles:
     except TypeError:
         raise _unknown(path) from None
     if "model.clip_img_proj.weight" in state:
-        return KarloFiles({"prior": Part(path, _below(state, "model"), karlo_prior())}, None)
+        return KarloFiles({"prior": KarloPart(path, _below(state, "model"), karlo_prior())}, None)
     if "model.input_blocks.0.0.weight" in state:
         weights = _below(state, "model")
-        return KarloFiles({"decoder": Part(path, weights, karlo_unet(weights))}, None)
+        return KarloFiles({"decoder": KarloPart(path, weights, karlo_unet(weights))}, None)
     if "model_first_steps.input_blocks.0.0.weight" in state:
         both = {"upsampler": _below(state, "model_first_steps"), "upsampler_last": _below(state, "model_last_step")}
-        return KarloFiles({name: Part(path, part, karlo_unet(part)) for name, part in both.items()}, None)
+        return KarloFiles({name: KarloPart(path, part, karlo_unet(part)) for name, part in both.items()}, None)
     raise _unknown(path)
 
 
@@ -87,20 +87,20 @@ def _folder(path: Path) -> KarloFiles:
     """Read a diffusers pipeline's folder, with one folder for each network in it."""
     if not any((path / name).is_dir() for name in ("prior", "decoder", "super_res_first")):
         raise _unknown(path)
-    parts: dict[str, Part] = {}
+    parts: dict[str, KarloPart] = {}
     statistics = None
     if (path / "prior").is_dir():
         weights = _diffusers(path / "prior")
         heads = weights["proj_in.weight"].shape[0] // HEAD if "proj_in.weight" in weights else 1
-        parts["prior"] = Part(path / "prior", weights, diffusers_prior(heads))
+        parts["prior"] = KarloPart(path / "prior", weights, diffusers_prior(heads))
         if {"clip_mean", "clip_std"} <= weights.keys():
             statistics = Statistics(*(weights[name].float().flatten() for name in ("clip_mean", "clip_std")))
     if (path / "decoder").is_dir():
         weights = {**_diffusers(path / "decoder"), **_diffusers(path / "text_proj")}
-        parts["decoder"] = Part(path / "decoder", weights, diffusers_unet(HEAD))
+        parts["decoder"] = KarloPart(path / "decoder", weights, diffusers_unet(HEAD))
     for name, folder in {"upsampler": "super_res_first", "upsampler_last": "super_res_last"}.items():
         if (path / folder).is_dir():
-            parts[name] = Part(path / folder, _diffusers(path / folder), diffusers_unet(HEAD))
+            parts[name] = KarloPart(path / folder, _diffusers(path / folder), diffusers_unet(HEAD))
     return KarloFiles(parts, statistics)
 
 

@@ -10,7 +10,7 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
 from unclip_pl.files import replacing
 from unclip_pl.generation.run import write_run
-from unclip_pl.interop.files import KarloFiles, Part
+from unclip_pl.interop.files import KarloFiles, KarloPart
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.interop.sizes import decoder_sizes, prior_sizes, upsampler_sizes
 from unclip_pl.nn.prior import PriorTransformer
@@ -75,7 +75,7 @@ _KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 }
 
 
-def _build(name: str, part: Part, statistics: str) -> tuple[Task, dict[str, Any]]:
+def _build(name: str, part: KarloPart, statistics: str) -> tuple[Task, dict[str, Any]]:
     """Return a part's Task with its weights, and the hyperparameters that LightningCLI would have saved."""
     network, sizes_of, kind, settings = _KINDS[name.removesuffix("_last")]
     sizes = sizes_of(part.weights, part.layout)
@@ -109,7 +109,7 @@ def write_checkpoint(path: Path, task: Task, hyper_parameters: dict[str, Any]) -
         torch.save(checkpoint, temporary)
 
 
-def describe_karlo(parts: dict[str, Part], clip: ClipSpec) -> dict[str, Any]:
+def describe_karlo(parts: dict[str, KarloPart], clip: ClipSpec) -> dict[str, Any]:
     """Return ``run.json`` with Karlo's own sampling: 25 + 50 + 7 steps at guidance 4 and 8."""
 
     def ancestral(steps: int, variance: str) -> dict[str, Any]:

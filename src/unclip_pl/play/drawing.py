@@ -34,7 +34,7 @@ KINDS = {
 }
 
 
-class Cell(NamedTuple):
+class Labelled(NamedTuple):
     """A picture with its label."""
 
     picture: Tensor  # (3, H, H) in [-1, 1]
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     """Pictures under a title."""
 
     title: str
-    cells: list[Cell]
+    cells: list[Labelled]
     note: str = ""
 
 
@@ -175,7 +175,7 @@ class Playground:
             images, _ = yield from self.easel.watch(draw, partial(self._in_progress, rows, title, seeds))
             scores = self._scores(images, caption)
             cells = [
-                Cell(image, f"{label}: {score:.2f}", num > 1 and score == max(scores))
+                Labelled(image, f"{label}: {score:.2f}", num > 1 and score == max(scores))
                 for image, label, score in zip(images, seeds, scores, strict=True)
             ]
             rows.append(Row(title[0], cells, title[1]))
@@ -283,7 +283,7 @@ class Playground:
             part |= F.adaptive_max_pool2d(torch.from_numpy(brushed)[None, None].float(), side) > 0
         if mask and picture:
             part |= open_mask(mask, picture, side)
-        known = Row("what stays", [Cell(given[0].masked_fill(part[0], 0.0))])
+        known = Row("what stays", [Labelled(given[0].masked_fill(part[0], 0.0))])
         empty = "" if part.any() else "Nothing is painted: the picture stays as it is."
         note = " ".join(filter(None, (empty, self._unknown([caption]))))
         prior, texts = next(iter(self.priors)), [caption] if caption else None
@@ -343,7 +343,7 @@ class Playground:
             raise InputError("Expected a picture. Got none: choose a file, or click an example.")
         side = max(self.unclip.clip.image_size, self.unclip.decoder.output_size)
         pictures = open_pictures([picture], side)
-        return Row("given", [Cell(pictures.pixels[0])], pictures.notes[0])
+        return Row("given", [Labelled(pictures.pixels[0])], pictures.notes[0])
 
     def _drawn(
         self,
@@ -387,7 +387,7 @@ class Playground:
 
     def _in_progress(self, rows: list[Row], title: tuple[str, str], labels: list[str], estimate: Estimate) -> Frame:
         """Return what is finished, and estimates of the next row."""
-        cells = [Cell(picture, label) for picture, label in zip(estimate.pictures, labels, strict=True)]
+        cells = [Labelled(picture, label) for picture, label in zip(estimate.pictures, labels, strict=True)]
         done = (len(rows) + estimate.done) / len(self.priors)
         return Frame([*rows, Row(title[0], cells, title[1])], None, done, f"{title[0]} draws")
 
@@ -398,7 +398,7 @@ class Playground:
 
 
 def _row(title: str, labels: Sequence[str], pictures: Tensor) -> Row:
-    return Row(title, [Cell(picture, label) for picture, label in zip(pictures, labels, strict=True)])
+    return Row(title, [Labelled(picture, label) for picture, label in zip(pictures, labels, strict=True)])
 
 
 def _labels(n: int, sign: str = "") -> list[str]:

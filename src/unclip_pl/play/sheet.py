@@ -5,7 +5,7 @@ import io
 from html import escape
 
 from unclip_pl.generation.pictures import to_image
-from unclip_pl.play.drawing import Cell, Frame, Map, Row
+from unclip_pl.play.drawing import Frame, Labelled, Map, Row
 
 #: How the pictures stand on the page. Names begin with "play", so that they meet none of Gradio's.
 CSS = """
@@ -101,7 +101,7 @@ def _row(row: Row) -> str:
     return f'<section class="play-row">{head}{note}<div class="play-cells">{cells}</div></section>'
 
 
-def _cell(cell: Cell, title: str) -> str:
+def _cell(cell: Labelled, title: str) -> str:
     buffer = io.BytesIO()
     to_image(cell.picture).save(buffer, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -13,7 +13,7 @@ Report = dict[str, Any]
 SETTINGS = {"lr": "learning rate", "muon_lr": "learning rate of Muon", "guidance": "guidance"}
 
 
-class Cell(NamedTuple):
+class Field(NamedTuple):
     """A number, or words."""
 
     text: str
@@ -27,7 +27,7 @@ class Table(NamedTuple):
 
     title: str
     head: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[Field]]
     notes: list[tuple[str, str]] = []
     words: bool = False  # sentences, not numbers
 
@@ -40,7 +40,7 @@ def metric_tables(report: Report) -> list[Table]:
         names = [name for name in measured(priors) if MEASURES[name].group == group]
         best = {name: _best(name, priors) for name in names}
         rows = [
-            [Cell(prior), *(metric_cell(name, entry, best=prior in best[name]) for name in names)]
+            [Field(prior), *(metric_cell(name, entry, best=prior in best[name]) for name in names)]
             for prior, entry in priors.items()
         ]
         notes = [(MEASURES[name].label, MEASURES[name].what) for name in names]
@@ -71,12 +71,12 @@ def _best(name: str, priors: dict[str, Any]) -> set[str]:
     return {prior for prior, value in contenders.items() if sign * value["high" if sign > 0 else "low"] >= top}
 
 
-def metric_cell(name: str, entry: dict[str, Any], *, best: bool = False) -> Cell:
+def metric_cell(name: str, entry: dict[str, Any], *, best: bool = False) -> Field:
     """Return a row's mean with its interval; a dash where it was not measured."""
     value, measure = entry["metrics"].get(name), MEASURES[name]
     if value is None or value["mean"] is None:
-        return Cell("–")
-    return Cell(measure.show(value["mean"]), measure.interval(value), best)
+        return Field("–")
+    return Field(measure.show(value["mean"]), measure.interval(value), best)
 
 
 def duel_table(report: Report) -> Table | None:
@@ -86,7 +86,7 @@ def duel_table(report: Report) -> Table | None:
         for duel in report["duels"]
     }
     rows = [
-        [Cell(MEASURES[name].label), *(_share(rates.get(name)) for rates in duels.values())]
+        [Field(MEASURES[name].label), *(_share(rates.get(name)) for rates in duels.values())]
         for name in MEASURES
         if any(name in rates for rates in duels.values())
     ]
@@ -104,7 +104,7 @@ def ablation_table(report: Report) -> Table | None:
     there = [name for name in shown if any(name in line["measures"] for line in report["ablations"])]
     rows = [
         [
-            Cell(line["title"], f"{line['paper']} against {line['other']}, {len(line['seeds'])} seeds"),
+            Field(line["title"], f"{line['paper']} against {line['other']}, {len(line['seeds'])} seeds"),
             *(_change(line["measures"].get(name), name, bold=line["one_space"]) for name in there),
         ]
         for line in report["ablations"]
@@ -125,9 +125,9 @@ def slope_table(report: Report) -> Table | None:
     """Return the slopes of the excess over the perfect prior against FLOPs; None where no curve has any."""
     rows = [
         [
-            Cell(title),
-            Cell(name, f"{len(line['points'])} points"),
-            Cell(over),
+            Field(title),
+            Field(name, f"{len(line['points'])} points"),
+            Field(over),
             *(_slope(line[slopes].get(measure)) for measure in EXCESS),
         ]
         for title, lines in report["compute"].items()
@@ -152,20 +152,20 @@ def slope_table(report: Report) -> Table | None:
     )
 
 
-def _slope(value: dict[str, Any] | None) -> Cell:
+def _slope(value: dict[str, Any] | None) -> Field:
     if value is None or value["mean"] is None:
-        return Cell("–")
+        return Field("–")
     known = f"[{value['low']:+.2f}, {value['high']:+.2f}], " if value["low"] is not None else "[–], "
-    return Cell(f"{value['mean']:+.2f}", f"{known}{len(value['seeds'])} seeds")
+    return Field(f"{value['mean']:+.2f}", f"{known}{len(value['seeds'])} seeds")
 
 
 def excess_table(report: Report) -> Table | None:
     """Return every point of the curves against FLOPs."""
     rows = [
         [
-            Cell(f"{title} {point['x']:g}", name),
-            Cell(f"{point['flops']:.2e}", f"{len(point['seeds'])} seeds"),
-            *(Cell(f"{1e3 * value['mean']:.2f}", _thousandths(value)) for value in map(point["excess"].get, EXCESS)),
+            Field(f"{title} {point['x']:g}", name),
+            Field(f"{point['flops']:.2e}", f"{len(point['seeds'])} seeds"),
+            *(Field(f"{1e3 * value['mean']:.2f}", _thousandths(value)) for value in map(point["excess"].get, EXCESS)),
         ]
         for title, lines in report["compute"].items()
         for name, line in lines.items()
@@ -189,7 +189,7 @@ def further_tables(report: Report) -> list[Table]:
     tables = []
     for title, entries in report["tables"].items():
         there = [name for name in measured(entries) if name in shown] or measured(entries)
-        rows = [[Cell(row), *(metric_cell(name, entry) for name in there)] for row, entry in entries.items()]
+        rows = [[Field(row), *(metric_cell(name, entry) for name in there)] for row, entry in entries.items()]
         notes = [("rows", "compare them with each other alone: another decoder may have drawn them than the one above")]
         tables.append(Table(title, ["", *(MEASURES[name].heading for name in there)], rows, notes))
     return tables
@@ -212,10 +212,10 @@ def cost_table(report: Report) -> Table | None:
             f"{1e3 * row['seconds_per_embedding']:.2f}",
         ]
         cells = [
-            Cell(text, f"{low:.0f} to {high:.0f}" if i == 3 and high > low else "") for i, text in enumerate(numbers)
+            Field(text, f"{low:.0f} to {high:.0f}" if i == 3 and high > low else "") for i, text in enumerate(numbers)
         ]
         seeds = f"{len(row['seeds'])} training seeds" if trained and len(row["seeds"]) > 1 else ""
-        rows.append([Cell(name, seeds), Cell(sampled_by(row["sampling"])), *cells])
+        rows.append([Field(name, seeds), Field(sampled_by(row["sampling"])), *cells])
     head = [
         "prior", "sampled with", "learning rate", "parameters", "samples seen", "training s", "training TFLOP",
         "evaluations", "MFLOP", "ms",
@@ -264,8 +264,8 @@ def choice_table(report: Report) -> Table | None:
                 numbers = [f"{trial['joint_fd']:.4f}", loss, f"{trial['embed_fd']:.4f}", f"{trial['text_cos']:.3f}"]
                 numbers += [f"{100 * trial['retrieval_r10']:.1f}"]
                 best = float(value) == taken
-                cells = [Cell(x, error * (i == 1), best) for i, x in enumerate((value, *numbers))]
-                rows.append([Cell(choice["file"]), Cell(kind), *cells])
+                cells = [Field(x, error * (i == 1), best) for i, x in enumerate((value, *numbers))]
+                rows.append([Field(choice["file"]), Field(kind), *cells])
     head = ["prior", "setting", "value", "joint_fd ↓", "validation loss ↓", "embed_fd ↓", "mean z_i·z_t", "R@10 % ↑"]
     return Table("Chosen on validation data", head, rows, notes) if rows else None
 
@@ -281,7 +281,7 @@ def attribute_table(report: Report) -> Table | None:
         **{f"{name} prior, where stated": e["attributes"] for name, e in report["priors"].items() if e["attributes"]},
     }
     names = list(report["oracle"]["real"])
-    cells = [[Cell(label), *(Cell(_percent(values.get(name))) for name in names)] for label, values in rows.items()]
+    cells = [[Field(label), *(Field(_percent(values.get(name))) for name in names)] for label, values in rows.items()]
     return Table("Accuracy by attribute, %", ["", *names], cells)
 
 
@@ -292,19 +292,19 @@ def foundation_table(report: Report) -> Table | None:
         return None
     entry = {"metrics": decoder}
     rows = [
-        [Cell("decoder, from the embedding alone: R@10 by the judge, %"), metric_cell("retrieval_r10", entry)],
-        [Cell("decoder, from the embedding alone: Fréchet distance (judge)"), metric_cell("fd_judge", entry)],
-        [Cell("CLIP finds the true picture of a caption: R@1 / R@10, %"), _retrieval(clip)],
-        [Cell("judge, the same: R@1 / R@10, %"), _retrieval(judge)],
+        [Field("decoder, from the embedding alone: R@10 by the judge, %"), metric_cell("retrieval_r10", entry)],
+        [Field("decoder, from the embedding alone: Fréchet distance (judge)"), metric_cell("fd_judge", entry)],
+        [Field("CLIP finds the true picture of a caption: R@1 / R@10, %"), _retrieval(clip)],
+        [Field("judge, the same: R@1 / R@10, %"), _retrieval(judge)],
     ]
     if codec:
         lost = f"codec: variance lost by keeping {codec['code_length']} of {codec['embed_dim']} axes, %"
         rows += [
-            [Cell("codec: round-trip cosine"), Cell(f"{codec['roundtrip_cosine']:.4f}")],
-            [Cell(lost), Cell(f"{100 * codec['pca_error']:.2f}")],
+            [Field("codec: round-trip cosine"), Field(f"{codec['roundtrip_cosine']:.4f}")],
+            [Field(lost), Field(f"{100 * codec['pca_error']:.2f}")],
             [
-                Cell(f"codec: variance lost by {codec['buckets']} buckets, %"),
-                Cell(f"{100 * codec['quantisation_error']:.3f}"),
+                Field(f"codec: variance lost by {codec['buckets']} buckets, %"),
+                Field(f"{100 * codec['quantisation_error']:.3f}"),
             ],
         ]
     return Table("Foundations", ["", ""], rows)
@@ -314,11 +314,11 @@ def claim_table(report: Report) -> Table | None:
     """Return the claims that were measured, beside what was found."""
     rows = [
         [
-            Cell(claim["claim"], f"({claim['source']})"),
-            Cell(claim["paper"]),
-            Cell(claim["ours"]),
-            Cell(claim["verdict"], tone=claim["verdict"].replace(" ", "-")),
-            Cell(claim["why"]),
+            Field(claim["claim"], f"({claim['source']})"),
+            Field(claim["paper"]),
+            Field(claim["ours"]),
+            Field(claim["verdict"], tone=claim["verdict"].replace(" ", "-")),
+            Field(claim["why"]),
         ]
         for claim in report["claims"]
         if claim["verdict"] != UNMEASURED
@@ -431,20 +431,20 @@ def _percent(share: float | None) -> str:
     return "–" if share is None or share != share else f"{100 * share:.1f}"
 
 
-def _share(rate: dict[str, Any] | None) -> Cell:
+def _share(rate: dict[str, Any] | None) -> Field:
     if rate is None or rate["low"] is None:
-        return Cell("–")
+        return Field("–")
     clear = rate["low"] > 0.5 or rate["high"] < 0.5
-    return Cell(f"{100 * rate['mean']:.1f}", f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]", best=clear)
+    return Field(f"{100 * rate['mean']:.1f}", f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]", best=clear)
 
 
-def _change(line: dict[str, Any] | None, name: str, *, bold: bool) -> Cell:
+def _change(line: dict[str, Any] | None, name: str, *, bold: bool) -> Field:
     if line is None or line["difference"]["low"] is None:
-        return Cell("–")
+        return Field("–")
     low, mean, high = (MEASURES[name].signed(line["difference"][key]) for key in ("low", "mean", "high"))
     clear = bold and (line["difference"]["low"] > 0 or line["difference"]["high"] < 0)
-    return Cell(mean, f"[{low}, {high}]", best=clear)
+    return Field(mean, f"[{low}, {high}]", best=clear)
 
 
-def _retrieval(scores: dict[str, Any]) -> Cell:
-    return Cell(" / ".join(f"{100 * scores[key]:.1f}" for key in ("retrieval_r1", "retrieval_r10")))
+def _retrieval(scores: dict[str, Any]) -> Field:
+    return Field(" / ".join(f"{100 * scores[key]:.1f}" for key in ("retrieval_r1", "retrieval_r10")))
