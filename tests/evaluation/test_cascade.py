@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Stage
 from unclip_pl.commands.reproduce import reproduce
-from unclip_pl.evaluation.cascade import CascadeEvaluation, Rows, tiles_of
+from unclip_pl.evaluation.cascade import CascadeEvaluation, Shared, tiles_of
 from unclip_pl.evaluation.scores import View
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -64,7 +64,7 @@ def test_a_perfect_decoder_of_full_size_leaves_nothing_to_add(
 
 def test_the_grid_of_two_ranks_is_as_large_as_that_of_one(lookup: DecoderSpec, tmp_path: Path) -> None:
     clip, noise = ClipSpec("tiny-rn"), torch.Generator().manual_seed(0)
-    rows = [Rows(torch.empty(0), ["a star", "a ring"], torch.randn(2, 3, 4, 4, generator=noise)) for _ in range(2)]
+    rows = [Shared(torch.empty(0), ["a star", "a ring"], torch.randn(2, 3, 4, 4, generator=noise)) for _ in range(2)]
     images = torch.randn(4, 3, 8, 8, generator=noise)
     drawn = []
     for ranks in (1, 2):
