@@ -21,13 +21,18 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 REFERENCE, INK, FAINT = "#555555", "#222222", "#d5d8dc"
 DPI = 170
 #: What is seen at a glance.
-GLANCE = ("stated_match", "clip_score", "residual", "fd_judge", "diversity_gap", "vendi", "recall", "embed_fd")
+GLANCE = (
+    "stated_match", "clip_score", "residual", "fd_judge_corrected", "diversity_gap", "vendi", "recall",
+    "embed_fd_corrected",
+)  # fmt: skip
 #: What a curve shows, the first of these that it has.
 CURVED = (
-    "stated_match", "diversity_gap", "kid_judge", "clip_score", "fd_judge", "embed_fd", "probe_match", "text_cos",
-    "calibration_gap", "cos_true",
+    "stated_match", "diversity_gap", "kid_judge", "clip_score", "fd_judge_corrected", "embed_fd_corrected",
+    "probe_match", "text_cos", "calibration_gap", "cos_true",
 )  # fmt: skip
 PANELS = 3
+#: What an ablation is drawn by, the Fréchet distance of embeddings.
+ABLATED = "embed_fd_corrected"
 #: More stages than these are not drawn: those of a study are its cells.
 BARS = 24
 #: Curves whose x grows by factors.
@@ -55,7 +60,7 @@ def draw_plots(report: Report) -> dict[str, bytes]:
         drawn["compute"] = draw_compute(report)
     if report["duels"]:
         drawn["head_to_head"] = draw_duels(report)
-    if any("embed_fd" in line["measures"] for line in report["ablations"]):
+    if any(ABLATED in line["measures"] for line in report["ablations"]):
         drawn["ablations"] = draw_ablations(report)
     if report["oracle"]:
         drawn["attributes"] = draw_attributes(report)
@@ -386,16 +391,18 @@ def _unused(taken: Iterable[str]) -> Any:
 
 
 def draw_ablations(report: Report) -> Figure:
-    """Draw the difference of one choice less the other, in percent of the other, with its interval."""
-    lines = [(line, line["measures"]["embed_fd"]) for line in report["ablations"] if "embed_fd" in line["measures"]]
+    """Draw the difference of one choice less the other, with its interval."""
+    lines = [(line, line["measures"][ABLATED]) for line in report["ablations"] if ABLATED in line["measures"]]
     figure = new_figure(6.4, 0.9 + 0.34 * len(lines))
     axes = figure.add_subplot()
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, (_, values) in enumerate(lines):
-        dot(axes, y, values["difference"], PALETTE[0], scale=100 / (values["other"]["mean"] or 1.0))
+        dot(axes, y, values["difference"], PALETTE[0], scale=1000)
     axes.set_yticks(range(len(lines)), [f"{line['title']}: {line['paper']} for {line['other']}" for line, _ in lines])
     axes.set_ylim(len(lines) - 0.5, -0.6)
-    axes.set_xlabel("← better    change of embed_fd, %    worse →", fontsize=8.5)
+    axes.set_xscale("symlog", linthresh=1)  # a choice may be a hundred times worse than another
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("← better    1,000 × change of FD without bias    worse →", fontsize=8.5)
     axes.spines["left"].set_color(FAINT)
     clean(axes)
     return figure

@@ -100,7 +100,10 @@ def duel_table(report: Report) -> Table | None:
 
 def ablation_table(report: Report) -> Table | None:
     """Return a line for each ablation."""
-    shown = ("embed_fd", "probe_match", "text_cos", "calibration_gap", "kid_judge", "diversity_gap", "vendi", "recall")
+    shown = (
+        "embed_fd_corrected", "probe_match", "text_cos", "calibration_gap", "kid_judge", "diversity_gap", "vendi",
+        "recall",
+    )  # fmt: skip
     there = [name for name in shown if any(name in line["measures"] for line in report["ablations"])]
     rows = [
         [
