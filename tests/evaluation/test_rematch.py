@@ -263,9 +263,10 @@ def test_every_stage_of_the_recipe_runs(mini_run: Path, tmp_path: Path) -> None:
     one_trial(stages, tmp_path)
     report = make(stages, mini_run, tmp_path)
     unmeasured = [claim["claim"] for claim in report["claims"] if claim["verdict"] == UNMEASURED]
-    assert set(unmeasured) <= {
-        "Of equally concentrated samples, the diffusion prior's are the better ones"
-    }  # untrained
+    assert set(unmeasured) <= {  # untrained networks reach no common gap, and their guidance is chosen by chance
+        "Of equally concentrated samples, the diffusion prior's are the better ones",
+        "The diffusion prior needs less training compute",
+    }
     optimizers = {(line["title"], line["paper"], line["other"]) for line in report["ablations"]}
     assert {(f"optimizer, {prior}", "AdamW", "Muon") for prior in ("diffusion", "ar")} <= optimizers
     assert set(report["spaces"]) == {"the study's CLIP", "with SAM", "without SAM"}
