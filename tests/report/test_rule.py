@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.metrics.crossed import crossed_resamples
+from unclip_pl.metrics.frechet import frechet_distance
+from unclip_pl.metrics.kernel import kernel_values
 from unclip_pl.report import draw
 from unclip_pl.report.claims import (
     DISAGREE,
@@ -203,6 +208,50 @@ def test_lines_are_read_off_at_the_gap_that_both_reach_nearest_to_calibrated(
     assert judged(found, **row)["verdict"] in (OPEN, EQUAL)
     assert judged(found, **row)["ours"].startswith("At a gap of the cosines of -0.050. KID, embeddings: ar 0.00500")
     assert judged(found, **row | {"first": "linear"})["verdict"] == UNMEASURED
+
+
+def test_a_setting_that_a_mixture_of_two_others_beats_is_not_on_the_frontier(
+    tmp_path: Path, arm: Arm, write_cell: Write
+) -> None:
+    """KID 0.9 at −0.1 lies above the line from 0.3 at −0.2 to 0.5 at 0; at −0.05 that line has 0.45."""
+    lines = {"diffusion": {-0.2: 0.3, -0.1: 0.9, 0.0: 0.5}, "ar": {-0.3: 0.1, -0.05: 0.2}}
+    write_lines(tmp_path, arm, write_cell, lines)
+    found = read(tmp_path)["frontier"]
+    (pair,) = found["differences"]
+    assert pair["at"] == pytest.approx(-0.05)
+    kid = pair["measures"]["embed_kid"]
+    assert (kid["first"], kid["second"]) == pytest.approx((0.2, 0.45))
+    assert found["hulls"]["diffusion"]["embed_kid"] == [0, 2]
+
+
+def test_at_the_end_of_a_frontier_the_noise_of_the_gap_counts(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """Resamples move gap and KID alike, by x; on a line of slope 3 a KID at a fixed gap moves by x − 3 x."""
+    write_lines(tmp_path, arm, write_cell, {"diffusion": {-0.2: 0.3, -0.1: 0.6}, "ar": {-0.15: 0.0, 0.0: 0.0}})
+    (pair,) = read(tmp_path)["frontier"]["differences"]
+    assert pair["at"] == pytest.approx(-0.1)
+    noise = torch.tensor(line({0.0: 0.0}, 5)["setting 0"]["embed_kid"])
+    expected = crossed_resamples((3 * noise - 0.6).expand(2, -1))  # the other line is flat: it moves by x alone
+    kid = pair["measures"]["embed_kid"]
+    assert [kid["mean"], kid["low"], kid["high"]] == pytest.approx([expected.mean, expected.low, expected.high])
+
+
+@pytest.mark.parametrize("distance", ["embed_kid", "embed_fd"])
+def test_a_setting_drawn_by_lot_is_no_further_from_the_truth_than_the_mean(distance: str) -> None:
+    """Two clouds left and right of the truth, whose mixture lies between: the distances are convex."""
+    torch.manual_seed(0)
+    true, noise = (normalize(torch.randn(4_000, 4) + 3, dim=1) for _ in range(2))
+    shift = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    first, second = normalize(noise + shift, dim=1), normalize(noise - shift, dim=1)
+    mixed = torch.where(torch.arange(4_000)[:, None] % 2 == 0, first, second)
+    ends, middle = [far(distance, true, cloud) for cloud in (first, second)], far(distance, true, mixed)
+    assert middle < sum(ends) / 2
+
+
+def far(distance: str, true: Tensor, cloud: Tensor) -> float:
+    if distance == "embed_fd":
+        moments = [(x.mean(0), x.T.cov()) for x in (true.double(), cloud.double())]
+        return frechet_distance(*moments[0], *moments[1]).item()
+    return kernel_values(true, {"cloud": cloud})["cloud"].mean().item()
 
 
 def test_lines_that_share_no_gap_are_not_compared(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

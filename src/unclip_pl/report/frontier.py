@@ -2,8 +2,10 @@
 
 Guidance, a lower temperature and more candidates buy match with diversity, so a single setting of each contender
 compares how far they went along that road. Concentration is the gap of the cosines (cos to true less cos between
-samples). Each contender's settings, sorted by it, make a line for each training seed and resample. Two lines are read
-off at the gap that both reach and that lies nearest to the perfect prior's, or else to 0.
+samples). A contender's frontier is the convex hull of its settings, on the side where a measure is better. It can be
+reached: a contender that draws each caption's setting by lot has the mean of the match and of the gap, and at most the
+mean of a kernel or Fréchet distance, which is convex in the distribution of the samples. Two frontiers are read off at
+the gap that both reach and that lies nearest to the perfect prior's, or else to 0.
 """
 
 import math
@@ -11,11 +13,10 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from unclip_pl.evaluation.measures import plain
+from unclip_pl.evaluation.measures import MEASURES, plain
 from unclip_pl.evaluation.scores import resampled_means
 from unclip_pl.metrics.crossed import crossed_resamples
 from unclip_pl.report.study import Arm, Key, metrics, stacked, whole
@@ -39,8 +40,9 @@ def frontier(arms: dict[Key, Arm], rows: dict[str, Arm]) -> dict[str, Any]:
         rows: arms of the main tables.
 
     Returns:
-        ``reference``, the perfect prior's point, or None; ``points``, contender → points; ``differences``, those of
-        every two contenders where they are as concentrated, with that gap as ``at``.
+        ``reference``, the perfect prior's point, or None; ``points``, contender → points by their gap; ``hulls``,
+        contender → measure → the places of those points that its frontier joins; ``differences``, those of every
+        two contenders where they are as concentrated, with that gap as ``at``.
     """
     found: dict[str, list[Arm]] = {}
     for key, arm in arms.items():
@@ -58,11 +60,20 @@ def frontier(arms: dict[Key, Arm], rows: dict[str, Arm]) -> dict[str, Any]:
     points = {
         name: sorted(map(_point, own), key=lambda point: point[CONCENTRATION]["mean"]) for name, own in lines.items()
     }
-    return {"reference": perfect, "points": points, "differences": pairs}
+    hulls = {name: {measure: _joined(own, measure) for measure in FIDELITY} for name, own in points.items()}
+    return {"reference": perfect, "points": points, "hulls": hulls, "differences": pairs}
 
 
 def _point(arm: Arm) -> dict[str, Any]:
     return {name: plain(value) for name, value in metrics(arm).items() if name in (CONCENTRATION, *FIDELITY)}
+
+
+def _joined(points: list[dict[str, Any]], name: str) -> list[int]:
+    """Return the places of the points that the frontier of a measure joins; none where a point lacks the measure."""
+    if not all(name in point for point in points):
+        return []
+    x, y = ([point[of]["mean"] for point in points] for of in (CONCENTRATION, name))
+    return _vertices(x, y, name)
 
 
 def at_equal(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,7 +132,8 @@ def _compare(
     for name in names:
         if all(name in _numbers(arm) for arm in first + second):
             ours, theirs = (
-                _read_off(gap, _lines(own, name, seeds), at) for gap, own in zip(gaps, (first, second), strict=True)
+                _read_off(gap, _lines(own, name, seeds), at, name)
+                for gap, own in zip(gaps, (first, second), strict=True)
             )
             sides = {"first": ours[:, 0].mean().item(), "second": theirs[:, 0].mean().item()}
             measures[name] = plain(crossed_resamples(ours - theirs)) | sides | {"seeds": len(seeds)}
@@ -150,16 +162,40 @@ def _resamples(arm: Arm, name: str) -> Tensor:
     return torch.stack(means)
 
 
-def _read_off(gaps: Tensor, values: Tensor, at: float) -> Tensor:
-    """Return (K, 1 + R): the line through P settings of each seed and resample, at a gap.
+def _vertices(x: Sequence[float], y: Sequence[float], name: str) -> list[int]:
+    """Return the points, by rising x, that no mixture of two others beats: the hull on the better side of a measure."""
+    sign = 1 if MEASURES[name].better == "higher" else -1
+    found: list[int] = []
+    for i in sorted(range(len(x)), key=lambda i: (x[i], -sign * y[i])):
+        if found and x[found[-1]] == x[i]:
+            continue  # of two at one place the better one came first
+        slopes = [sign * (y[i] - y[a]) / (x[i] - x[a]) for a in found]  # from each vertex to this point
+        while len(found) > 1 and slopes[-2] <= slopes[-1]:  # the last vertex lies under the line past it
+            found.pop()
+            slopes.pop()
+        found.append(i)
+    return found
+
+
+def _read_off(gaps: Tensor, values: Tensor, at: float, name: str) -> Tensor:
+    """Return (K, 1 + R): the frontier of P settings at a gap, of each seed and resample.
+
+    The two settings that are mixed, and their weights, are those of the means. A seed or resample counts to first
+    order: it moves along the line between the two, from the gap of its own mixture to the gap wanted. So nothing is
+    cut off at a frontier's ends.
 
     Args:
         gaps: (P, K, 1 + R) concentration.
         values: (P, K, 1 + R) fidelity.
-        at: gap to read off at; beyond a line's ends its end counts.
+        at: gap to read off at, within those of the means.
+        name: measure of fidelity.
     """
-    order = gaps[:, :, 0].mean(1).argsort()
-    xs, ys = (part[order].flatten(1).T.numpy() for part in (gaps, values))
-    # Gaps of a resample may cross where two settings lie close: its line follows the order of the means.
-    lines = [np.interp(at, np.maximum.accumulate(x), y) for x, y in zip(xs, ys, strict=True)]
-    return torch.tensor(np.array(lines)).view(gaps.shape[1], -1)
+    x, y = (part[:, :, 0].mean(1).tolist() for part in (gaps, values))
+    hull = _vertices(x, y, name)
+    if len(hull) == 1:
+        return values[hull[0]]
+    right = next((i for i in range(1, len(hull)) if x[hull[i]] >= at), len(hull) - 1)
+    a, b = hull[right - 1], hull[right]
+    weight, slope = (at - x[a]) / (x[b] - x[a]), (y[b] - y[a]) / (x[b] - x[a])
+    gap, value = (part[a].lerp(part[b], weight) for part in (gaps, values))
+    return value - slope * (gap - at)

@@ -186,11 +186,13 @@ def draw_frontier(report: Report) -> Figure:
         scale = 100 if measure.percent else 1
         for label, points in found["points"].items():
             x, y = [p[CONCENTRATION]["mean"] for p in points], [scale * p[name]["mean"] for p in points]
-            axes.plot(x, y, "o-", color=palette.get(label, INK), markersize=4, linewidth=0.8, alpha=0.85, label=label)
+            color, joined = palette.get(label, INK), found["hulls"][label][name]
+            axes.plot(x, y, "o", color=color, markersize=4, alpha=0.85, label=label)
+            axes.plot([x[i] for i in joined], [y[i] for i in joined], color=color, linewidth=0.8)
             for point, left in zip(points, x, strict=True):
                 if point[name]["low"] is not None:
                     ends = [scale * point[name][end] for end in ("low", "high")]
-                    axes.plot([left, left], ends, color=palette.get(label, INK), linewidth=1.6, alpha=0.3)
+                    axes.plot([left, left], ends, color=color, linewidth=1.6, alpha=0.3)
         if found["reference"] and name in found["reference"]:
             own = found["reference"]
             axes.plot(own[CONCENTRATION]["mean"], scale * own[name]["mean"], "*", color=REFERENCE, markersize=12)
