@@ -222,7 +222,7 @@ def test_a_study_from_end_to_end_and_without_its_run(
     contenders = ["diffusion", "ar", "linear", "text", "noisy linear"]
     references = {"ceiling", "true posterior"}
     assert set(report["priors"]) == {*contenders, *references}
-    assert {name: len(points) for name, points in report["frontier"]["points"].items()} == {"diffusion": 4, "ar": 5}
+    assert {name: len(points) for name, points in report["frontier"]["points"].items()} == {"diffusion": 6, "ar": 5}
     assert report["frontier"]["reference"]["calibration_gap"]["mean"] is not None
     for name in ("diffusion", "ar"):
         row = report["priors"][name]
