@@ -100,9 +100,13 @@ def test_a_recipe_holds_every_arm_that_the_claims_name(name: str) -> None:
     assert ("prior", "", "") in found
     assert (name == "rematch-emoji") == (("matched", "", "") in found)
     table = claims_table(Path())
+    curves = {(line["ablation"], line["side"]): ("curve", line["curve"], line["series"]) for line in table["baselines"]}
+    assert set(curves.values()) <= found
+    found |= {("ablation", *side) for side in curves}
+    shapes_only = ("SAM", "prediction, v", "optimizer, diffusion", "optimizer, ar")
     for line in table["ablations"]:
         for side in (line["paper"], line["other"]):
-            if name == "rematch-shapes" or line["title"] not in ("SAM", "prediction, v"):
+            if name == "rematch-shapes" or line["title"] not in shapes_only:
                 trained = ("ablation", line.get("ablation", line["title"]), side)
                 assert (("curve", line["curve"], side[0]) if "curve" in line else trained) in found
     rows = {row[side] for row in table["claims"] for side in ("first", "second") if ": " in row.get(side, "")}

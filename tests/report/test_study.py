@@ -25,7 +25,7 @@ from unclip_pl.report.claims import (
     verdict,
 )
 from unclip_pl.report.frontier import frontier
-from unclip_pl.report.study import distinct, metrics, read_study, rows_of, study_report
+from unclip_pl.report.study import distinct, metrics, read_study, rows_of, study_report, with_baselines
 
 Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
 CAPTIONS, MANY = 40, 6
@@ -35,7 +35,7 @@ MEANS = {"stated_match": (0.95, -0.03), "clip_score": (65.0, -2.0), "residual": 
 def reduce(folder: Path) -> dict[str, Any]:
     """The report of a folder, without drawing it."""
     paper = claims_table(folder)
-    study = read_study(folder, paper["order"])
+    study = with_baselines(read_study(folder, paper["order"]), paper["baselines"])
     report = study_report(study, paper) | {"frontier": frontier(study.arms, rows_of(study.arms))}
     return report | {"claims": judge(report, paper["claims"])}
 
@@ -253,6 +253,18 @@ def test_ablations_are_paired(report: dict[str, Any]) -> None:
     gap = lines["prediction"]["measures"]["embed_fd"]
     assert gap["difference"]["mean"] == pytest.approx(gap["paper"]["mean"] - gap["other"]["mean"])
     assert gap["difference"]["high"] < 0
+
+
+def test_a_point_of_a_curve_stands_for_a_side_of_an_ablation(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    fields = {"kind": "curve", "title": "prior guidance", "series": "diffusion"}
+    write_cell(tmp_path, "curve", 0, {"1": arm("x0", 0), "2": arm("x0", 0, 2.0)}, **fields)
+    write_cell(tmp_path, "eps", 0, {"eps": arm("eps", 0, 1.0)}, kind="ablation", title="prediction", series="eps")
+    pair = reduce(tmp_path)["ablations"][0]
+    assert (pair["title"], pair["paper"], pair["other"], pair["seeds"]) == ("prediction", "x0", "eps", [0])
+    # A cell of its own comes first.
+    write_cell(tmp_path, "x0", 0, {"x0": arm("x0", 0, 1.0)}, kind="ablation", title="prediction", series="x0")
+    own = reduce(tmp_path)["ablations"][0]
+    assert pair["measures"]["residual"]["difference"]["mean"] < own["measures"]["residual"]["difference"]["mean"]
 
 
 def test_an_ablation_that_no_table_names_is_compared_all_the_same(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

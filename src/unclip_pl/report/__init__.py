@@ -21,7 +21,7 @@ from unclip_pl.report.compute import compute
 from unclip_pl.report.frontier import at_equal, frontier
 from unclip_pl.report.page import html, markdown
 from unclip_pl.report.plots import draw_plots, file_name
-from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, rows_of, study_report
+from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, rows_of, study_report, with_baselines
 from unclip_pl.report.tables import metric_tables
 from unclip_pl.report.tables import summary as sentences
 
@@ -42,7 +42,7 @@ def draw(folder: Path) -> dict[str, Any]:
         InputError: a cell is broken, doubled or of another base.
     """
     paper = claims_table(folder)
-    study = read_study(folder, paper["order"])
+    study = with_baselines(read_study(folder, paper["order"]), paper["baselines"])
     report = study_report(study, paper)
     report["meta"]["name"] = folder.resolve().name
     seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]

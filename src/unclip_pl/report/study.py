@@ -116,6 +116,21 @@ def key_of(cell: dict[str, Any], arm: str) -> Key:
     return Key(kind, title, series or arm)
 
 
+def with_baselines(study: Study, named: list[dict[str, Any]]) -> Study:
+    """Add to a study the sides of ablations that are points of a curve, and so need no cell of their own.
+
+    Args:
+        study: all cells.
+        named: baselines as the table of claims lists them. A side that has a cell of its own stays as it is.
+    """
+    arms = dict(study.arms)
+    for line in named:
+        point = Key("curve", line["curve"], line["series"], float(line["x"]))
+        if point in arms:
+            arms.setdefault(Key("ablation", line["ablation"], line["side"]), arms[point])
+    return study._replace(arms=arms)
+
+
 def _check_bases(cells: list[dict[str, Any]]) -> None:
     """Refuse cells of several bases. Ablations alone may compare bases, such as two CLIPs."""
     files = {cell["base"]: cell["file"] for cell in cells if cell["kind"] != "ablation"}
