@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from unclip_pl.cli import main
+from unclip_pl.generation.run import read_run
 from unclip_pl.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,12 @@ def test_links_lead_to_files(document: Path) -> None:
 def test_configs_that_are_named_exist(document: Path) -> None:
     named = re.findall(r"`((?:configs|examples|benchmarks|data/prompts|tests)/[\w./-]+\.\w+)`", document.read_text())
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_run_that_is_written_by_hand_is_one(tmp_path: Path) -> None:
+    [run] = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "run.json").write_text(run)
+    assert read_run(tmp_path).decoder.image_size == 64
 
 
 def test_there_are_commands_and_no_gaps() -> None:
