@@ -11,7 +11,7 @@ the gap that both reach and that lies nearest to the perfect prior's, or else to
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ SIDES = ("paper", "other")
 
 
 def frontier(arms: dict[Key, Arm], rows: dict[str, Arm]) -> dict[str, Any]:
-    """Return the points of every contender, where lines are read off, and the paired differences there.
+    """Return the points and the frontier of every contender, and paired differences where two are as concentrated.
 
     Args:
         arms: all arms.
@@ -111,7 +111,9 @@ def _compare(
     along: str = CONCENTRATION,
     names: Sequence[str] = FIDELITY,
 ) -> dict[str, Any]:
-    """Return the paired difference of some measures where another one is equal, over the seeds that all settings share.
+    """Return the paired difference of some measures where another one is equal.
+
+    It is taken over the training seeds of the settings that are mixed there.
 
     Args:
         first: settings of one side.
@@ -120,28 +122,53 @@ def _compare(
         along: measure that is to be equal.
         names: measures to compare.
     """
-    seeds = sorted(set.intersection(*(set(arm) for arm in first + second)))
-    if not seeds:
-        return {}
-    gaps = [_lines(own, along, seeds) for own in (first, second)]  # (P, K, 1 + R) each
-    means = [gap[:, :, 0].mean(1) for gap in gaps]
-    low, high = (float(end(*(float(getattr(x, name)()) for x in means))) for end, name in ((max, "min"), (min, "max")))
+    reached = [[_mean(arm, along) for arm in side] for side in (first, second)]
+    low, high = max(map(min, reached)), min(map(max, reached))
     if low > high:
         return {}
     at, measures = min(max(wanted, low), high), {}
     for name in names:
-        if all(name in _numbers(arm) for arm in first + second):
-            ours, theirs = (
-                _read_off(gap, _lines(own, name, seeds), at, name)
-                for gap, own in zip(gaps, (first, second), strict=True)
-            )
+        if not all(name in _numbers(arm) for arm in first + second):
+            continue
+        mixtures = [_mixture(side, along, name, at) for side in (first, second)]
+        seeds = sorted(set.intersection(*(set(arm) for mixture in mixtures for arm in mixture.settings)))
+        if seeds:
+            ours, theirs = (mixture.read_off(along, name, at, seeds) for mixture in mixtures)
             sides = {"first": ours[:, 0].mean().item(), "second": theirs[:, 0].mean().item()}
             measures[name] = plain(crossed_resamples(ours - theirs)) | sides | {"seeds": len(seeds)}
-    return {"at": at, "measures": measures}
+    return {"at": at, "measures": measures} if measures else {}
 
 
-def _lines(arms: list[Arm], name: str, seeds: list[int]) -> Tensor:
-    return torch.stack([_resamples({seed: arm[seed] for seed in seeds}, name) for arm in arms])
+class _Mixture(NamedTuple):
+    """Two settings next to each other on a frontier, of which every caption draws one by lot."""
+
+    settings: tuple[Arm, Arm]
+    weight: float  # of the second
+    slope: float  # of the frontier between them
+
+    def read_off(self, along: str, name: str, at: float, seeds: list[int]) -> Tensor:
+        """Return (K, 1 + R): a measure of each seed and resample where ``along`` has a given value.
+
+        A seed or resample counts to first order: it moves along the frontier from its own mixture to that value. So
+        nothing is cut off at a frontier's ends.
+        """
+        ends = [{seed: arm[seed] for seed in seeds} for arm in self.settings]
+        x, y = (_resamples(ends[0], of).lerp(_resamples(ends[1], of), self.weight) for of in (along, name))
+        return y - self.slope * (x - at)
+
+
+def _mixture(settings: list[Arm], along: str, name: str, at: float) -> _Mixture:
+    x, y = ([_mean(arm, of) for arm in settings] for of in (along, name))
+    hull = _vertices(x, y, name)
+    if len(hull) == 1:
+        return _Mixture((settings[hull[0]],) * 2, 0.0, 0.0)
+    right = next((i for i in range(1, len(hull)) if x[hull[i]] >= at), len(hull) - 1)
+    a, b = hull[right - 1], hull[right]
+    return _Mixture((settings[a], settings[b]), (at - x[a]) / (x[b] - x[a]), (y[b] - y[a]) / (x[b] - x[a]))
+
+
+def _mean(arm: Arm, name: str) -> float:
+    return _resamples(arm, name)[:, 0].mean().item()
 
 
 def _numbers(arm: Arm) -> set[str]:
@@ -175,27 +202,3 @@ def _vertices(x: Sequence[float], y: Sequence[float], name: str) -> list[int]:
             slopes.pop()
         found.append(i)
     return found
-
-
-def _read_off(gaps: Tensor, values: Tensor, at: float, name: str) -> Tensor:
-    """Return (K, 1 + R): the frontier of P settings at a gap, of each seed and resample.
-
-    The two settings that are mixed, and their weights, are those of the means. A seed or resample counts to first
-    order: it moves along the line between the two, from the gap of its own mixture to the gap wanted. So nothing is
-    cut off at a frontier's ends.
-
-    Args:
-        gaps: (P, K, 1 + R) concentration.
-        values: (P, K, 1 + R) fidelity.
-        at: gap to read off at, within those of the means.
-        name: measure of fidelity.
-    """
-    x, y = (part[:, :, 0].mean(1).tolist() for part in (gaps, values))
-    hull = _vertices(x, y, name)
-    if len(hull) == 1:
-        return values[hull[0]]
-    right = next((i for i in range(1, len(hull)) if x[hull[i]] >= at), len(hull) - 1)
-    a, b = hull[right - 1], hull[right]
-    weight, slope = (at - x[a]) / (x[b] - x[a]), (y[b] - y[a]) / (x[b] - x[a])
-    gap, value = (part[a].lerp(part[b], weight) for part in (gaps, values))
-    return value - slope * (gap - at)
