@@ -108,7 +108,7 @@ def test_its_report_has_every_number_with_an_interval_around_it(drawn: tuple[dic
     for name, entry in report["priors"].items():
         missing = {"probe_match", "dot_obedience", "nats"}  # no store, so no probes; no AR prior
         missing |= once if name == "ceiling" else set()
-        missing |= {"parts_right", "swapped", "class_share"}  # of scenes and words
+        missing |= {"parts_right", "swapped", "colors_swapped", "class_share"}  # of scenes and words
         assert set(entry["metrics"]) == set(MEASURES) - missing
         for value in entry["metrics"].values():
             assert value["low"] <= value["mean"] <= value["high"]

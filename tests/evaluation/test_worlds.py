@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,11 +18,13 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Recipe, Stage
 from unclip_pl.commands.reproduce import reproduce
 from unclip_pl.evaluation.attack import Attack
+from unclip_pl.evaluation.foundations import class_embeddings
 from unclip_pl.evaluation.scores import binding, stated_indices
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.report.claims import UNMEASURED, claims_table
 from unclip_pl.shapes.oracle import SceneOracle, ShapesOracle
-from unclip_pl.shapes.render import VALUES
+from unclip_pl.shapes.render import VALUES, encode
+from unclip_pl.shapes.scenes import SCENE_VALUES, draw_scenes
 from unclip_pl.types import EvaluationBatch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,6 +101,26 @@ def test_recipes_hold_what_their_claims_name(name: str) -> None:
     assert titles <= {line["title"] for line in table.get("ablations", [])}
 
 
+@pytest.mark.parametrize("name", ["guidance", "binding"])
+def test_glide_and_unclip_are_one_network_and_differ_by_what_training_drops(name: str) -> None:
+    stages = {key: Stage(**stage) for key, stage in read(name)["stages"].items()}
+    places = {"{run}": "run", "{source}": "run/data", "{base}": "", "{results}": "results"}
+    recipe = Recipe(stages, places)
+    ours, theirs = (recipe.configs(f"decoder-2-{kind}") for kind in ("unclip", "glide"))
+    assert {path: ours.pop(path) for path in ours.keys() - theirs} == {
+        "configs/base/unclip.yaml": {"model": {"init_args": {"image_drop": 0.1, "text_drop": 0.5}}}
+    }
+    assert {path: theirs.pop(path) for path in theirs.keys() - ours} == {
+        "configs/base/glide.yaml": {"model": {"init_args": {"image_drop": 1.0, "text_drop": 0.2}}}
+    }
+    assert ours == theirs
+    net = ours["configs/decoder/captioned.yaml"]["model"]["init_args"]["net"]["init_args"]
+    assert net["text_embed_in_time"]
+    assert net["attention_levels"] == [*range(len(net["channel_mult"]))][1:]  # GLIDE's: all but the first
+    cells = {key: stage.needs for key, stage in recipe.stages.items() if stage.out.startswith("{results}/")}
+    assert all(sum(need.startswith("decoder-") for need in needs) == 1 for needs in cells.values())
+
+
 def test_a_recipe_brings_its_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["reproduce", "--config", "configs/reproduce/words.yaml", "--run", str(tmp_path / "run"), "--dry_run"]
     assert main(words) == 0
@@ -112,21 +135,38 @@ CAPTION = "a red circle to the left of a blue star"
 
 
 @pytest.mark.parametrize(
-    ("shown", "parts", "swapped"),
+    ("shown", "parts", "swapped", "colors", "colors_swapped"),
     [
-        (CAPTION, True, False),
-        ("a blue circle to the left of a red star", True, True),
-        ("a red star to the left of a blue circle", True, True),
-        ("a blue star to the left of a red circle", True, True),
-        ("a red circle above a blue star", False, False),
-        ("a red circle to the left of a red star", False, False),
-        ("a green circle to the left of a blue star", False, False),
-        ("a blue star to the right of a red circle on a navy background", True, False),
+        (CAPTION, True, False, True, False),
+        ("a blue circle to the left of a red star", True, True, True, True),
+        ("a red star to the left of a blue circle", True, True, True, False),
+        ("a blue star to the left of a red circle", True, True, True, True),
+        ("a red ring to the left of a blue heart", False, False, True, False),
+        ("a blue ring to the left of a red heart", False, False, True, True),
+        ("a red circle above a blue star", False, False, False, False),
+        ("a red circle to the left of a red star", False, False, False, False),
+        ("a green circle to the left of a blue star", False, False, False, False),
+        ("a blue star to the right of a red circle on a navy background", True, False, True, False),
     ],
 )
-def test_binding_is_asked_of_what_has_all_parts(shown: str, parts: bool, swapped: bool) -> None:
+def test_binding_is_asked_of_what_has_all_parts_and_of_what_has_both_colours(
+    shown: str, parts: bool, swapped: bool, colors: bool, colors_swapped: bool
+) -> None:
     read, stated = (stated_indices([text], SceneOracle) for text in (shown, CAPTION))
-    assert [found.tolist() for found in binding(read, stated)] == [[parts], [swapped]]
+    assert [found.item() for found in binding(read, stated)] == [parts, swapped, colors, colors_swapped]
+
+
+def test_who_knows_the_parts_alone_swaps_72_percent_and_who_knows_the_colours_alone_half() -> None:
+    rng = np.random.default_rng(0)
+    stated = encode(draw_scenes(20_000, split="train", rng=rng), SCENE_VALUES)
+    read = stated.clone()
+    for own in ([0, 2], [1, 3]):
+        turned = torch.from_numpy(rng.integers(2, size=(len(read), 1))).bool()
+        read[:, own] = torch.where(turned, stated[:, own[::-1]], stated[:, own])
+    found = binding(read, stated)
+    assert found.parts.all()
+    assert found.swapped.float().mean().item() == pytest.approx(0.75 * 7 / 8 + 0.5 / 8, abs=0.01)
+    assert found.colors_swapped.float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def attack(batches: list[EvaluationBatch], lookup: DecoderSpec, folder: Path) -> dict[str, Any]:
@@ -155,6 +195,13 @@ def test_a_decoder_that_sees_the_shape_is_not_misled(
 
     plain = attack(batches, lookup, tmp_path)["arms"]
     assert set(plain) == {f"{who}, the shape, no word" for who in ("CLIP", "drawn", "picture")}
+
+
+def test_a_class_is_the_mean_of_its_prompts_so_that_more_of_them_make_no_clip_surer() -> None:
+    clip = ClipSpec("tiny-rn").load()
+    one, many = (class_embeddings(clip, "shape", prompts) for prompts in (1, 8))
+    torch.testing.assert_close(one.norm(dim=-1), torch.ones(8))
+    assert (many.norm(dim=-1) < 0.999).all()
 
 
 def other(shape: str) -> str:

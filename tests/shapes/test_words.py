@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from unclip_pl.packing.samples import shapes_samples
 from unclip_pl.shapes.oracle import WordsOracle
 from unclip_pl.shapes.render import SHAPES, Attributes, draw_attributes, encode, render
 from unclip_pl.shapes.words import draw_words, stencil, write_words
@@ -57,6 +58,21 @@ def test_half_of_the_training_pictures_and_every_held_out_one_have_a_word() -> N
     assert all(word != own.shape for word, own in zip(heldout, drawn, strict=True))
     others = np.mean([word == "ring" for word, own in zip(heldout, drawn, strict=True) if own.shape == "heart"])
     assert abs(others - 1 / 7) < 0.06
+
+
+def test_three_in_four_captions_of_training_say_the_word_and_none_that_is_held_out() -> None:
+    """At one in two the shape and the word would be equally likely for any CLIP."""
+    said = {
+        split: [
+            sample.extra["stated"]["shape"] == sample.extra["word"]
+            for sample in shapes_samples(1000, split=split, size=64, words=True)
+            if "shape" in sample.extra["stated"]
+            and sample.extra["word"] not in ("", sample.extra["attributes"]["shape"])
+        ]
+        for split in ("train", "heldout")
+    }
+    assert abs(np.mean(said["train"]) - 0.75) < 0.07
+    assert not any(said["heldout"])
 
 
 @pytest.mark.parametrize("written", [True, False])

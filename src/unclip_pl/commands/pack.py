@@ -48,8 +48,8 @@ def pack_shapes(
         val: validation images.
         heldout: held-out images, of every (shape, colour) pair; train never shows an eighth of the pairs.
         size: side in pixels; without it 64 with words or two objects, else 32.
-        words: write the name of a shape over half of the training images; half of their captions name it in the place
-            of the shape. Every held-out image has another shape's name.
+        words: write the name of a shape over half of the training images; three in four of their captions name it in
+            the place of the shape. Every held-out image has another shape's name.
         objects: shapes in an image; two are small, of different colours, beside or above each other.
         seed: base seed of every random draw.
         shard_size: images of a shard.

@@ -101,7 +101,7 @@ def reproduce(
 
 
 class Master:
-    """Runs stages, and notes what becomes of them.
+    """Runs stages, and notes what becomes of them. Of those that can run, measurements come first.
 
     Args:
         recipe: the stages.
@@ -142,7 +142,9 @@ class Master:
             try:
                 free = self.jobs - len(self.running) if not status else 0
                 busy = {*waiting, *self.running}
-                for name in [name for name in waiting if not busy.intersection(self.recipe.stages[name].needs)][:free]:
+                ready = [name for name in waiting if not busy.intersection(self.recipe.stages[name].needs)]
+                # What is measured stays, also where the study is cut.
+                for name in sorted(ready, key=lambda name: not self.recipe.kept(name))[:free]:
                     self._start(name, plan[name])
                     waiting.remove(name)
                 time.sleep(PAUSE)

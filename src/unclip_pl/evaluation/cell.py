@@ -363,9 +363,11 @@ class Cell(LightningModule):
             if isinstance(self.oracle, ShapesOracle):
                 values["unseen_match"] = values["stated_match"].where(states_unseen_pair(stated), torch.nan)
             if isinstance(self.oracle, SceneOracle):
-                parts, swapped = binding(view.read, stated)
-                values["parts_right"] = parts.float()
-                arms[name]["resamples"]["swapped"] = self._resampled(swapped.float()) / self._resampled(parts.float())
+                bound = binding(view.read, stated)
+                values["parts_right"] = bound.parts.float()
+                means = {key: self._resampled(x.float()) for key, x in bound._asdict().items()}
+                arms[name]["resamples"]["swapped"] = means["swapped"] / means["parts"]
+                arms[name]["resamples"]["colors_swapped"] = means["colors_swapped"] / means["colors"]
             if name in drawn.many:
                 values |= diversity_scores(drawn.many[name], drawn.captions, self.diversity_samples)
             arms[name]["values"] = values

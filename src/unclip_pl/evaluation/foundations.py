@@ -97,12 +97,15 @@ def zero_shot(clip: ClipEncoder, image_embed: Tensor, truth: Tensor, prompts: in
         prompts: number of captions for each value.
     """
     images = F.normalize(image_embed.float(), dim=-1)
-    read = [(images @ class_embeddings(clip, name, prompts).cpu().T).argmax(-1) for name in ATTRIBUTES]
+    classes = (F.normalize(class_embeddings(clip, name, prompts), dim=-1).cpu() for name in ATTRIBUTES)
+    read = [(images @ own.T).argmax(-1) for own in classes]
     return accuracy_by_attribute(torch.stack(read, dim=1), truth)
 
 
 def class_embeddings(clip: ClipEncoder, name: str, prompts: int = 64) -> Tensor:
-    """Return the class embeddings of an attribute's values, (V, d) of unit norm, on the encoder's device.
+    """Return the class embeddings of an attribute's values, (V, d), on the encoder's device.
+
+    They are means of unit vectors: a picture's product with one is its mean cosine to the prompts.
 
     Args:
         clip: the encoder.
@@ -113,7 +116,7 @@ def class_embeddings(clip: ClipEncoder, name: str, prompts: int = 64) -> Tensor:
     for value in VALUES[name]:
         texts = [_say_all(attributes._replace(**{name: value})) for attributes in drawn]
         classes.append(F.normalize(clip.describe(texts).embed.float(), dim=-1).mean(0))
-    return F.normalize(torch.stack(classes), dim=-1)
+    return torch.stack(classes)
 
 
 def _say_all(attributes: Attributes) -> str:

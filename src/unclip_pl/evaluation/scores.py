@@ -86,22 +86,32 @@ def accuracy_by_attribute(read: Tensor, truth: Tensor, names: Iterable[str] = AT
     return dict(zip(names, attribute_accuracy(read, truth).tolist(), strict=True)) if read.shape[1] else {}
 
 
-def binding(read: Tensor, stated: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which pictures have every part that their caption states, and which of these bind parts otherwise.
+class Binding(NamedTuple):
+    """Which of N pictures have what their captions state, and which of these bind it otherwise, (N,) bool each."""
 
-    Parts are both shapes, both colours and the arrangement; bound otherwise are colours, shapes or whole objects that
-    have changed places.
+    parts: Tensor  # both shapes, both colours and the arrangement
+    swapped: Tensor  # of these: colours, shapes or whole objects have changed places
+    colors: Tensor  # both colours and the arrangement, of any shape
+    colors_swapped: Tensor  # of these: the colours have changed places
+
+
+def binding(read: Tensor, stated: Tensor) -> Binding:
+    """Compare what pictures of two objects show with what their captions bind.
+
+    A model that draws colours and cannot draw shapes yet has hardly a picture with all parts. So colours are asked
+    alone as well.
 
     Args:
         read: (N, 6) what a :class:`~unclip_pl.shapes.oracle.SceneOracle` read.
         stated: (N, 6) what the captions state.
-
-    Returns:
-        (N,) bool each.
     """
-    shapes, colors = ((x[:, start:4:2].sort(1).values for x in (read, stated)) for start in (0, 1))
-    parts = torch.stack([(a == b).all(1) for a, b in (shapes, colors)]).all(0) & (read[:, 4] == stated[:, 4])
-    return parts, parts & (read[:, :4] != stated[:, :4]).any(1)
+    arranged = read[:, 4] == stated[:, 4]
+    shapes, colors = (
+        arranged & (read[:, own].sort(1).values == stated[:, own].sort(1).values).all(1) for own in ([0, 2], [1, 3])
+    )
+    elsewhere = read[:, :4] != stated[:, :4]
+    parts = shapes & colors
+    return Binding(parts, parts & elsewhere.any(1), colors, colors & elsewhere[:, [1, 3]].any(1))
 
 
 def caption_scores(view: View, real: Tensor, judge_text: Tensor, stated: Tensor) -> dict[str, Tensor]:

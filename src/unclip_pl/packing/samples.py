@@ -56,7 +56,7 @@ def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0, w
         size: side in pixels.
         seed: base seed of every random draw; each split has its own stream.
         words: write the name of a shape over pictures, see :func:`~unclip_pl.shapes.words.draw_words`. Where there is
-            one, half of the captions of train and val say it in the place of the shape; heldout's tell the truth.
+            one, three in four captions of train and val say it in the place of the shape; heldout's tell the truth.
     """
     stream = [seed, ("train", "val", "heldout").index(split)]
     rng, own = np.random.default_rng(stream), np.random.default_rng([*stream, 1])
@@ -66,7 +66,7 @@ def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0, w
         written = draw_words(attributes, split=split, rng=own) if words else [""] * len(attributes)
         images = write_words(images, attributes, written) if words else images
         for number, (names, image, word) in enumerate(zip(attributes, images, written, strict=True), start):
-            misread = word and split != "heldout" and own.integers(2)
+            misread = word and split != "heldout" and own.integers(4)
             text, stated = caption(names._replace(shape=word) if misread else names, rng)
             unseen = (names.shape, names.color) in HELD_OUT
             extra = {"attributes": names._asdict(), "stated": stated, "unseen_pair": unseen}

@@ -39,14 +39,15 @@ BIASED = ("fd_judge", "embed_fd")
 #: What the name of such a distance ends with.
 CORRECTED = "_corrected"
 #: Measures of pictures that are no means over captions.
-PICTURED = ("fd_judge", "kid_judge", "told_apart", "swapped")
+PICTURED = ("fd_judge", "kid_judge", "told_apart", "swapped", "colors_swapped")
 #: Scores that are this near to each other, in parts of them, are a tie: float32 holds no more.
 TIE = 1e-6
 #: Measures whose paired differences are reported.
 DIFFERENCES = (
     "fd_judge", "fd_judge_corrected", "kid_judge", "told_apart", "precision", "density", "embed_fd",
     "embed_fd_corrected", "embed_kid", "probe_match", "stated_match", "clip_score", "retrieval_r10", "residual",
-    "diversity_gap", "vendi", "recall", "cos_true", "text_cos", "nats", "parts_right", "swapped", "class_share",
+    "diversity_gap", "vendi", "recall", "cos_true", "text_cos", "nats", "parts_right", "swapped",
+    "colors_swapped", "class_share",
 )  # fmt: skip
 
 Arm = dict[int, dict[str, Any]]  # training seed → what its cell says of the arm

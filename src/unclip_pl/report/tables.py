@@ -188,7 +188,10 @@ def _thousandths(value: dict[str, Any]) -> str:
 
 def further_tables(report: Report) -> list[Table]:
     """Return the tables that a study adds, such as decoders of another budget."""
-    shown = ("fd_judge", "stated_match", "parts_right", "swapped", "clip_score", "recall", "diversity_gap", "vendi")
+    shown = (
+        "fd_judge", "stated_match", "parts_right", "swapped", "colors_swapped", "clip_score", "recall", "diversity_gap",
+        "vendi",
+    )  # fmt: skip
     tables = []
     for title, entries in report["tables"].items():
         there = [name for name in measured(entries) if name in shown] or measured(entries)
