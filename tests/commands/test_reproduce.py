@@ -106,6 +106,14 @@ def test_an_interrupted_stage_goes_on(journal: Journal) -> None:
         assert len(record["commits"]) == 1
 
 
+def test_a_study_that_was_cut_has_its_claims(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("claims: []")
+    journal.fails = "a"
+    with pytest.raises(SystemExit):
+        reproduce(chain(), str(journal.run), results=str(tmp_path / "kept"), claims=str(tmp_path / "mine.yaml"))
+    assert (tmp_path / "kept" / "claims.yaml").read_text() == "claims: []"
+
+
 def test_a_changed_stage_takes_what_depends_on_it_along_and_nothing_else(journal: Journal) -> None:
     reproduce(chain(), str(journal.run))
     (journal.run / "b" / "precious").touch()

@@ -110,7 +110,8 @@ def test_within_one_standard_error_the_likeliest_is_taken() -> None:
     assert within_noise(tried, {"a": 1, "b": 2, "c": 3}) == "a"
     assert within_noise(tried, dict.fromkeys(tried, 0)) == "a"  # nobody knows the likelihood: the distance decides
     alone = {name: own[:1] for name, own in tried.items()}
-    assert within_noise(alone, {"a": 3, "b": 2, "c": 1}) == "a"  # one seed: the noise is unknown
+    assert within_noise(alone, {"a": 3, "b": 2, "c": 1}) == "c"  # one seed: no distance is told from noise
+    assert within_noise(alone, dict.fromkeys(alone, 0)) == "a"
 
 
 def test_the_ends_of_a_grid_are_named() -> None:

@@ -35,7 +35,7 @@ MEANS = {"stated_match": (0.95, -0.03), "clip_score": (65.0, -2.0), "residual": 
 def reduce(folder: Path) -> dict[str, Any]:
     """The report of a folder, without drawing it."""
     paper = claims_table(folder)
-    study = with_baselines(read_study(folder, paper["order"]), paper["baselines"])
+    study = with_baselines(read_study(folder, paper["order"], paper["beside"]), paper["baselines"])
     report = study_report(study, paper) | {"frontier": frontier(study.arms, rows_of(study.arms))}
     return report | {"claims": judge(report, paper["claims"])}
 
@@ -329,6 +329,54 @@ def test_a_study_may_have_claims_of_its_own(tmp_path: Path, arm: Arm, write_cell
     (tmp_path / "claims.yaml").write_text(json.dumps({"claims": [claim | {"test": "guess"}]}))
     with pytest.raises(ValueError, match="Expected a test of duel"):
         claims_table(tmp_path)
+
+
+def test_what_another_study_measured_is_a_row_here(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    write_cell(there, "best-1", 1, {"diffusion": arm("diffusion", 1)})
+    write_cell(there, "table-1", 1, {"diffusion": arm("diffusion", 1)}, kind="table", title="Needed?", series="plain")
+    write_cell(here, "mine-1", 1, {"mine": arm("mine", 1, 1.0)})
+    write_cell(here, "curve-1", 1, {"mine": arm("mine", 1, 1.0)}, kind="curve", title="noise", series="noisy", x=0.2)
+    ours = {
+        "beside": ["../there/cells/*-1.json"],
+        "ablations": [{"title": "noise or none", "paper": "noise", "other": "none"}],
+        "baselines": [
+            {"ablation": "noise or none", "side": "noise", "curve": "noise", "series": "noisy", "x": 0.2},
+            {"ablation": "noise or none", "side": "none", "table": "Needed?", "series": "plain"},
+        ],
+    }
+    (here / "claims.yaml").write_text(json.dumps(ours))
+    report = reduce(here)
+    assert set(report["priors"]) == {"mine", "diffusion"}
+    assert report["differences"]["embed_fd_corrected"]["mine - diffusion"]["mean"] > 0.001
+    assert [(line["paper"], line["other"]) for line in report["ablations"]] == [("noise", "none")]
+    cells = read_study(here, [], ours["beside"]).cells  # type: ignore[arg-type]
+    assert len(cells) == 4
+    assert all((here / "cells" / cell["file"]).with_suffix(".png").is_file() for cell in cells)
+    with pytest.raises(MissingFileError, match=r"another study in .*there/cells/none-\*\.json\. Got none"):
+        read_study(here, [], ["../there/cells/none-*.json"])
+    with pytest.raises(InputError, match=r"'diffusion' \(prior\) in .*best-1\.json and .*again\.json"):
+        write_cell(here, "again", 1, {"diffusion": arm("diffusion", 1)})
+        read_study(here, [], ours["beside"])  # type: ignore[arg-type]
+
+
+def test_arms_of_other_captions_are_not_paired(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """Resamples of as many numbers look alike, and each is of other captions."""
+    write_cell(tmp_path, "a", 1, {"diffusion": arm("diffusion", 1, drawn=False)})
+    write_cell(tmp_path, "b", 1, {"ar": arm("ar", 1, drawn=False)})
+    assert reduce(tmp_path)["differences"]["embed_kid"]
+    fields = {"kind": "frontier", "series": "diffusion"}
+    write_cell(tmp_path, "c", 1, {f"guidance {g}": arm("diffusion", 1, g) for g in (0.0, 1.0)}, **fields)
+    write_cell(tmp_path, "d", 1, {f"guidance {g}": arm("ar", 1, g) for g in (0.0, 1.0)}, **fields | {"series": "ar"})
+    assert reduce(tmp_path)["frontier"]["differences"]
+    for name in ("b", "d"):
+        path = tmp_path / "cells" / f"{name}.json"
+        content = json.loads(path.read_text())
+        content["counts"]["rows"] = 63
+        path.write_text(json.dumps(content))
+    report = reduce(tmp_path)
+    assert report["differences"]["embed_kid"] == {}
+    assert report["frontier"]["differences"] == []
 
 
 def test_prior_against_itself_is_even(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

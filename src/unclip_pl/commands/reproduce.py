@@ -91,9 +91,9 @@ def reproduce(
     with ExitStack() as locks:
         for folder in (run, results) if results else (run,):
             locks.enter_context(only_one(Path(folder)))
-        Master(recipe, compare, upsamplers, jobs).run(recipe.plan(only))
-        if claims:
+        if claims:  # before anything is measured: the report of a study that was cut needs them too
             write_text(Path(results or run) / OWN, find(claims).read_text(encoding="utf-8"))
+        Master(recipe, compare, upsamplers, jobs).run(recipe.plan(only))
         if not only:
             report(Path(results or run), Path(run) / "study" if results else None)
     total = sum(recipe.record(name).get("seconds", 0.0) for name in recipe.stages)

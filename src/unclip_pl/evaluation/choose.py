@@ -9,6 +9,7 @@ One training seed of a setting says little: a perfect prior's joint distance var
 setting is trained with several seeds, and the rule is that of one standard error (Breiman et al. 1984): of the settings
 whose mean lies within one standard error of the best one's, take the likeliest. Of learning rates that is the one with
 the lowest validation loss. Of guidance it is the scale nearest to 1, the distribution whose likelihood was trained.
+Of a single seed the noise is unknown, so the likeliest of all is taken: the loss varies much less from seed to seed.
 First the learning rate, at guidance 1, so that nothing but what was learned counts; then guidance of those networks.
 A choice at the end of what was tried is named: the best may lie beyond. No decoder, judge or oracle has a say. Captions
 are those of the validation split, or held-out ones that no cell is measured on.
@@ -54,12 +55,13 @@ def within_noise(trials: Mapping[str, list[Trial]], unlikely: Mapping[str, float
     """Return the likeliest of the settings that lie within one standard error of the lowest mean joint distance.
 
     Args:
-        trials: setting → its trials, one for each training seed; of one seed the standard error is unknown, and 0.
+        trials: setting → its trials, one for each training seed. With one seed alone every setting is within the noise.
         unlikely: setting → how unlikely it makes the data; the lowest is taken, then the lowest distance.
     """
     means = {name: _mean([trial.joint_fd for trial in own]) for name, own in trials.items()}
     best = min(means, key=lambda name: means[name])
-    most = means[best] + standard_error([trial.joint_fd for trial in trials[best]])
+    distances = [trial.joint_fd for trial in trials[best]]
+    most = means[best] + standard_error(distances) if len(distances) > 1 else math.inf
     level = [name for name in trials if means[name] <= most]
     return min(level, key=lambda name: (unlikely[name], means[name]))
 

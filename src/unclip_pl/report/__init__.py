@@ -42,7 +42,7 @@ def draw(folder: Path) -> dict[str, Any]:
         InputError: a cell is broken, doubled or of another base.
     """
     paper = claims_table(folder)
-    study = with_baselines(read_study(folder, paper["order"]), paper["baselines"])
+    study = with_baselines(read_study(folder, paper["order"], paper["beside"]), paper["baselines"])
     report = study_report(study, paper)
     report["meta"]["name"] = folder.resolve().name
     seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]

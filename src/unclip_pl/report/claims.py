@@ -46,7 +46,8 @@ def claims_table(folder: Path) -> dict[str, Any]:
     """
     own = folder / OWN
     path = own if own.is_file() else Path(__file__).with_name("paper.yaml")
-    table = {"order": [], "words": {}, "ablations": [], "baselines": [], "claims": []} | read_yaml(path)
+    table: dict[str, Any] = {"order": [], "beside": [], "words": {}, "ablations": [], "baselines": [], "claims": []}
+    table |= read_yaml(path)
     for row in table["claims"]:
         if row.get("test") not in TESTS:
             raise InputError(f"Expected a test of {', '.join(TESTS)} in {path}. Got {row.get('test')!r}: correct it.")

@@ -113,7 +113,8 @@ def _compare(
 ) -> dict[str, Any]:
     """Return the paired difference of some measures where another one is equal.
 
-    It is taken over the training seeds of the settings that are mixed there.
+    It is taken over the training seeds of the settings that are mixed there. Nothing is compared that was measured on
+    different numbers of captions.
 
     Args:
         first: settings of one side.
@@ -122,9 +123,10 @@ def _compare(
         along: measure that is to be equal.
         names: measures to compare.
     """
+    captions = {cell["counts"]["rows"] for arm in first + second for cell in arm.values()}
     reached = [[_mean(arm, along) for arm in side] for side in (first, second)]
     low, high = max(map(min, reached)), min(map(max, reached))
-    if low > high:
+    if low > high or len(captions) > 1:
         return {}
     at, measures = min(max(wanted, low), high), {}
     for name in names:

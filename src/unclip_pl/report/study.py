@@ -7,9 +7,10 @@ is a study of one cell and one training seed. Intervals: see :mod:`unclip_pl.met
 
 import json
 import math
+import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,15 +71,17 @@ class Study(NamedTuple):
     choices: list[dict[str, Any]]
 
 
-def read_study(folder: Path, order: list[str]) -> Study:
+def read_study(folder: Path, order: list[str], beside: Sequence[str] = ()) -> Study:
     """Read all cells of a study.
 
     Args:
         folder: folder with ``cells/`` and, perhaps, ``best/``.
         order: names of arms that come first in tables, in this order.
+        beside: patterns of other studies' cells on the same base, relative to ``folder``. What they have measured is
+            measured here.
 
     Raises:
-        MissingFileError: there are no cells.
+        MissingFileError: there are no cells, or none of another study.
         InputError: a file is broken, two cells measured the same arm and seed, or cells have different bases.
     """
     paths = sorted((folder / CELLS).glob("[!.]*.json"))
@@ -87,7 +90,12 @@ def read_study(folder: Path, order: list[str]) -> Study:
             f"Expected cells in {folder / CELLS}. Got none: run `unclip test` with a config of configs/compare, or "
             "`unclip reproduce`, to measure them."
         )
-    cells = [read_cell(path) for path in paths]
+    for pattern in beside:
+        found = sorted(folder.glob(pattern))
+        if not found:
+            raise MissingFileError(f"Expected cells of another study in {folder / pattern}. Got none: measure them first.")
+        paths += found
+    cells = [read_cell(path) | {"file": os.path.relpath(path, folder / CELLS)} for path in paths]
     arms: dict[Key, Arm] = defaultdict(dict)
     source: dict[tuple[Key, int], str] = {}
     for cell in cells:
@@ -118,7 +126,7 @@ def key_of(cell: dict[str, Any], arm: str) -> Key:
 
 
 def with_baselines(study: Study, named: list[dict[str, Any]]) -> Study:
-    """Add to a study the sides of ablations that are points of a curve, and so need no cell of their own.
+    """Add to a study the sides of ablations that are a point of a curve or a row of a table, and so need no own cell.
 
     Args:
         study: all cells.
@@ -126,7 +134,8 @@ def with_baselines(study: Study, named: list[dict[str, Any]]) -> Study:
     """
     arms = dict(study.arms)
     for line in named:
-        point = Key("curve", line["curve"], line["series"], float(line["x"]))
+        kind, x = ("curve", float(line["x"])) if "curve" in line else ("table", None)
+        point = Key(kind, line[kind], line["series"], x)
         if point in arms:
             arms.setdefault(Key("ablation", line["ablation"], line["side"]), arms[point])
     return study._replace(arms=arms)
@@ -257,12 +266,16 @@ def shared(a: Arm, b: Arm) -> tuple[Arm, Arm]:
 def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
     """Return the difference of two arms in a measure, and both means; None where they share no seed or number.
 
-    It is paired by training seed and caption, and the means are over nothing but what is compared.
+    It is paired by training seed and caption, and the means are over nothing but what is compared. Arms that were
+    measured on different numbers of captions cannot be paired: None, too.
     """
     a, b = shared(a, b)
     for kind, interval in (("values", crossed_interval), ("resamples", crossed_resamples)):
         if a and all(name in next(iter(arm.values()))[kind] for arm in (a, b)):
-            both = torch.cat([stacked(a, kind, name), stacked(b, kind, name)])
+            ours, theirs = stacked(a, kind, name), stacked(b, kind, name)
+            if ours.shape != theirs.shape or (kind == "resamples" and _captions(a, name) != _captions(b, name)):
+                return None
+            both = torch.cat([ours, theirs])
             both = whole(both) if kind == "values" else both
             first, second = both[: len(a)], both[len(a) :]
             means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
@@ -487,4 +500,4 @@ def read_cell(path: Path) -> dict[str, Any]:
     for arm in cell["arms"].values():
         distances = {name: torch.tensor(arm["resamples"][name]) for name in BIASED if name in arm["resamples"]}
         arm["resamples"] |= {f"{name}{CORRECTED}": without_bias(x).tolist() for name, x in distances.items()}
-    return cell | {"file": path.name}
+    return cell
