@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.metrics.interval import Interval, mean_interval
 from unclip_pl.report.claims import (
@@ -355,7 +356,7 @@ def test_what_another_study_measured_is_a_row_here(tmp_path: Path, arm: Arm, wri
     assert all((here / "cells" / cell["file"]).with_suffix(".png").is_file() for cell in cells)
     with pytest.raises(MissingFileError, match=r"another study in .*there/cells/none-\*\.json\. Got none"):
         read_study(here, [], ["../there/cells/none-*.json"])
-    with pytest.raises(InputError, match=r"'diffusion' \(prior\) in .*best-1\.json and .*again\.json"):
+    with pytest.raises(InputError, match=r"'diffusion' \(prior\) in again\.json and .*there/cells/best-1\.json"):
         write_cell(here, "again", 1, {"diffusion": arm("diffusion", 1)})
         read_study(here, [], ours["beside"])  # type: ignore[arg-type]
 
