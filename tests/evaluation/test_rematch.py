@@ -146,7 +146,7 @@ def test_a_choice_is_between_the_networks_that_its_recipe_trains_with_its_rate(n
 
 
 def test_every_contender_is_tried_chosen_trained_and_measured() -> None:
-    """Those that the rematch on shapes has tried train at its likeliest rate, and its diffusion prior's cells are read."""
+    """What the rematch on shapes has tried trains at its likeliest rate; its diffusion prior is measured there."""
     stages = {stage.out: stage for stage in write_out(read("rematch-contenders")).values()}
     settled = {"diffusion", "ar", "eps", "v"}
     for part in ("prior", "ar_prior"):

@@ -356,8 +356,8 @@ def test_what_another_study_measured_is_a_row_here(tmp_path: Path, arm: Arm, wri
     assert all((here / "cells" / cell["file"]).with_suffix(".png").is_file() for cell in cells)
     with pytest.raises(MissingFileError, match=r"another study in .*there/cells/none-\*\.json\. Got none"):
         read_study(here, [], ["../there/cells/none-*.json"])
+    write_cell(here, "again", 1, {"diffusion": arm("diffusion", 1)})
     with pytest.raises(InputError, match=r"'diffusion' \(prior\) in again\.json and .*there/cells/best-1\.json"):
-        write_cell(here, "again", 1, {"diffusion": arm("diffusion", 1)})
         read_study(here, [], ours["beside"])  # type: ignore[arg-type]
 
 

@@ -93,7 +93,9 @@ def read_study(folder: Path, order: list[str], beside: Sequence[str] = ()) -> St
     for pattern in beside:
         found = sorted(folder.glob(pattern))
         if not found:
-            raise MissingFileError(f"Expected cells of another study in {folder / pattern}. Got none: measure them first.")
+            raise MissingFileError(
+                f"Expected cells of another study in {folder / pattern}. Got none: measure them first."
+            )
         paths += found
     cells = [read_cell(path) | {"file": os.path.relpath(path, folder / CELLS)} for path in paths]
     arms: dict[Key, Arm] = defaultdict(dict)
