@@ -330,8 +330,8 @@ def study(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_matrix_is_one_stage_for_each_combination(journal: Journal, study: Path) -> None:
     rematch(journal, study)
     # A training is measured at once, since a study may be cut.
-    trained = ["fit-a-0", "a-0", "fit-a-1", "a-1", "fit-b-0", "b-0", "fit-b-1", "b-1"]
-    assert journal.asked == [*trained, "a", "again-0", "best-0", "again-1", "best-1"]
+    trained = ["fit-a-0", "a-0", "fit-a-1", "a-1", "fit-b-0", "b-0", "fit-b-1"]
+    assert journal.asked == [*trained, "a", "b-1", "again-0", "best-0", "again-1", "best-1"]
     records = [path.read_text() for path in (study / "stages").glob("*.json")]
     assert len(records) == 7
     assert not [record for record in records if str(study.parent) in record]  # to be committed
