@@ -233,7 +233,7 @@ def options(function: Callable[..., Any]) -> list[str]:
             ]
             rows += list({p.name: (p, a, m) for p, a, m in shared if m}.values())
         else:
-            rows.append((parameter, annotation, meaning or cli.POSITIONAL.get(parameter.name, "")))
+            rows.append((parameter, annotation, meaning))
     written = [
         f"| `{'' if p.name in cli.POSITIONAL else '--'}{p.name}` | {kind_of(a, {})} | {value(p)} | {plain(m)} |"
         for p, a, m in rows

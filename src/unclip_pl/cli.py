@@ -80,16 +80,8 @@ COMPLETION = "--print_completion"
 #: What every one-line error ends with.
 DEBUG_HINT = "(--debug shows the traceback)"
 
-#: Parameters of commands that stand before the options, with their help.
-POSITIONAL = {
-    **{
-        "captions": "texts to draw",
-        "paths": "files or folders to read",
-        "pictures": "image files",
-        "ends": "two image files, or two captions",
-    },
-    "names": "folder to write to, then names of configs; without names, all of them",
-}
+#: Parameters of commands that stand before the options. Their help is in the command's docstring.
+POSITIONAL = ("captions", "paths", "pictures", "ends", "names")
 
 #: Options whose files are also found under ``./configs`` and in the package.
 SECTIONS = ("--config", "--model", "--data", "--trainer")
@@ -343,15 +335,20 @@ def call(program: str, entry: Callable[..., Any] | dict[str, Callable[..., Any]]
 
 def _parser(program: str, entry: Callable[..., Any]) -> Parser:
     """Return the parser of a function's signature."""
+    from docstring_parser import parse
+
     parser = Parser(prog=program, description=(entry.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    positional = POSITIONAL.keys() & entry.__annotations__.keys()
+    said = {each.arg_name: each.description for each in parse(entry.__doc__ or "").params}
+    positional = [name for name in POSITIONAL if name in entry.__annotations__]
     for name in positional:
-        parser.add_argument(name, nargs="*", type=str, help=POSITIONAL[name])
+        parser.add_argument(name, nargs="*", type=str, default=[], help=said.get(name))
     shared = entry.__annotations__.get(SHARED)
     if shared is not None:
         parser.add_class_arguments(shared)
-    parser.add_function_arguments(entry, skip={*positional, SHARED} if shared else set(positional), sub_configs=True)
+    parser.add_function_arguments(
+        entry, skip={*positional, SHARED} if shared else set(positional), as_group=False, sub_configs=True
+    )
     return parser
 
 

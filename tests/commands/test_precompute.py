@@ -128,8 +128,8 @@ def test_parts_and_their_end_killed_at_any_moment(
     ("more", "said"),
     [
         (["--part", "0/4"], "from 1/N to N/N, such as 3/64. Got '0/4'"),
-        (["--part", "1/4", "--finish"], "--finish alone. Got it with --part"),
-        (["--finish", "--verify"], "--finish alone. Got it with --verify"),
+        (["--part", "1/4", "--finish"], "--finish without --part. Got both"),
+        (["--finish", "--verify"], "--finish without --verify. Got both"),
         (["--finish"], "12 of 12 shards have no embeddings"),
     ],
 )

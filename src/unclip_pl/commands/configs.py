@@ -19,7 +19,7 @@ def copy(names: list[str]) -> None:
     """Write configs of the package to be edited. What is below ./configs is found before the package's.
 
     Args:
-        names: folder to write to, and names of configs such as prior/tiny.yaml; none stands for all of them. The
+        names: folder to write to, then names of configs such as prior/tiny.yaml; without names, all configs. The
             sections that a config names are copied along.
     """
     if not names:

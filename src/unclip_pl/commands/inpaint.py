@@ -29,10 +29,10 @@ def inpaint(
         pictures: one image file.
         options: options that commands share.
         mask: image file of the picture's shape, white where it is drawn again and black where it stays.
-        canvas: side of a larger canvas in sides of the picture, such as 1.5; the rest is drawn around it, after the
-            caption.
+        canvas: side of a larger canvas in sides of the picture, such as 1.5. The picture lies in its middle; the rest
+            is drawn after the caption.
         caption: what the whole picture shall show; without it the part is drawn after what CLIP sees of the picture.
-        num: drawings; the next has the next seed.
+        num: number of drawings; each further one has the next seed.
         jumps: times that each step is taken back and walked again (RePaint), so that the new part fits the old one.
     """
     if len(pictures) != 1:

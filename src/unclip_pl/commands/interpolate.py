@@ -24,7 +24,7 @@ class BetweenOptions(CaptionOptions):
         """Return the options of the way between pictures.
 
         Raises:
-            InputError: there is one of captions alone.
+            InputError: an option is given that only captions have.
         """
         if self.solver is not None or self.of_prior():
             raise InputError("Expected two captions for options of a solver or a prior. Got pictures: leave them out.")

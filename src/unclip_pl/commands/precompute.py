@@ -84,11 +84,12 @@ def _part(text: str, store: str, *, finish: bool, verify: bool) -> Part | None:
     """
     if "://" in store:
         raise InputError(
-            f"Expected a folder as --store. Got {store}: use one that all processes see, and copy it then."
+            f"Expected a folder as --store. Got {store}: give a folder that all processes see, and copy it there later."
         )
     if finish and (text or verify):
+        other = "--part" if text else "--verify"
         raise InputError(
-            f"Expected --finish alone. Got it with {'--part' if text else '--verify'}: run the parts with that first."
+            f"Expected --finish without {other}. Got both: run the parts with {other} first, then --finish by itself."
         )
     return Part.parse(text) if text else None
 

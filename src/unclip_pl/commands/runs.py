@@ -50,7 +50,7 @@ def runs(
     A row is a folder that a fit or a test logged to, or one arm of a measurement.
 
     Args:
-        paths: folders to look through; without any, runs.
+        paths: folders to look through; without one, the folder runs.
         sort: column to sort by. Rows without a value come last.
         descending: largest first.
         where: conditions that all hold, with commas between them, such as "part=DiffusionPrior,run=ar-*,val/loss<0.2".

@@ -35,14 +35,15 @@ def sample(
     """Draw images of captions from a trained run.
 
     One image into one file is that image; several are a labelled grid. A folder as --out gets the grid and every image
-    by itself. The next image of a caption has the next seed.
+    by itself. Each further image of a caption has the next seed.
 
     Args:
         captions: texts; an empty one is unconditional.
         options: options that commands share.
         prompts: text file of more captions, one a line, such as data/prompts/shapes.txt.
         num: images per caption.
-        from_embedding: safetensors file of `unclip predict`, to draw without a prior, with no, one or N captions.
+        from_embedding: safetensors file of N embeddings by `unclip predict`, drawn without a prior; give no, one or N
+            captions.
         previews: number of estimates of every image along the way, to show before it in its row.
         labels: write the labelled grid also for one image.
         batch_size: images drawn at once.

@@ -63,11 +63,11 @@ class PictureOptions(RunOptions):
 
 @dataclass(frozen=True)
 class CaptionOptions(RunOptions):
-    """Options of every command that draws captions. What is left out, the run says.
+    """Options of every command that draws captions. What is left out is as the run has it.
 
     Args:
         guidance: guidance scale of the decoder; 1 is off.
-        solver: solver of the decoder, with the settings that its class has by default.
+        solver: solver of the decoder, with its default settings.
         steps: number of times that the decoder's solver visits.
         prior: name of one of the run's priors; without it diffusion.
         prior_guidance: guidance scale of the prior.

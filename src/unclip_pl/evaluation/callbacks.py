@@ -133,7 +133,7 @@ class ValidationScores(Callback):
 class PriorScores(ValidationScores):
     """Scores a prior: Fréchet distance of its samples to the true embeddings, calibration cosines, and retrieval.
 
-    Two samples are drawn for each caption. Only a diffusion prior takes notice of ``steps``.
+    Two samples are drawn for each caption. ``steps`` matters to a diffusion prior alone.
     """
 
     wanted = "a Task that names its prior's `spec`"

@@ -108,8 +108,8 @@ class Cell(LightningModule):
         foundations: measure the oracle, the decoder alone, both CLIPs and the codec as well.
         grid_rows: number of captions whose pictures are kept.
         grid_many: number of captions of which many pictures are kept.
-        grid_licenses: beginnings of licences. Of real pictures whose json names a `license`, only those are kept whose
-            licence begins with one of these: a published report holds the pictures of others. None keeps any.
+        grid_licenses: beginnings of the licences under which real pictures may be shown, since a published report holds
+            other people's pictures. A picture whose json names no `license` is shown too. None shows all pictures.
         batch_size: number of pictures decoded at once.
         resamples: number of bootstrap resamples of the captions; every cell draws the same ones.
         seed: training seed of the weights; the noise of the samples follows from it too.

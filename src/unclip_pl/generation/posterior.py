@@ -22,7 +22,7 @@ from unclip_pl.types import TextFeatures
 class TruePosteriorSpec(PriorSpec):
     """Draws what a caption leaves open from its true distribution, renders the picture and embeds it.
 
-    No prior can know more: its scores are the floor of every distance, and the ceiling of what can be learned.
+    No prior can know more, or have a smaller expected distance from the data.
 
     Args:
         clip: the CLIP that embeds; its weights are named relative to the run.

@@ -1,4 +1,4 @@
-"""Ways from caption to image embedding: four trained priors, a linear one, a floor and two ceilings.
+"""Ways from caption to image embedding: four trained priors, a linear one, and three references.
 
 A spec is what a config names: settings, checked when they are given, without touching a file. ``spec.load(root)`` reads
 the weights and returns a prior that is complete.
@@ -137,7 +137,7 @@ class Prior(ABC):
         return self.embed(batch.text, generator=generator)
 
     def obedience(self, text: TextFeatures, *, generator: Streams | None = None) -> Tensor | None:
-        """Return how far z_i·z_t of samples follows what is asked for, (B,); None where nothing can be asked.
+        """Return how far z_i·z_t of samples follows the dot-product token, (B,); None for a prior without that token.
 
         1 follows it fully, 0 not at all.
         """
@@ -560,7 +560,7 @@ class LinearPrior(Prior):
 
 @dataclass(frozen=True)
 class TextEmbeddingSpec(PriorSpec):
-    """Uses no prior: z_t takes the place of z_i (§5.1). The floor."""
+    """Uses no prior: z_t takes the place of z_i (§5.1)."""
 
     def load(self, root: Path, device: str = "cpu") -> "TextEmbedding":
         """Return the prior; there is no file to read."""
@@ -577,7 +577,7 @@ class TextEmbedding(Prior):
 
 @dataclass(frozen=True)
 class TrueEmbeddingSpec(PriorSpec):
-    """Uses the image's own z_i. The ceiling: what the decoder does when the prior makes no mistake.
+    """Uses the image's own z_i: what the decoder draws of the truth, which no prior can know.
 
     Args:
         keep_norm: keep CLIP's own norm, for a decoder of raw embeddings.
@@ -615,7 +615,7 @@ class TrueEmbedding(Prior):
 
 @dataclass(frozen=True)
 class RoundTripSpec(PriorSpec):
-    """Sends the image's own z_i through a codec, cut after some principal axes: the ceiling of an AR prior of them.
+    """Sends the image's own z_i through a codec, cut after some principal axes: the best of an AR prior of them.
 
     Args:
         codec: file made by ``unclip codec``, relative to the run.

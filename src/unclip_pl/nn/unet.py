@@ -164,7 +164,7 @@ class UNet(nn.Module):
         time_mode: how the time enters a residual block; see :class:`~unclip_pl.nn.unet_blocks.ResBlock`.
         resample_with_blocks: change the resolution inside residual blocks; false takes one convolution.
         patch: side of the squares of pixels that become the channels of one position, and pixels again at the end.
-        image_levels: be told the level of noise on z_i (Stable unCLIP); a decoder with ``image_noise`` needs it.
+        image_levels: tell the network the level of noise on z_i (Stable unCLIP), as ``image_noise`` of a decoder needs.
 
     Raises:
         InputError: a condition is to be used without ``embed_dim``.

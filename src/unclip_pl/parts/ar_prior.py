@@ -20,12 +20,12 @@ class CodecPart(EmbeddingPart):
     """A part over the coordinates of a codec.
 
     Args:
-        net: transformer over those.
+        net: transformer over the coordinates.
         codec: file made by ``unclip codec``; empty when a checkpoint fills it.
         statistics: file of the embedding store (linked from the data).
         scaling: scale of z_t; the codec is of unit-norm z_i.
         text_drop: share of captions replaced by the empty one.
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
         null_text: condition in place of a dropped caption, see the subclasses.
 
     Raises:
@@ -83,7 +83,7 @@ class ARPriorPart(CodecPart):
         statistics: file of the embedding store (linked from the data).
         scaling: scale of z_t; the codes are always of unit-norm z_i.
         text_drop: share of captions replaced by the empty one.
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
         null_text: condition in place of a dropped caption: CLIP's features of the ``empty`` one, or a ``learned``
             vector, which data without those features need.
 
@@ -137,7 +137,7 @@ class MixturePriorPart(CodecPart):
         statistics: file of the embedding store (linked from the data).
         scaling: scale of z_t; the coordinates are always of unit-norm z_i.
         text_drop: share of captions replaced by the empty one.
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
         null_text: condition in place of a dropped caption: CLIP's features of the ``empty`` one, or a ``learned``
             vector, which data without those features need.
 

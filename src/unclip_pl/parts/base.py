@@ -67,7 +67,7 @@ class Part(nn.Module):
     """A network and all that drawing with it takes. Its Task adds the loss, the batch and the optimizer.
 
     Args:
-        optimization: settings of AdamW, for the Task that trains it.
+        optimization: settings of the optimizer, for the Task that trains it.
     """
 
     #: Cost of the training of a loaded checkpoint; None on a part that was not loaded.
@@ -124,7 +124,7 @@ class EmbeddingPart(Part):
         statistics: file of the embedding store (linked from the data); empty when a checkpoint fills the space.
         scaling: how z_i is scaled for the network, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
         text_drop: share of captions replaced by the empty one, for classifier-free guidance.
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
         learned_null: width of the vector that is learned in place of the empty caption's z_t; 0 learns none, and takes
             the empty caption's features. None needs neither, since no caption is dropped.
 

@@ -42,12 +42,12 @@ class DecoderPart(EmbeddingPart):
         scaling: scale of z_i: ``unit``, ``whiten`` (tiny decoders learn faster from it) or ``raw`` (Karlo).
         diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, eps.
         image_drop: share of z_i replaced by the learned null (paper: 10 %). At 1 the decoder knows captions alone, like
-            GLIDE: z_i never reaches it, in sampling neither.
+            GLIDE: z_i never reaches it, neither in training nor in sampling.
         text_drop: share of captions replaced by the empty one (paper: 50 %).
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
         image_noise: largest level s of the noise on z_i, √(1 − s²)·z_i + s·ε, with ε of the scaled embeddings' own RMS.
-            Each picture of a training draws a level from 0 to it, and the network is told which (``image_levels``), as
-            in Stable unCLIP: embeddings of a prior are less exact than true ones. 0, the paper's, puts none.
+            In training each picture draws a level from 0 to s, and the network is told which (``image_levels``), as in
+            Stable unCLIP: embeddings of a prior are less exact than true ones. 0, as in the paper, adds no noise.
 
     Raises:
         InputError: ``standardize``, which no known decoder was trained on; a learned variance at times between those

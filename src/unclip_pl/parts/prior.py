@@ -18,7 +18,7 @@ class DiffusionPriorPart(EmbeddingPart):
         diffusion: forward process and parameterisation; None is the paper's: cosine, 1,000 steps, x0.
         text_drop: share of captions replaced by the empty one; z_i^(t) is never hidden.
         draws_per_caption: independent (t, noise) pairs attached to one encoded caption.
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
         null_text: condition in place of a dropped caption: CLIP's features of the ``empty`` one, or a ``learned``
             vector, which data without those features need.
     """

@@ -24,7 +24,7 @@ class RegressionPriorPart(EmbeddingPart):
         scaling: scale of z_i, see :class:`~unclip_pl.nn.space.EmbeddingSpace`.
         contrastive: weight λ of L_CLS (ECLIPSE: 0.2); 0 leaves it out.
         temperature: τ of L_CLS. The paper gives none; 0.01 is where CLIP's ends.
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
 
     Raises:
         InputError: a negative weight, a temperature that is not positive, or L_CLS of z_i and z_t of different widths.

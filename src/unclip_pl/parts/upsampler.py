@@ -23,7 +23,7 @@ class UpsamplerPart(Part):
             second one's schedule is linear.
         interpolation: enlargement of the low-resolution image to the side of x_t: ``bilinear`` as in guided-diffusion,
             or ``bicubic``, antialiased (Karlo).
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
     """
 
     net: UpsamplerUNet

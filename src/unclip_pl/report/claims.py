@@ -70,9 +70,9 @@ def verdict(interval: dict[str, Any] | None, *, above: bool, balance: float = 0.
 
     Args:
         interval: mean and ends; None where nothing was measured.
-        above: whether the claim is that the truth lies above the balance point.
+        above: whether the claim says that the truth lies above the balance point.
         balance: value at which there is no difference.
-        delta: largest difference that makes none; None where nobody has said.
+        delta: largest difference that counts as none; None where the measure has no such limit.
     """
     if not interval or interval.get("low") is None:
         return UNMEASURED if not interval or interval.get("mean") is None else OPEN

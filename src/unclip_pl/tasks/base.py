@@ -142,7 +142,7 @@ class Task(Part, LightningModule):
     """A part with its loss, its batch and its optimizer: what Lightning trains. Sampling has no settings here.
 
     Args:
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
     """
 
     #: Type of the batches. The DataModule asks for it, so data and tasks meet in types alone.

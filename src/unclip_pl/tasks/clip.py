@@ -30,7 +30,7 @@ class ClipTask(Task):
         name: open_clip architecture (linked from ``data.clip.name``).
         sam_rho: radius of sharpness-aware minimisation, at twice the cost of a step; the paper (0.1) finds that it
             lowers the rank of the embeddings. 0 is off.
-        optimization: settings of AdamW for both towers and the temperature.
+        optimization: settings of the optimizer, for both towers and the temperature.
 
     Raises:
         InputError: ``sam_rho`` is negative, or the architecture is trained with another loss.

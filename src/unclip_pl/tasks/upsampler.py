@@ -28,7 +28,7 @@ class UpsamplerTask(UpsamplerPart, Task):
             second one's schedule is linear.
         interpolation: enlargement of the low-resolution image to the side of x_t: ``bilinear`` as in guided-diffusion,
             or ``bicubic``, antialiased (Karlo).
-        optimization: settings of AdamW.
+        optimization: settings of the optimizer.
 
     Raises:
         InputError: ``crop`` is not in (0, 1].
