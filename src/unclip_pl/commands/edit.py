@@ -19,7 +19,7 @@ def edit(
 
     Args:
         pictures: image files.
-        caption: what the pictures shall become.
+        caption: what the pictures should become.
         options: options that commands share.
         current: what the pictures are; without it they are turned towards the caption itself.
         thetas: fractions of the angle, such as --thetas "[0.25, 0.5]"; the paper goes up to between 0.25 and 0.5.

@@ -31,7 +31,7 @@ def inpaint(
         mask: image file of the picture's shape, white where it is drawn again and black where it stays.
         canvas: side of a larger canvas in sides of the picture, such as 1.5. The picture lies in its middle; the rest
             is drawn after the caption.
-        caption: what the whole picture shall show; without it the part is drawn after what CLIP sees of the picture.
+        caption: what the whole picture should show; without it the part is drawn after what CLIP sees of the picture.
         num: number of drawings; each further one has the next seed.
         jumps: times that each step is taken back and walked again (RePaint), so that the new part fits the old one.
     """

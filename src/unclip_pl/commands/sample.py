@@ -42,8 +42,7 @@ def sample(
         options: options that commands share.
         prompts: text file of more captions, one a line, such as data/prompts/shapes.txt.
         num: images per caption.
-        from_embedding: safetensors file of N embeddings by `unclip predict`, drawn without a prior; give no, one or N
-            captions.
+        from_embedding: safetensors of N embeddings by `unclip predict`, drawn without a prior; with 0, 1 or N captions.
         previews: number of estimates of every image along the way, to show before it in its row.
         labels: write the labelled grid also for one image.
         batch_size: images drawn at once.

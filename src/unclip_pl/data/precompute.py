@@ -136,7 +136,7 @@ def embed_share(
     Args:
         source: shards, see ``list_shards``.
         store: folder of the embeddings.
-        encoder: CLIP, on the device that shall do the work.
+        encoder: CLIP, on the device to work on.
         caption_key: place of the captions, see ``index_shard``. What another one gave is embedded again.
         batch_size: images, and captions, that CLIP sees at once.
         verify: read finished files against their checksums, and make again those that differ.
@@ -410,7 +410,7 @@ def embed_shards(
     Args:
         shards: shards to embed.
         folder: the store's folder.
-        encoder: CLIP, on the device that shall do the work.
+        encoder: CLIP, on the device to work on.
         caption_key: place of the captions, see ``index_shard``.
         states: keep the captions' token states, too.
         batch_size: images, or captions, at a time.

@@ -53,7 +53,7 @@ class ValidationScores(Callback):
 
     Args:
         captions: number of validation captions, spread evenly over the split; all of them where there are fewer.
-        steps: number of times that a diffusion is sampled at. Few are enough to compare a network with itself.
+        steps: solver steps of a diffusion prior or a decoder. Few are enough to compare a network with itself.
     """
 
     #: What it scores, in words.

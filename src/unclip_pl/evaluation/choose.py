@@ -86,7 +86,7 @@ class Choice(LightningModule):
 
     Args:
         run: folder that CLIP is named relative to.
-        clip: the CLIP whose embeddings these are; None takes the data's word for it.
+        clip: the CLIP whose embeddings these are; None trusts what the store says.
         priors: the prior by its name in the study. Its checkpoint is named relative to the folder of each learning
             rate.
         weights: learning rate → folders of the networks that were trained with it, one for each training seed.

@@ -28,7 +28,7 @@ class PriorEvaluation(LightningModule):
 
     Args:
         run: folder of the run; the checkpoint is named relative to it.
-        clip: the CLIP whose embeddings these are; None takes the data's word for it.
+        clip: the CLIP whose embeddings these are; None trusts what the store says.
         prior: the prior to score.
         seeds: number of samples per caption, at least 2; the first goes into distance, precision and recall.
         seed: base seed of every random draw.

@@ -22,7 +22,7 @@ class PriorPrediction(LightningModule):
 
     Args:
         run: folder of the run; the checkpoint is named relative to it.
-        clip: the CLIP whose embeddings these are; None takes the data's word for it.
+        clip: the CLIP whose embeddings these are; None trusts what the store says.
         prior: the prior to sample.
         out: folder to write.
         seed: base seed of every random draw.

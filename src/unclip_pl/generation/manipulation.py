@@ -304,7 +304,7 @@ class Manipulator:
 
         Args:
             latent: result of :meth:`invert`.
-            caption: what the pictures shall become; z_t.
+            caption: what the pictures should become; z_t.
             current: what the pictures are; z_t0. None takes z_d = z_t, which the paper found to work too.
             thetas: fractions of the angle between z_i and z_d, 0 to 1; the paper goes up to between 0.25 and 0.5.
             seed: seed of the upsamplers.

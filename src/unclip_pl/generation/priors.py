@@ -510,7 +510,7 @@ class RegressionPrior(Prior):
 
     @property
     def evaluations(self) -> int:
-        """One."""
+        """Number of network evaluations that one embedding takes: one."""
         return 1
 
     @torch.no_grad()

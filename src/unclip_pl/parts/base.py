@@ -17,7 +17,7 @@ from unclip_pl.types import TextFeatures
 
 @dataclass
 class Optimization:
-    """AdamW (the paper's "corrected" weight decay) or Muon beside it, warm-up, and the learning rate after it.
+    """The optimizer: AdamW (the paper's "corrected" weight decay), Muon beside it, warm-up, and what follows it.
 
     Args:
         lr: peak learning rate of AdamW.
@@ -126,7 +126,7 @@ class EmbeddingPart(Part):
         text_drop: share of captions replaced by the empty one, for classifier-free guidance.
         optimization: settings of the optimizer.
         learned_null: width of the vector that is learned in place of the empty caption's z_t; 0 learns none, and takes
-            the empty caption's features. None needs neither, since no caption is dropped.
+            the empty caption's features from the data. None is for a part that drops no caption.
 
     Raises:
         InputError: none is learned, and the data have no features of the empty caption.

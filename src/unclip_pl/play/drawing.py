@@ -237,7 +237,7 @@ class Playground:
         Args:
             picture: image file.
             current: what the picture shows; empty turns it towards the caption itself.
-            caption: what it shall show.
+            caption: what it should show.
             theta: fraction of the angle at which the picture is shown large; the nearest of the strip.
 
         Raises:
@@ -268,7 +268,7 @@ class Playground:
             picture: image file.
             brushed: (H, W) bool over the picture's central square, True where it was painted; None for nothing.
             mask: image file of the picture's shape, white where it is drawn again, beside what was painted.
-            caption: what the whole picture shall show; empty draws after what CLIP sees of the picture.
+            caption: what the whole picture should show; empty draws after what CLIP sees of the picture.
             num: drawings.
             jumps: number of times that each step is walked again, so that the new part fits the old one.
             seed: seed of the first drawing.

@@ -27,7 +27,7 @@ SHAPES = (
     Attributes("ring", "yellow", "small", "top", "navy"),
     Attributes("square", "green", "small", "bottom", "white"),
 )
-#: Text diffs of them: the picture's number, what it shows, what it shall show.
+#: Text diffs of them: the picture's number, what it shows, what it should show.
 DIFFS = (
     (0, "a red star", "a blue circle"),
     (1, "a blue circle on white", "a blue circle on black"),
@@ -36,7 +36,7 @@ DIFFS = (
 )
 #: Masks: the square that is drawn again, left, upper, right and lower, in shares of the side.
 MASKS = {"middle": (0.1, 0.1, 0.9, 0.9), "left": (0.0, 0.1, 0.75, 0.9), "half": (0.5, 0.0, 1.0, 1.0)}
-#: Parts of the pictures to draw again: the picture's number, a mask, what the whole picture shall show.
+#: Parts of the pictures to draw again: the picture's number, a mask, what the whole picture should show.
 PARTS = (
     (0, "middle", "a large green heart in the center on a navy background"),
     (1, "left", "a large red star on the left on a white background"),
@@ -52,8 +52,8 @@ class Examples(NamedTuple):
     captions: list[str]
     pictures: list[str]  # image files; none where no pictures of the run are at hand
     told: list[str]  # caption of each picture
-    diffs: list[tuple[str, str, str]]  # a picture's file, what it shows, and what it shall show
-    parts: list[tuple[str, str, str]]  # a picture's file, a mask's, and what it shall show
+    diffs: list[tuple[str, str, str]]  # a picture's file, what it shows, and what it should show
+    parts: list[tuple[str, str, str]]  # a picture's file, a mask's, and what it should show
 
 
 def examples(run: Unclip, folder: Path) -> Examples:

@@ -156,7 +156,7 @@ def _edit(playground: Playground, examples: Examples) -> None:
         with gr.Column(scale=1, min_width=280):
             picture = _upload("Picture")
             current = gr.Textbox(label="It shows", placeholder="may stay empty")
-            caption = gr.Textbox(label="It shall show")
+            caption = gr.Textbox(label="It should show")
             theta = gr.Slider(0, 1, 0.375, step=1 / (ANGLES - 1), label="θ: how far it turns")
             go, stop = _buttons("Edit")
             clicked = _examples([list(diff) for diff in examples.diffs], [picture, current, caption])
@@ -184,7 +184,7 @@ def _inpaint(playground: Playground, examples: Examples) -> None:
             )
             with gr.Accordion("A mask from a file, beside what is painted", open=False):
                 mask = _upload("Mask: white is drawn again", 140)
-            caption = gr.Textbox(label="What the whole picture shall show", placeholder="empty: what it shows now")
+            caption = gr.Textbox(label="What the whole picture should show", placeholder="empty: what it shows now")
             num = gr.Slider(1, 8, 4, step=1, label="Drawings")
             jumps = gr.Slider(0, 5, 0, step=1, label="Jumps: each step once more, for a better fit (slower)")
             seed = _seed()

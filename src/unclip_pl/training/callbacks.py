@@ -260,7 +260,7 @@ class RecordedLoss(Callback):
         Args:
             task: Task whose loss it is.
             length: number of tokens that captions are padded to.
-            batch: batch of a prior or a decoder; the loss of any other batch is computed as ever.
+            batch: batch of a prior or a decoder; the loss of any other batch is computed as usual.
             generator: source of fixed noise in validation, which is not recorded.
         """
         if not (task.training and generator is None and hasattr(batch, "text")):
