@@ -146,25 +146,26 @@ def test_a_choice_is_between_the_networks_that_its_recipe_trains_with_its_rate(n
 
 
 def test_every_contender_is_tried_chosen_trained_and_measured() -> None:
-    """What the rematch on shapes has tried trains at its likeliest rate; its diffusion prior is measured there."""
+    """What the rematch on shapes has tried is not tried again, and its diffusion prior is measured there."""
     stages = {stage.out: stage for stage in write_out(read("rematch-contenders")).values()}
-    settled = {"diffusion", "ar", "eps", "v"}
-    for part in ("prior", "ar_prior"):
-        config = yaml.safe_load((RECIPES.parent / part / "matched.yaml").read_text())
-        assert config["model"]["init_args"]["optimization"]["muon_lr"] == 0.02
+    rates = {"ar": ""} | dict.fromkeys(["diffusion", "eps", "v"], "--config results/rematch-shapes/best/{}-training.yaml")
+    likeliest = yaml.safe_load((RECIPES.parent / "ar_prior" / "matched.yaml").read_text())
+    assert likeliest["model"]["init_args"]["optimization"]["muon_lr"] == 0.02
     for path in (RECIPES.parent / "contenders").glob("*.yaml"):
         name = path.stem
         for seed in (1, 2, 3):
             fit = stages[f"{{run}}/{name}-{seed}"]
             assert str(path.relative_to(RECIPES.parent.parent)) in fit.run
-            assert (f"{{results}}/best/{name}-training.yaml" in fit.run) == (name not in settled)
+            rate = rates.get(name, "--config {{results}}/best/{}-training.yaml").format(name)
+            assert rate in fit.run
+            assert rate or "best/" not in fit.run
             cell = stages.get(f"{{results}}/cells/best-{name}-{seed}.json")
             assert (cell is None) == (name == "diffusion")
             assert cell is None or f"--model.init_args.weights {{run}}/{name}-{seed}" in cell.run
         tried = [out for out in stages if out.startswith(f"{{run}}/try-{name}-")]
         weights = yaml.safe_load((RECIPES.parent / "base" / "choice-contenders.yaml").read_text())["model"]["init_args"]
         listed = [folder.replace("{prior}", name) for (folder,) in weights["weights"].values()]
-        assert tried == ([] if name in settled else listed)
+        assert tried == ([] if name in rates else listed)
 
 
 def test_every_budget_has_a_whole_schedule_and_is_measured_before_a_longer_one_is_trained() -> None:
