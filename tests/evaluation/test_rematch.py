@@ -148,7 +148,8 @@ def test_a_choice_is_between_the_networks_that_its_recipe_trains_with_its_rate(n
 def test_every_contender_is_tried_chosen_trained_and_measured() -> None:
     """What the rematch on shapes has tried is not tried again, and its diffusion prior is measured there."""
     stages = {stage.out: stage for stage in write_out(read("rematch-contenders")).values()}
-    rates = {"ar": ""} | dict.fromkeys(["diffusion", "eps", "v"], "--config results/rematch-shapes/best/{}-training.yaml")
+    there = "--config results/rematch-shapes/best/{}-training.yaml"
+    rates = {"ar": "", "diffusion": there, "eps": there, "v": there}
     likeliest = yaml.safe_load((RECIPES.parent / "ar_prior" / "matched.yaml").read_text())
     assert likeliest["model"]["init_args"]["optimization"]["muon_lr"] == 0.02
     for path in (RECIPES.parent / "contenders").glob("*.yaml"):
