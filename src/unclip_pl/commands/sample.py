@@ -38,7 +38,7 @@ def sample(
     by itself. Each further image of a caption has the next seed.
 
     Args:
-        captions: texts; an empty one is unconditional.
+        captions: texts to draw; an empty one draws without a condition.
         options: options that commands share.
         prompts: text file of more captions, one a line, such as data/prompts/shapes.txt.
         num: images per caption.

@@ -20,7 +20,7 @@ class ChosenCaptions(UnclipDataModule):
 
     Args:
         captions: list of the choice, a key, a tab and a caption in each line; it is written where it is missing.
-        count: number of captions of a list that is yet to be written.
+        count: number of captions to choose, where the list is missing.
         choice_seed: seed of that choice. Keys alone decide it with the seed, so other shards of the same images give
             the same list.
         **kwargs: arguments of ``UnclipDataModule``.

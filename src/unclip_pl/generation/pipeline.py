@@ -128,7 +128,7 @@ class Unclip:
         """Draw ``num`` images of each caption, one caption after the other.
 
         Args:
-            captions: texts; an empty one is unconditional.
+            captions: texts; an empty one draws without a condition.
             num: images per caption.
             prior: name of one of the run's priors.
             prior_guidance: guidance scale of the prior; None keeps the run's.

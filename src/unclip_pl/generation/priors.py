@@ -201,8 +201,8 @@ class DiffusionPriorSpec(TrainedPriorSpec):
     Args:
         checkpoint: file of the trained Task, relative to the run.
         sampler: solver and number of steps; None is 64 ancestral steps on the paper's strided grid. The paper's
-            analytic variance (``Ancestral(variance="analytic")``) needs a checkpoint that a validation came before.
-        guidance: guidance scale; 1 is off. It drops the text and never z_i^(t).
+            analytic variance (``Ancestral(variance="analytic")``) needs a checkpoint written after a validation.
+        guidance: guidance scale; 1 is off. Its unconditional side sees no text, but still z_i^(t).
         guidance_interval: lowest and highest noise level σ/α at which there is guidance; elsewhere the network is asked
             once (Kynkäänniemi et al. 2024). None is all levels.
         guide: weaker prior that guidance leads away from (autoguidance, Karras et al. 2024); None leads away from the
@@ -324,7 +324,7 @@ class ARPriorSpec(TrainedPriorSpec):
         checkpoint: file of the trained Task, relative to the run.
         guidance: guidance scale on the logits; 1 is off.
         temperature: divisor of the codes' logits; below 1 samples are surer and less diverse.
-        dot_quantile: lower end of the dot-product token's distribution that is never drawn (paper: 0.5, the top half).
+        dot_quantile: share of the dot-product token's distribution, from its lower end, that is not drawn (paper: 0.5).
         candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept. The paper draws
             one, and leaves the choice to the dot-product token.
     """
