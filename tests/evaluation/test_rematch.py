@@ -69,6 +69,22 @@ def test_what_is_committed_was_measured_as_the_recipe_stands(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_stage_needs_what_it_reads(path: Path) -> None:
+    """A later one may run first where neither needs the other."""
+    places = {"{run}": "run", "{source}": "data", "{base}": "", "{results}": "results", "{precision}": "32-true"}
+    recipe, before = Recipe(read(path.stem), places), dict[str, set[str]]()
+    for name, stage in recipe.stages.items():
+        before[name] = set(stage.needs).union(*(before[need] for need in stage.needs))
+        configs = recipe.configs(name)
+        if "configs/base/heldout.yaml" in configs:
+            configs.pop("configs/base/cell.yaml")  # whose source and store that one replaces
+        said = f"{stage.run} {json.dumps(configs)}"
+        for other, out in ((other, made.out.removesuffix(".json")) for other, made in recipe.stages.items()):
+            if other != name and re.search(re.escape(out) + r"(?=[/\s\"'.]|-training|-sampling|$)", said):
+                assert other in before[name], f"{name} reads what {other} makes"
+
+
 def small(stage: Stage, matrix: dict[str, list[Any]]) -> Stage:
     """A stage's command on the miniature run."""
     words = [stage.run, SMALL.get(stage.run.split()[0], "")]
@@ -228,7 +244,7 @@ def test_a_study_from_end_to_end_and_without_its_run(
     del mine["model"]["init_args"]["priors"]["linear"]  # another cell has measured it
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
     own = recipe["reference"].run.replace("configs/arms/reference.yaml", str(tmp_path / "mine.yaml"))
-    stages["own"] = small(Stage(own, "{results}/cells/own-{seed}.json"), {"seed": [1]})
+    stages["own"] = small(Stage(own, "{results}/cells/own-{seed}.json", ["heldout-store"]), {"seed": [1]})
     monkeypatch.syspath_prepend("examples")
     report = make(stages, mini_run, tmp_path)
     assert report["meta"]["training_seeds"] == 2
