@@ -19,7 +19,7 @@ from unclip_pl.report.study import Arm, Key, stacked
 
 #: Curves that are drawn against FLOPs, by title, and the cost that their points differ by.
 AXES = {"training budget": "training_flops", "work for an embedding": "flops_per_embedding"}
-#: Measures of the excess in words. That of the mean is |E[sample] - E[z_i]|² given the caption; see :func:`_estimates`.
+#: Measures of the excess in words. That of the mean is |E[sample] - E[z_i]|² given the caption.
 EXCESS = {
     "embed_fd_corrected": "FD without bias",
     "embed_kid": "kernel distance",
