@@ -338,8 +338,9 @@ def test_what_another_study_measured_is_a_row_here(tmp_path: Path, arm: Arm, wri
     write_cell(there, "table-1", 1, {"diffusion": arm("diffusion", 1)}, kind="table", title="Needed?", series="plain")
     write_cell(here, "mine-1", 1, {"mine": arm("mine", 1, 1.0)})
     write_cell(here, "curve-1", 1, {"mine": arm("mine", 1, 1.0)}, kind="curve", title="noise", series="noisy", x=0.2)
+    beside = ["../there/cells/*-1.json"]
     ours = {
-        "beside": ["../there/cells/*-1.json"],
+        "beside": beside,
         "ablations": [{"title": "noise or none", "paper": "noise", "other": "none"}],
         "baselines": [
             {"ablation": "noise or none", "side": "noise", "curve": "noise", "series": "noisy", "x": 0.2},
@@ -351,14 +352,14 @@ def test_what_another_study_measured_is_a_row_here(tmp_path: Path, arm: Arm, wri
     assert set(report["priors"]) == {"mine", "diffusion"}
     assert report["differences"]["embed_fd_corrected"]["mine - diffusion"]["mean"] > 0.001
     assert [(line["paper"], line["other"]) for line in report["ablations"]] == [("noise", "none")]
-    cells = read_study(here, [], ours["beside"]).cells  # type: ignore[arg-type]
+    cells = read_study(here, [], beside).cells
     assert len(cells) == 4
     assert all((here / "cells" / cell["file"]).with_suffix(".png").is_file() for cell in cells)
     with pytest.raises(MissingFileError, match=r"another study in .*there/cells/none-\*\.json\. Got none"):
         read_study(here, [], ["../there/cells/none-*.json"])
     write_cell(here, "again", 1, {"diffusion": arm("diffusion", 1)})
     with pytest.raises(InputError, match=r"'diffusion' \(prior\) in again\.json and .*there/cells/best-1\.json"):
-        read_study(here, [], ours["beside"])  # type: ignore[arg-type]
+        read_study(here, [], beside)
 
 
 def test_arms_of_other_captions_are_not_paired(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
