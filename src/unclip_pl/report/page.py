@@ -40,9 +40,15 @@ WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").re
 
 
 class Text(NamedTuple):
-    """A paragraph; with a summary, folded away."""
+    """A paragraph."""
 
     text: str
+
+
+class Points(NamedTuple):
+    """Sentences, one below the other; with a summary, folded away."""
+
+    points: list[str]
     summary: str = ""
 
 
@@ -68,7 +74,7 @@ class Pictures(NamedTuple):
     grouped: bool = False
 
 
-Block = Text | Settings | Figure | Pictures | Table
+Block = Text | Points | Settings | Figure | Pictures | Table
 
 
 class Section(NamedTuple):
@@ -87,6 +93,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         sheets: pictures by name.
     """
     study = report["meta"]["training_seeds"] > 1
+    claims, choices = claim_table(report), choice_table(report)
     found: list[tuple[str, list[Block | None]]] = [
         (
             "",
@@ -97,9 +104,12 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
                 else None,
             ],
         ),
-        ("What is claimed, what we find", [claim_table(report), _unmeasured(report)]),
+        (
+            "What is claimed, what we find",
+            [claims, Points(WORDS["verdicts"], "How verdicts are reached") if claims else None, _unmeasured(report)],
+        ),
         ("Quality for compute", [_figure("compute"), slope_table(report), excess_table(report)]),
-        ("Every measure at a glance", [_figure("metrics"), Text(WORDS["statistics"], "How to read the intervals")]),
+        ("Every measure at a glance", [_figure("metrics"), Points(WORDS["statistics"], "How to read the intervals")]),
         ("Head to head", [_figure("head_to_head"), duel_table(report)]),
     ]
     for table in metric_tables(report):
@@ -113,8 +123,8 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
     found += [
         ("Ablations", [_figure("ablations"), ablation_table(report)]),
         ("Curves", [_figure(curve_file(title), title) for title in report["curves"]]),
-        ("Cost", [Text(WORDS["rule"]) if study else None, cost_table(report)]),
-        ("Chosen on validation data", [choice_table(report)]),
+        ("Cost", [Points(WORDS["matched"]) if study else None, cost_table(report)]),
+        ("Chosen on validation data", [Points(WORDS["choices"]) if choices else None, choices]),
         ("What it stands on", [_figure("attributes"), attribute_table(report), foundation_table(report)]),
         (
             "How it was made",
@@ -176,7 +186,10 @@ def markdown(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]
 
 def _as_markdown(block: Block, sheets: dict[str, Sheet]) -> str:
     if isinstance(block, Text):
-        return f"*{block.summary}.* {block.text}" if block.summary else block.text
+        return block.text
+    if isinstance(block, Points):
+        points = "\n".join(f"- {point}" for point in block.points)
+        return f"*{block.summary}.*\n\n{points}" if block.summary else points
     if isinstance(block, Settings):
         return "\n".join(f"- `{key}`: {value}" for key, value in block.lines)
     if isinstance(block, Figure):
