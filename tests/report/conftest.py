@@ -45,7 +45,7 @@ def arm(name: str, seed: int, worse: float = 0.0, *, drawn: bool = True) -> dict
         "parameters": parameters, "training_steps": 940 if parameters else 0,
         "training_samples": 60160 if parameters else 0,
         "training_seconds": 130.0 + seed, "training_flops": training, "lr": 1e-3 if parameters else None,
-        "config_hash": "0123456789ab" if parameters else None, "evaluations": evaluations,
+        "config_hash": f"hash of {name}" if parameters else None, "evaluations": evaluations,
         "flops_per_embedding": sampling, "seconds_per_embedding": 0.01,
         "sampling": {"class": "Prior", "guidance": 1.5, "candidates": 2} if parameters else {"class": "Prior"},
     }  # fmt: skip

@@ -27,6 +27,7 @@ from unclip_pl.report.claims import (
 )
 from unclip_pl.report.frontier import frontier
 from unclip_pl.report.study import distinct, metrics, read_study, rows_of, study_report, with_baselines
+from unclip_pl.report.tables import sample_sizes, summary
 
 Write, Arm = Callable[..., None], Callable[..., dict[str, Any]]
 CAPTIONS, MANY = 40, 6
@@ -48,6 +49,21 @@ def report(study_folder: Path) -> dict[str, Any]:
 
 def found(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {claim["claim"]: claim for claim in report["claims"]}
+
+
+def test_the_first_lines_say_how_many_seeds_rows_have_and_leave_out_a_network_beside_itself(
+    tmp_path: Path, write_cell: Write, arm: Arm
+) -> None:
+    """One prior has two seeds more. One network stands in two rows, with steps of sampling of its own in each."""
+    unguided = {"sampling": {"class": "Prior", "guidance": 1}}
+    for name, prior, seeds in (("diffusion", "diffusion", 5), ("ar", "ar", 3), ("diffusion, 8 steps", "diffusion", 3)):
+        for seed in range(seeds):
+            write_cell(tmp_path, f"{name}-{seed}", seed, {name: arm(prior, seed) | unguided})
+    report = reduce(tmp_path)
+    assert sample_sizes(report).startswith("3 to 5 training seeds, ")
+    cost = next(sentence for sentence in summary(report) if "training FLOPs" in sentence)
+    assert "0.60 times the training FLOPs of ar" in cost
+    assert "8 steps" not in cost
 
 
 def test_rows_have_the_numbers_that_were_put_in(report: dict[str, Any]) -> None:

@@ -373,19 +373,21 @@ def _duels(report: Report) -> str:
 
 
 def _cost(report: Report) -> str:
-    """Return what training and an embedding cost the first contender, as shares of what they cost the others."""
+    """Return what training and an embedding cost the first contender, as shares of what they cost other networks."""
     trained = [name for name, row in report["priors"].items() if row["training_flops"] and not name.endswith(MATCHED)]
     at = {name: row_named(report, name + MATCHED) for name in trained}
     rows = {name: report["priors"][row] for name, row in at.items() if row in report["priors"]}
     if len(rows) < 2:
         return ""
     (first, ours), *others = rows.items()
+    hashes = report["meta"]["config_hashes"]
+    others = [(name, row) for name, row in others if hashes.get(name, name) != hashes.get(first)]
     listed = "; ".join(
         f"{ours['training_flops'] / row['training_flops']:.2f} times the training FLOPs of {name}, "
         f"{ours['flops_per_embedding'] / max(1, row['flops_per_embedding']):.1f} times its FLOPs for an embedding"
         for name, row in others
     )
-    return f"After equally many samples, without guidance, {first} has cost {listed}."
+    return f"After equally many samples, without guidance, {first} has cost {listed}." if listed else ""
 
 
 def _calibration(report: Report) -> str:
@@ -410,7 +412,9 @@ def sample_sizes(report: Report) -> str:
     """Return one line of sample counts."""
     meta = report["meta"]
     counts = meta["counts"]
-    seeds = f"{meta['training_seeds']} training seeds" if meta["training_seeds"] > 1 else "One training seed"
+    fewest, most = meta["training_seeds"], meta["most_training_seeds"]
+    seeds = f"{fewest} training seeds" if most > 1 else "One training seed"
+    seeds = f"{fewest} to {most} training seeds" if most > fewest else seeds
     drawn = f", {counts['captions']:,} of them drawn" if counts["captions"] else ""
     many = f", {counts['many_samples']} pictures of each of {counts['many']} for diversity" if counts["many"] else ""
     return f"{seeds}, {counts['rows']:,} held-out captions × {counts['seeds']} samples{drawn}{many}"
