@@ -206,7 +206,7 @@ def test_lines_are_read_off_at_the_gap_that_both_reach_nearest_to_calibrated(
     )
     row = {"test": "frontier", "measures": ["probe_match", "embed_kid"], "first": "ar", "second": "diffusion"}
     assert judged(found, **row)["verdict"] in (OPEN, EQUAL)
-    assert judged(found, **row)["ours"].startswith("At a gap of the cosines of -0.050. KID, embeddings: ar 0.00500")
+    assert judged(found, **row)["ours"].startswith("At a gap of the cosines of -0.050\nKID, embeddings: ar 0.00500")
     assert judged(found, **row | {"first": "linear"})["verdict"] == UNMEASURED
 
 

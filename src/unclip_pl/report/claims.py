@@ -32,7 +32,7 @@ class Finding(NamedTuple):
     """What a rule says of a claim."""
 
     verdict: str
-    ours: str = ""  # the numbers, in words
+    ours: str = ""  # the numbers, in words: a line for each measure
 
 
 def claims_table(folder: Path) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def _duel(report: Report, row: dict[str, Any]) -> Finding:
     if told and best:
         told.append(varied({"seeds": best["seeds"], "captions": best["win_rates"][names[0]].get("captions", 0)}))
     if not verdicts and (told or (best and "untold" in row)):
-        return Finding(UNTOLD, ". ".join(told) or row["untold"])
-    return Finding(together(verdicts), ". ".join(told))
+        return Finding(UNTOLD, "\n".join(told) or row["untold"])
+    return Finding(together(verdicts), "\n".join(told))
 
 
 def _rewards_the_mean(report: Report, name: str, mean: str) -> bool:
@@ -195,7 +195,7 @@ def _difference(report: Report, row: dict[str, Any]) -> Finding:
     verdicts = [verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()]
     first, pair = next(iter(pairs.items()))
     told[0] += _remark(verdicts[0], pair, delta_of(report, first))
-    return Finding(together(verdicts), ". ".join([*told, varied(pair)]).removesuffix(". "))
+    return Finding(together(verdicts), "\n".join([*told, varied(pair)]).strip())
 
 
 def _above(row: dict[str, Any], name: str) -> bool:
@@ -238,7 +238,7 @@ def _ablation(report: Report, row: dict[str, Any]) -> Finding:
         if verdicts[-1] != EQUAL or len(decisive) == 1:
             ours += _remark(verdicts[-1], widest["measures"][name]["difference"], delta)
         told.append(ours)
-    return Finding(together(verdicts), ". ".join(told))
+    return Finding(together(verdicts), "\n".join(told))
 
 
 def _ignored(report: Report, prior: str) -> bool:
@@ -277,10 +277,11 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
             ("flops_per_embedding", 1e6, 0),
         )
     )  # fmt: skip
-    text = (
-        f"{samples} samples cost {teraflops} TFLOP ({ratio:.2f}×), {seconds} s. "
-        + ", ".join(f"{MEASURES[name].label} {_signed(name, pair)}" for name, pair in pairs.items())
-        + f". A sample costs {megaflops} MFLOP"
+    text = "\n".join(
+        [
+            f"{samples} samples cost {teraflops} TFLOP ({ratio:.2f}×), {seconds} s; a sample costs {megaflops} MFLOP",
+            *(f"{MEASURES[name].label} {_signed(name, pair)}" for name, pair in pairs.items()),
+        ]
     )
     better, worse = HOLDS in found, FAILS in found
     if better and worse:
@@ -304,7 +305,7 @@ def _frontier(report: Report, row: dict[str, Any]) -> Finding:
         sides = ", ".join(f"{row[side]} {MEASURES[name].show(pair[side])}" for side in ("first", "second"))
         ours = f"{MEASURES[name].label}: {sides}, difference {_signed(name, pair)}"
         told.append(ours + _remark(verdicts[-1], pair, delta))
-    return Finding(together(verdicts), ". ".join([*told, f"varied: {pair['seeds']} seeds and the captions"]))
+    return Finding(together(verdicts), "\n".join([*told, f"varied: {pair['seeds']} seeds and the captions"]))
 
 
 def _axes(report: Report, row: dict[str, Any]) -> Finding:

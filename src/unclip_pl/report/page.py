@@ -206,7 +206,8 @@ def markdown_table(table: Table) -> str:
     """Return a table in GitHub's flavour."""
     rows = [[f"**{c.text}** {c.interval}" if c.best else f"{c.text} {c.interval}" for c in row] for row in table.rows]
     lines = [table.head, ["---"] * len(table.head), *rows]
-    return "\n".join(f"| {' | '.join(cell.strip().replace('|', '∣') for cell in line)} |" for line in lines)
+    flat = [[cell.strip().replace("|", "∣").replace("\n", "<br>") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in flat)
 
 
 # HTML
