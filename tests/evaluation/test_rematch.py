@@ -50,8 +50,10 @@ def read(name: str) -> dict[str, Stage]:
     return {key: Stage(**stage) for key, stage in stages.items()}
 
 
-@pytest.mark.xfail(strict=True, reason="The second round's recipes stand; its cells are still to be measured.")
-@pytest.mark.parametrize("name", STUDIES)
+UNMEASURED = pytest.mark.xfail(strict=True, reason="Emoji's second round is still to be measured.")
+
+
+@pytest.mark.parametrize("name", ["rematch-shapes", pytest.param("rematch-emoji", marks=UNMEASURED)])
 def test_what_is_committed_was_measured_as_the_recipe_stands(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
