@@ -214,7 +214,7 @@ def test_less_compute_needs_nothing_worse_and_something_better(report: dict[str,
     assert _decided(report, tmp_path, **level) == OPEN
     assert _decided(report, tmp_path, **dict.fromkeys(names, (-1e-9, 1e-9))) == HOLDS  # cheaper, and no difference
     assert _decided(report, tmp_path, **{**level, "fd_judge_corrected": (-2, -1)}) == HOLDS
-    assert _decided(report, tmp_path, **{**level, "clip_score": (-4, -2)}) == OPEN  # cheaper and worse: no verdict
+    assert _decided(report, tmp_path, **{**level, "clip_score": (-4, -2)}) == UNTOLD  # cheaper and worse
     both = {**level, "fd_judge_corrected": (-2.0, -1.0), "clip_score": (-4.0, -2.0)}
     assert _decided(report, tmp_path, **both) == DISAGREE
 

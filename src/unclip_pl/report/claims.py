@@ -277,18 +277,18 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
             ("flops_per_embedding", 1e6, 0),
         )
     )  # fmt: skip
-    text = "\n".join(
-        [
-            f"{samples} samples cost {teraflops} TFLOP ({ratio:.2f}×), {seconds} s; a sample costs {megaflops} MFLOP",
-            *(f"{MEASURES[name].label} {_signed(name, pair)}" for name, pair in pairs.items()),
-        ]
-    )
+    told = [f"{samples} samples cost {teraflops} TFLOP ({ratio:.2f}×), {seconds} s; a sample costs {megaflops} MFLOP"]
+    told += [f"{MEASURES[name].label} {_signed(name, pair)}" for name, pair in pairs.items()]
     better, worse = HOLDS in found, FAILS in found
     if better and worse:
-        return Finding(DISAGREE, text)
-    cheaper = (ratio < 1 and not worse) or (ratio > 1 and not better)  # and no worse; or dearer and no better
+        return Finding(DISAGREE, "\n".join(told))
+    if (ratio < 1 and worse) or (ratio > 1 and better):
+        told.append(
+            f"{'less' if ratio < 1 else 'more'} compute and {'worse' if worse else 'better'}: one budget cannot tell"
+        )
+        return Finding(UNTOLD, "\n".join(told))
     decided = better or worse or found == {EQUAL}
-    return Finding((HOLDS if ratio < 1 else FAILS) if decided and cheaper else OPEN, text)
+    return Finding((HOLDS if ratio < 1 else FAILS) if decided else OPEN, "\n".join(told))
 
 
 def _frontier(report: Report, row: dict[str, Any]) -> Finding:
