@@ -66,6 +66,18 @@ def test_the_first_lines_say_how_many_seeds_rows_have_and_leave_out_a_network_be
     assert "8 steps" not in cost
 
 
+def test_the_first_lines_rank_by_what_the_first_contender_has(tmp_path: Path, write_cell: Write, arm: Arm) -> None:
+    """It is measured in embeddings alone, and its references in pictures too."""
+    for seed in range(3):
+        write_cell(tmp_path, f"prior-{seed}", seed, {"diffusion": arm("diffusion", seed, drawn=False)})
+        references = {name: arm(name, seed, worse) for name, worse in (("linear", 0.3), ("text", 3.0))}
+        write_cell(tmp_path, f"reference-{seed}", seed, references)
+    ranks, *further = summary(reduce(tmp_path))
+    assert ranks.startswith("FD without bias, embeddings, best first: ")
+    assert ranks.index("diffusion") < ranks.index("linear") < ranks.index("text")
+    assert not any("head to head" in sentence for sentence in further)
+
+
 def test_rows_have_the_numbers_that_were_put_in(report: dict[str, Any]) -> None:
     assert report["meta"]["training_seeds"] == 3
     names = ["diffusion", "ar", "linear", "text", "ceiling", "diffusion (matched)", "ar (matched)"]

@@ -340,8 +340,10 @@ def summary(report: Report) -> list[str]:
 
 
 def _quality(report: Report) -> str:
+    """Rank the rows by the measure that says most of those that the first contender has."""
     rows = distinct(report)["priors"]
-    name = next((m for m in ("stated_match", "clip_score", "embed_fd") if m in measured(rows)), None)
+    there = next(iter(rows.values()))["metrics"] if rows else {}
+    name = next((m for m in ("stated_match", "clip_score", "embed_fd_corrected", "embed_fd") if m in there), None)
     if name is None:
         return ""
     measure = MEASURES[name]
@@ -358,12 +360,12 @@ def _quality(report: Report) -> str:
 
 def _duels(report: Report) -> str:
     """Return how the first contender fares against the others, on the measure that says most."""
-    duels = [duel for duel in report["duels"] if not duel["matched"]]
+    first = next(iter(report["priors"]), "")
+    duels = [duel for duel in report["duels"] if not duel["matched"] and duel["first"] == first]
     name = next((m for m in ("stated_match", "clip_score") if duels and m in duels[0]["win_rates"]), None)
     if name is None:
         return ""
-    first = duels[0]["first"]
-    against = {duel["second"]: duel["win_rates"].get(name) for duel in duels if duel["first"] == first}
+    against = {duel["second"]: duel["win_rates"].get(name) for duel in duels}
     listed = ", ".join(
         f"{100 * rate['mean']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] against {second}"
         for second, rate in against.items()
