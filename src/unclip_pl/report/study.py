@@ -466,7 +466,6 @@ def meta(study: Study, report: dict[str, Any]) -> dict[str, Any]:
     hashes = {name: next(iter(arm.values()))["config_hash"] for name, arm in rows_of(study.arms).items()}
     return {
         "training_seeds": min(seeds, default=1),
-        "most_training_seeds": max(seeds, default=1),
         "cells": len(cells),
         "base": drawn["base"],
         "counts": drawn["counts"],

@@ -414,7 +414,8 @@ def sample_sizes(report: Report) -> str:
     """Return one line of sample counts."""
     meta = report["meta"]
     counts = meta["counts"]
-    fewest, most = meta["training_seeds"], meta["most_training_seeds"]
+    fewest = meta["training_seeds"]
+    most = max([fewest, *(len(row["seeds"]) for row in report["priors"].values() if row["training_flops"])])
     seeds = f"{fewest} training seeds" if most > 1 else "One training seed"
     seeds = f"{fewest} to {most} training seeds" if most > fewest else seeds
     drawn = f", {counts['captions']:,} of them drawn" if counts["captions"] else ""
