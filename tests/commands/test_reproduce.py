@@ -22,7 +22,7 @@ from unclip_pl.commands.plan import Stage, write_out
 from unclip_pl.commands.reproduce import precision, reproduce
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, write_json
-from unclip_pl.generation.provenance import stage_records
+from unclip_pl.generation.provenance import PROFILE, stage_profiles, stage_records
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -104,6 +104,12 @@ def test_an_interrupted_stage_goes_on(journal: Journal) -> None:
         assert record["threads"] == torch.get_num_threads()
         assert [re.fullmatch("[0-9a-f]{12}( with local changes)?|unknown", commit) for commit in record["commits"]]
         assert len(record["commits"]) == 1
+
+
+def test_the_profile_of_a_fit_is_noted(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "poll", lambda self: write_json(self.run / "a" / PROFILE, {"mfu": 0.3}) or 0)
+    reproduce(chain(), str(journal.run))
+    assert stage_profiles(journal.run) == {"a": {"mfu": 0.3}}
 
 
 def test_a_study_that_was_cut_has_its_claims(journal: Journal, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from unclip_pl import report as module
 from unclip_pl.commands.report import report as draw_again
 from unclip_pl.evaluation.measures import MEASURES
 from unclip_pl.evaluation.sheet import Sheet
+from unclip_pl.files import write_json
 from unclip_pl.report.plots import apart, colors, draw_duels
 from unclip_pl.report.study import distinct
 from unclip_pl.report.tables import choice_table, foundation_table, metric_tables
@@ -124,6 +125,20 @@ def test_drawing_again_asks_the_cells_alone(folder: Path, capsys: pytest.Capture
     draw_again(str(folder))
     assert before == {name: (folder / name).read_bytes() for name in NAMES}
     assert "head to head" in capsys.readouterr().out
+
+
+def test_profiles_of_trainings_are_on_the_page(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    write_cell(tmp_path, "a", 0, {"mine": arm("mine", 0)})
+    profile = {
+        "device": "Card", "steps_per_second": 62.5, "flops_per_second": 89e12, "mfu": 0.09, "gpu_busy": 0.874,
+        "peak_memory_bytes": 3 * 2**30,
+    }  # fmt: skip
+    for name, more in (("decoder", {"profile": profile}), ("codec", {})):
+        write_json(tmp_path / "stages" / f"{name}.json", {"command": "fit", "seconds": 1.0, "commits": [], **more})
+    module.draw(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| decoder | Card | 62.5 | 89.0 | 9.0 | 87.4 | 3.0 |" in " ".join(markdown.split())
+    assert "| codec |" not in markdown
 
 
 def test_a_study_that_measured_little_is_drawn(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

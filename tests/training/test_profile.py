@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unclip_pl.training.profile import PROFILE, StageProfile, union
+from unclip_pl.generation.provenance import PROFILE
+from unclip_pl.training.profile import StageProfile, union
 
 
 def test_union_counts_what_overlaps_once() -> None:

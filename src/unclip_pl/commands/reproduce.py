@@ -29,7 +29,7 @@ from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.data.store import MANIFEST
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
-from unclip_pl.generation.provenance import STAGES
+from unclip_pl.generation.provenance import PROFILE, STAGES
 from unclip_pl.nn.kernels import fast_bfloat16
 from unclip_pl.origin import commit
 from unclip_pl.settings import find, no_config, read_yaml
@@ -197,6 +197,8 @@ class Master:
         record["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         out = self.recipe.out(name)
         record["done"] = status == 0 and out.exists()
+        if (profile := out / PROFILE).is_file():
+            record["profile"] = json.loads(profile.read_bytes())
         self._write(name, record)
         del self.running[name]
         self._lock(name).unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from unclip_pl.origin import commit
 
 #: Folder of a run, or of a study's results, in which ``unclip reproduce`` notes its stages: a record and a log of each.
 STAGES = "stages"
+#: File in the folder of a fit: its steps a second, MFU, and the busy share of the GPU.
+PROFILE = "profile.json"
 #: Longer lists, such as a sampler's times, follow from the other settings.
 FEW = 8
 PACKAGES = ("unclip_pl", "torch", "lightning", "open_clip_torch", "torchmetrics", "numpy")
@@ -49,8 +51,8 @@ def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
 
     Returns:
         Records by the stage's name, each with ``command``, ``out``, ``seconds``, ``ended`` (UTC; absent in a stage that
-        was measured before times were noted), ``done``, ``commits``, ``threads``, and the stamps that tell results
-        apart.
+        was measured before times were noted), ``done``, ``commits``, ``threads``, ``profile`` (of a fit that wrote
+        one), and the stamps that tell results apart.
     """
     files = sorted((folder / STAGES).glob("[!.]*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
@@ -60,6 +62,11 @@ def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
 def stage_seconds(folder: Path) -> dict[str, float]:
     """Return what each stage of ``unclip reproduce`` took in seconds, in the order in which they ended."""
     return {name: record["seconds"] for name, record in stage_records(folder).items()}
+
+
+def stage_profiles(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the profiles of the stages that wrote one (``StageProfile``), in the order in which they ended."""
+    return {name: record["profile"] for name, record in stage_records(folder).items() if "profile" in record}
 
 
 def trained_on_shapes(run: Path) -> bool:

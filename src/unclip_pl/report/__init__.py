@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unclip_pl.evaluation.sheet import REAL, Sheet, sheet_path
 from unclip_pl.files import replacing, write_json, write_text
-from unclip_pl.generation.provenance import stage_seconds, wall_seconds
+from unclip_pl.generation.provenance import stage_profiles, stage_seconds, wall_seconds
 from unclip_pl.report.claims import claims_table, judge
 from unclip_pl.report.compute import compute
 from unclip_pl.report.frontier import at_equal, frontier
@@ -47,6 +47,7 @@ def draw(folder: Path) -> dict[str, Any]:
     report["meta"]["name"] = folder.resolve().name
     seconds = wall_seconds(folder) or report["meta"]["measuring_seconds"]
     report["meta"] |= {"stages": stage_seconds(folder), "wall_seconds": seconds}
+    report["meta"] |= {"profiles": profiles} if (profiles := stage_profiles(folder)) else {}
     report["frontier"] = frontier(study.arms, rows_of(study.arms))
     report["compute"] = compute(study.arms)
     report["ablations"] += at_equal(study.arms, paper["ablations"])

@@ -28,6 +28,7 @@ from unclip_pl.report.tables import (
     further_tables,
     lines_of,
     metric_tables,
+    profile_table,
     sample_sizes,
     slope_table,
     summary,
@@ -128,7 +129,12 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         ("What it stands on", [_figure("attributes"), attribute_table(report), foundation_table(report)]),
         (
             "How it was made",
-            [_figure("stages"), Text(_provenance(report)), Settings(list(lines_of(report["meta"]["config"])))],
+            [
+                _figure("stages"),
+                profile_table(report),
+                Text(_provenance(report)),
+                Settings(list(lines_of(report["meta"]["config"]))),
+            ],
         ),
     ]
     there = [

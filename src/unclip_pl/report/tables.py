@@ -316,6 +316,32 @@ def foundation_table(report: Report) -> Table | None:
     return Table("Foundations", ["", ""], rows)
 
 
+def profile_table(report: Report) -> Table | None:
+    """Return how fast each training was, and how busy its GPU; None where no stage wrote a profile."""
+    profiles = report["meta"].get("profiles")
+    if not profiles:
+        return None
+    rows = [
+        [
+            Field(name),
+            Field(profile["device"]),
+            Field(f"{profile['steps_per_second']:.1f}"),
+            Field(f"{profile['flops_per_second'] / 1e12:.1f}"),
+            Field(_percent(profile["mfu"])),
+            Field(_percent(profile["gpu_busy"])),
+            Field("–" if profile["peak_memory_bytes"] is None else f"{profile['peak_memory_bytes'] / 2**30:.1f}"),
+        ]
+        for name, profile in profiles.items()
+    ]
+    head = ["training", "on", "steps/s", "TFLOP/s", "MFU, %", "GPU busy, %", "peak memory, GiB"]
+    notes = [
+        ("steps/s, TFLOP/s", "from the warm-up to the end of training, validation and checkpoints included"),
+        ("MFU", "that arithmetic, as a share of the bfloat16 peak in the card's datasheet"),
+        ("GPU busy", "share of the last steps in which a kernel of this training ran; others may have run beside it"),
+    ]
+    return Table("Trainings", head, rows, notes=notes)
+
+
 def claim_table(report: Report) -> Table | None:
     """Return the claims that were measured, beside what was found."""
     rows = [

@@ -13,11 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from unclip_pl.files import write_json
+from unclip_pl.generation.provenance import PROFILE
 
 #: Dense bfloat16 peak in FLOP/s by the datasheet, by a word of the card's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-#: The file that the callback writes into the folder of a fit.
-PROFILE = "profile.json"
 
 
 class StageProfile(Callback):
