@@ -95,10 +95,12 @@ def prior() -> list[Row]:
 
 
 def decoder() -> list[Row]:
-    """The paper's decoder: at least 35 % is to be reached."""
+    """The paper's decoder: at least 40 % is to be reached, with compiled norms and channels last."""
     part = build("decoder/paper", "cuda")
-    work = counted(part, 16)
-    return [trained("decoder/paper", part, n, n * work // 16) for n in (16, 32)]
+    work = 2 * counted(part, 16)
+    rows = [trained("decoder/paper", part, 32, work)]
+    compile_blocks(part.task)
+    return [*rows, trained("decoder/paper", part, 32, work, "; CompiledBlocks")]
 
 
 def small() -> list[Row]:

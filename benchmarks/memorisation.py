@@ -90,6 +90,7 @@ def measure(run: Path, source: str, out: Path, device: str) -> None:
     if description.judge is None:
         raise ValueError(f"{run} has no judge.")
     judge = description.judge.within(run).load().to(device)
+    unclip.decoder.upsamplers.clear()  # the judge looks at pictures of its own size
     size = unclip.decoder.image_size
     store = EmbeddingStore(run / description.store, source, image_size=size)
     true = [store.evaluation_batch(rows) for rows in batches(store.rows(Split.HELDOUT))]
@@ -115,8 +116,9 @@ def measure(run: Path, source: str, out: Path, device: str) -> None:
     captions = [caption for batch in true for caption in batch.captions]
     licences = [str(sample.get("license", "")) for batch in known for sample in batch.metadata]
     rows = beside(samples, training, captions, nearest(f["samples"], f["training"])[1], licences)
-    save_png(grid(rows, ["sample", *["training"] * NEAREST]), out / "nearest.png", facts)
-    hundred = samples[:: len(samples) // 100][:100].cpu()
+    if rows:
+        save_png(grid(rows, ["sample", *["training"] * NEAREST]), out / "nearest.png", facts)
+    hundred = samples[:: max(1, len(samples) // 100)][:100]
     save_png(grid([("", list(row)) for row in hundred.split(10)]), out / "hundred.png", facts)
 
 

@@ -103,6 +103,36 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
 
 
+class Conv2d(nn.Conv2d):
+    """Convolution that lays its weight out as its input is, in ``channels_last`` or not.
+
+    The parameter itself stays as it is, and so do checkpoints, optimizers and shards. Autocast copies the weight in any
+    case; here that copy has the layout that cuDNN's fast kernels take.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W)."""
+        if x.device.type != "cuda" or x.is_contiguous():
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        weight = self.weight.to(dtype, memory_format=torch.channels_last)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class NormSiLU(GroupNorm):
+    """Group norm, scaled and shifted where it is asked to be, and SiLU; out comes the memory format that went in.
+
+    Compiled, it is one kernel for the sums and one for what follows. torch's own norm leaves ``channels_last``, so
+    there every norm costs two copies beside.
+    """
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Return silu(norm(x) · (1 + scale) + shift), of x (B, C, H, W), scale and shift (B, C)."""
+        y = super().forward(x) if scale is None or shift is None else scale_shift_norm(self, x, scale, shift)
+        y = F.silu(y)
+        return y if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
+
+
 def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Return norm(x) · (1 + scale) + shift, of x (B, C, H, W), scale and shift (B, C).
 
@@ -111,7 +141,8 @@ def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -
     """
     gain = 1 + scale
     if not x.is_contiguous():
-        return torch.addcmul(shift[..., None, None], norm(x), gain[..., None, None])
+        normed = norm.scaled(x, norm.num_groups, norm.weight, norm.bias)
+        return torch.addcmul(shift[..., None, None], normed, gain[..., None, None])
     weight, bias = (norm.weight * gain).flatten(), torch.addcmul(shift, norm.bias, gain).flatten()  # (B·C,)
     return norm.scaled(x.flatten(0, 1)[None], len(x) * norm.num_groups, weight, bias).view_as(x)
 

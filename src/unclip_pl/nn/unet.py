@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.errors import InputError
+from unclip_pl.nn.kernels import Conv2d
 from unclip_pl.nn.layers import sinusoidal, zeroed
 from unclip_pl.nn.text import TextTransformer
 from unclip_pl.nn.unet_blocks import (
@@ -22,7 +23,7 @@ from unclip_pl.nn.unet_blocks import (
     SpatialAttention,
     TimeMode,
     UpLevel,
-    group_norm,
+    norm_silu,
 )
 from unclip_pl.types import TextFeatures
 
@@ -170,6 +171,9 @@ class UNet(nn.Module):
         InputError: a condition is to be used without ``embed_dim``.
     """
 
+    #: Whether feature maps are laid out channels last, for networks whose norms are compiled.
+    channels_last = False
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -216,13 +220,13 @@ class UNet(nn.Module):
         reads = (image_tokens, text_width, text_encoder, text_embed_in_time, widths[-1], image_map, image_levels)
         encoder = ConditionEncoder(embed_dim, time_width, context_width, *reads) if embed_dim else None
         self.condition_encoder = encoder
-        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.down, skips = _down_path(blocks, widths, res_blocks, attention_levels)
         attend = len(widths) - 1 in attention_levels
         self.mid = nn.ModuleList(blocks.layer(widths[-1], widths[-1], attend=a) for a in (attend, False))
         self.up = _up_path(blocks, widths, res_blocks, attention_levels, skips)
-        self.norm_out = group_norm(groups, widths[0])
-        self.conv_out = zeroed(nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
+        self.norm_out = norm_silu(groups, widths[0])
+        self.conv_out = zeroed(Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
 
     def encode_condition(
         self, image_embed: Tensor, text: TextFeatures, keep_image: Tensor, level: Tensor | None = None
@@ -268,7 +272,10 @@ class UNet(nn.Module):
             time = time + condition.time_bias
         time = F.silu(time)  # what every residual block would start with
 
-        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        x = F.pixel_unshuffle(x, self.patch)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)
         skips = [x]
         for level in self.down:
             skips += level(skips[-1], time, condition)
@@ -279,7 +286,7 @@ class UNet(nn.Module):
             x = layer(x, time, condition)
         for level in self.up:
             x = level(x, time, condition, [skips.pop() for _ in range(self.skips_per_level)])
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.patch)
 
 
 class UpsamplerUNet(UNet):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.errors import InputError
-from unclip_pl.nn.kernels import GroupNorm, Resample, attend, resample, scale_shift_norm
+from unclip_pl.nn.kernels import Conv2d, GroupNorm, NormSiLU, Resample, attend, resample
 from unclip_pl.nn.layers import zeroed
 
 TimeMode = Literal["scale_shift", "additive"]
@@ -31,6 +31,11 @@ class Condition(NamedTuple):
 def group_norm(groups: int, channels: int) -> GroupNorm:
     """Return a GroupNorm with the greatest common divisor of ``groups`` and ``channels``."""
     return GroupNorm(gcd(groups, channels), channels)
+
+
+def norm_silu(groups: int, channels: int) -> NormSiLU:
+    """Return a NormSiLU with the greatest common divisor of ``groups`` and ``channels``."""
+    return NormSiLU(gcd(groups, channels), channels)
 
 
 class ResBlock(nn.Module):
@@ -61,23 +66,23 @@ class ResBlock(nn.Module):
         super().__init__()
         self.time_mode: TimeMode = time_mode
         self.mode: Resample = mode
-        self.norm1 = group_norm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = norm_silu(groups, in_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(embed_width, out_channels * (2 if time_mode == "scale_shift" else 1))
-        self.norm2 = group_norm(groups, out_channels)
+        self.norm2 = norm_silu(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = zeroed(Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Map x (B, C, H, W) and SiLU of the time embedding (B, E) to (B, C_out, H', W')."""
-        h = self.conv1(resample(F.silu(self.norm1(x)), self.mode))
+        h = self.conv1(resample(self.norm1(x), self.mode))
         bias = self.time(time)  # (B, C_out or 2·C_out)
         if self.time_mode == "scale_shift":
-            h = scale_shift_norm(self.norm2, h, *bias.chunk(2, dim=1))
+            h = self.norm2(h, *bias.chunk(2, dim=1))
         else:
             h = self.norm2(h + bias[..., None, None])
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv2(self.dropout(h))
         return self.skip(resample(x, self.mode)) + h
 
 
@@ -87,7 +92,7 @@ class ConvResample(nn.Module):
     def __init__(self, channels: int, mode: Literal["down", "up"]) -> None:
         super().__init__()
         self.mode: Literal["down", "up"] = mode
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if mode == "down" else 1, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2 if mode == "down" else 1, padding=1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H', W'). ``time`` is not used: the signature is ResBlock's."""
