@@ -194,6 +194,15 @@ def test_a_finished_fit_says_that_nothing_is_left(
     assert "nothing left to train at step 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_slow_products_are_named_before_they_cost_hours(
+    fast: bool, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("unclip_pl.training.cli.fast_bfloat16", lambda _: fast)
+    assert main(["fit", *small("prior", tmp_path, "--trainer.precision", "bf16-mixed", STOP, "1")]) == 0
+    assert ("no fast products in bfloat16" in capsys.readouterr().err) is not fast
+
+
 def test_callbacks_that_a_later_config_drops_are_named(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint, write_json
+from unclip_pl.nn.kernels import fast_bfloat16
 from unclip_pl.origin import COMMAND, commit
 from unclip_pl.settings import expanded, read_yaml
 from unclip_pl.tasks import Task
@@ -144,8 +145,15 @@ class UnclipCLI(ConfiguredCLI):
         config.ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime))
 
     def before_fit(self) -> None:
-        """Find the best checkpoint, and name the callbacks that a later config has dropped."""
+        """Find the best checkpoint, and name what will cost time or has no effect: slow products, dropped callbacks."""
         self._find_best()
+        device, precision = self.trainer.strategy.root_device.type, str(self.trainer.precision)
+        if device == "cpu" and precision.startswith("bf16") and not fast_bfloat16(device):
+            rank_zero_only(print)(
+                "warning: this processor has no fast products in bfloat16, and a step in them can take many times as "
+                "long as in float32. Give --trainer.precision 32-true.",
+                file=sys.stderr,
+            )
         kept = {_class_name(one) for one in self.config[self.subcommand].trainer.callbacks or []}
         dropped = [name for name in dict.fromkeys(callbacks_in(self.words)) if name not in kept]
         if dropped:
