@@ -65,6 +65,31 @@ def test_the_first_measure_decides_and_another_may_object() -> None:
     assert together([]) == UNMEASURED
 
 
+@pytest.mark.parametrize(
+    ("points", "expected", "why"),
+    [
+        ([0.8, 0.93], HOLDS, ""),
+        ([0.8, 0.86], UNTOLD, "stated attributes of GLIDE: 86.0 % at best, 90.0 % needed; it is trained too little"),
+        ([None], UNTOLD, "not measured"),
+    ],
+)
+def test_no_claim_is_decided_where_the_gates_line_reaches_too_little(
+    points: list[float | None], expected: str, why: str
+) -> None:
+    pair = {"mean": 0.5, "low": 0.4, "high": 0.6, "diffusion": 0.9, "ar": 0.4, "first": 0.9, "second": 0.4}
+    report = {
+        "curves": {"guidance": {"GLIDE": {"stated_match": [{"x": x, "mean": y} for x, y in enumerate(points)]}}},
+        "differences": {"stated_match": {"diffusion - ar": pair}},
+        "priors": {},
+    }
+    gate = {"curve": "guidance", "line": "GLIDE", "measure": "stated_match", "at_least": 0.9}
+    rows = [CLAIM | {"test": "difference", "measures": [name]} for name in ("stated_match", "clip_score")]
+    decided, unmeasured = judge(report, rows, gate | {"else": "it is trained too little"})
+    assert decided["verdict"] == expected
+    assert why in decided["ours"]
+    assert unmeasured["verdict"] == UNMEASURED
+
+
 def test_deltas_are_those_of_the_rule() -> None:
     rows = {name: {"metrics": {"embed_fd": {"mean": x}}} for name, x in (("ceiling", 0.0), ("text", 0.2))}
     assert delta_of({"priors": rows}, "embed_fd") == pytest.approx(0.02)

@@ -52,7 +52,7 @@ def draw(folder: Path) -> dict[str, Any]:
     report["compute"] = compute(study.arms)
     report["ablations"] += at_equal(study.arms, paper["ablations"])
     report["words"] = paper["words"]
-    report["claims"] = judge(report, paper["claims"])
+    report["claims"] = judge(report, paper["claims"], paper["gate"])
     sheets = _sheets(folder, study, list(report["priors"]))
     report["pictures"] = {name: {"rows": s.rows, "columns": s.columns} for name, s in sheets.items()}
     report = _finite(report)

@@ -47,6 +47,7 @@ def claims_table(folder: Path) -> dict[str, Any]:
     own = folder / OWN
     path = own if own.is_file() else Path(__file__).with_name("paper.yaml")
     table: dict[str, Any] = {"order": [], "beside": [], "words": {}, "ablations": [], "baselines": [], "claims": []}
+    table["gate"] = None
     table |= read_yaml(path)
     for row in table["claims"]:
         if row.get("test") not in TESTS:
@@ -54,15 +55,34 @@ def claims_table(folder: Path) -> dict[str, Any]:
     return table
 
 
-def judge(report: Report, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+def judge(report: Report, rows: list[dict[str, Any]], gate: dict[str, Any] | None = None) -> list[dict[str, str]]:
     """Return every claim with what was found.
 
     Args:
         report: all numbers, see :func:`unclip_pl.report.study.study_report`.
         rows: the table's claims.
+        gate: what a line of a curve has to reach before any claim is decided; None asks nothing.
     """
-    told = ("claim", "source", "paper", "why")
-    return [{name: row[name] for name in told} | TESTS[row["test"]](report, row)._asdict() for row in rows]
+    told, shut = ("claim", "source", "paper", "why"), _shut(report, gate)
+    found = [TESTS[row["test"]](report, row) for row in rows]
+    if shut:
+        found = [one if one.verdict == UNMEASURED else Finding(UNTOLD, f"{one.ours}\n{shut}") for one in found]
+    return [{name: row[name] for name in told} | one._asdict() for row, one in zip(rows, found, strict=True)]
+
+
+def _shut(report: Report, gate: dict[str, Any] | None) -> str:
+    """Return why no claim can be told; empty where the gate's line reaches what it has to."""
+    if gate is None:
+        return ""
+    measure = MEASURES[gate["measure"]]
+    points = report["curves"].get(gate["curve"], {}).get(gate["line"], {}).get(gate["measure"], [])
+    best = max((point["mean"] for point in points if point["mean"] is not None), default=None)
+    if best is not None and best >= gate["at_least"]:
+        return ""
+    unit = " %" if measure.percent else ""
+    reached = "not measured" if best is None else f"{measure.show(best)}{unit} at best"
+    needed = f"{measure.show(gate['at_least'])}{unit}"
+    return f"{measure.label} of {gate['line']}: {reached}, {needed} needed; {gate['else']}"
 
 
 def verdict(interval: dict[str, Any] | None, *, above: bool, balance: float = 0.0, delta: float | None = None) -> str:
