@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run on a lent GPU what benchmarks/lent_gpu.py has prepared. Results go to $OUT, each before the next part begins.
-#   first   the recipe for one GPU, how near its samples come to training pictures, and tests/test_gpu.py: some 8 minutes
+#   first   the recipe for one GPU, how near its samples come to training pictures, another decoder, tests/test_gpu.py: 9 minutes
 #   second  the small configs to their end, and a step of the paper's decoder: some 5 minutes
 # Without a GPU, `REHEARSE=1 DEVICE=cpu RECIPE=few-steps.yaml` goes the same way, with this environment's packages.
 set -o pipefail
@@ -48,9 +48,29 @@ torch.save(kept | {"state_dict": halves}, out)' $RUN/judge/checkpoints/last.ckpt
   (cd $RUN && tar cJf "$OUT/run.tar.xz" --exclude='*.ckpt' --exclude=store --exclude='*.zip' .)
   tar c -C $RUN emoji.zip -C /tmp judge.ckpt | split -b 16500000 -d - "$OUT/weights.tar."
   say collected
+  noisy
   timeout 120 python3 -m pytest -q -p no:cacheprovider -p no:xdist tests/test_gpu.py > "$OUT/test_gpu.log" 2>&1
   say "tests/test_gpu.py: $?"
   tail -8 "$OUT/test_gpu.log"
+}
+
+# A decoder that is told how much noise z_i has reads captions more. Does the judge find more pictures of a prior's samples then?
+noisy() {
+  mkdir -p /tmp/noisy
+  python3 -m unclip_pl fit --config configs/decoder/emoji-64px.yaml --config $RUN/stages/decoder.fit.yaml \
+    --config $RUN/stages/decoder.features.yaml --config configs/base/decoder-noise.yaml \
+    --trainer.logger.init_args.save_dir /tmp/noisy/decoder ${STEPS:+--trainer.max_steps $STEPS} > "$OUT/noisy.log" 2>&1
+  say "decoder with noise on z_i: $?"
+  for name in clip judge store prior ar_prior linear.safetensors codec.safetensors; do ln -sf $RUN/$name /tmp/noisy/; done
+  for level in 0.0 0.2 0.4; do
+    python3 -c 'import json, sys
+run = json.load(open(sys.argv[1]))
+run["decoder"]["init_args"] |= {"noise_level": float(sys.argv[2]), "upsamplers": []}
+json.dump(run, open("/tmp/noisy/run.json", "w"))' $RUN/run.json $level
+    timeout 60 python3 benchmarks/memorisation.py /tmp/noisy --source /tmp/shards --out /tmp/noisy/$level \
+      --device "${DEVICE:-cuda}" >> "$OUT/noisy.log" 2>&1
+    say "level $level: $? $(grep -A 3 retrieval /tmp/noisy/$level/memorisation.json | tr -d '\n')"
+  done
 }
 
 second() {
