@@ -21,12 +21,12 @@ from lightning import Trainer
 from measure import Row, cells, flops, table
 from parts import Part, build
 from rich.console import Console
-from run import commit
 from torch import Tensor
 
 import unclip_pl.generation.priors
 import unclip_pl.nn.ar_prior
 from unclip_pl.diffusion import Ancestral
+from unclip_pl.origin import commit
 from unclip_pl.parts import count_parameters
 from unclip_pl.training.callbacks import WarmupEMA, compile_blocks
 

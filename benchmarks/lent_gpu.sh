@@ -59,7 +59,7 @@ noisy() {
   mkdir -p /tmp/noisy
   python3 -m unclip_pl fit --config configs/decoder/emoji-64px.yaml --config $RUN/stages/decoder.fit.yaml \
     --config $RUN/stages/decoder.features.yaml --config configs/base/decoder-noise.yaml \
-    --trainer.logger.init_args.save_dir /tmp/noisy/decoder ${STEPS:+--trainer.max_steps $STEPS} > "$OUT/noisy.log" 2>&1
+    --trainer.logger.init_args.save_dir /tmp/noisy/decoder $MORE > "$OUT/noisy.log" 2>&1
   say "decoder with noise on z_i: $?"
   for name in clip judge store prior ar_prior linear.safetensors codec.safetensors; do ln -sf $RUN/$name /tmp/noisy/; done
   for level in 0.0 0.2 0.4; do

@@ -97,7 +97,7 @@ def training_step(
 
 
 def _arguments(node: dict[str, Any]) -> Any:
-    """Build the object of the class that a node names."""
+    """Return the constructor arguments of the class that a node names."""
     module, _, cls = node.get("class_path", "builtins.object").rpartition(".")
     return inspect.signature(getattr(import_module(module), cls)).parameters
 

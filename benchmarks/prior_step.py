@@ -31,7 +31,7 @@ def batch() -> PriorBatch:
 
 
 def outputs_equal(task: DiffusionPriorTask, theirs: KarloPrior, given: PriorBatch) -> str:
-    """Return the outputs of our network and of diffusers' at the same noised embeddings."""
+    """Say how far our network's outputs lie from diffusers' at the same noised embeddings; refuse if they differ."""
     index = torch.linspace(0, 999, BATCH)
     text = given.text
     with torch.no_grad():

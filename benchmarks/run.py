@@ -17,6 +17,8 @@ import torch
 from measure import Row, cells, table
 from rich.console import Console
 
+from unclip_pl.origin import commit
+
 HERE = Path(__file__).parent
 PACKAGES = ("unclip_pl", "torch", "lightning", "torchmetrics", "diffusers", "dalle2-pytorch", "numpy")
 
@@ -24,10 +26,14 @@ PACKAGES = ("unclip_pl", "torch", "lightning", "torchmetrics", "diffusers", "dal
 def main() -> int:
     """Measure, print and write; 1 if a script failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", help="names of scripts; all of them if none is given")
+    parser.add_argument(
+        "only", nargs="*", help="names of scripts; all if none is given. The files in --out then hold these alone"
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "benchmarks")
     options = parser.parse_args()
     scripts = sorted(path for path in HERE.glob("*.py") if re.search(r"^ +show\(rows\)$", path.read_text(), re.M))
+    if unknown := set(options.only) - {path.stem for path in scripts}:
+        parser.error(f"Expected scripts among {', '.join(path.stem for path in scripts)}. Got {', '.join(unknown)}.")
     chosen = [path for path in scripts if not options.only or path.stem in options.only]
     started, rows, floors, seconds, failed = time.perf_counter(), [], {}, {}, []
     for path in chosen:
@@ -68,12 +74,6 @@ def describe() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"hardware": {"cpu": model, "cores": cores, "gpu": gpu}, "versions": versions, "commit": commit()}
-
-
-def commit() -> str:
-    """Return the commit of the measured code, with a mark if files were changed."""
-    words = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--dirty", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 PREAMBLE = """# Benchmarks

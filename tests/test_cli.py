@@ -281,8 +281,9 @@ def test_a_signal_is_no_traceback(
         pytest.skip(f"{name} is not a signal of this system")
     number, before = signal.Signals[name], signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("unclip_pl.cli.call", lambda *_: signal.raise_signal(number))
-    assert main(["linear"]) == status
-    assert "the same command goes on" in capsys.readouterr().err
+    for command in ("precompute", "linear"):
+        assert main([command]) == status
+        assert ("the same command goes on" in capsys.readouterr().err) == (command == "precompute")
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -70,6 +70,8 @@ GROUPS = {
 #: Commands that LightningCLI runs, and those that are plain functions.
 COMMANDS = {word: what for group in GROUPS.values() for word, what in group.items()}
 TRAINER = {word: COMMANDS.pop(word) for word in ("fit", "validate", "test", "predict")}
+#: Commands that, interrupted and given again, go on where they stopped.
+RESUMABLE = ("import", "pack", "precompute", "reproduce")
 
 #: Mistakes that a user can mend: they become one line. Every other error shows its traceback.
 EXPECTED = (InputError, OSError, UnicodeDecodeError, yaml.YAMLError)
@@ -198,7 +200,7 @@ def _hang_up(terminals: list[int], *_: Any) -> None:
 @_stoppable()
 def run(words: list[str], *, debug: bool = False) -> int:
     """Run a command whose name is known; see :func:`main` for the exit status."""
-    again = "" if words[0] in TRAINER else ": the same command goes on where it stopped"
+    again = ": the same command goes on where it stopped" if words[0] in RESUMABLE else ""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format="%(levelname)s: %(message)s")

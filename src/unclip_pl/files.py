@@ -219,12 +219,11 @@ def check_archive(path: str | Path) -> None:
         raise InputError(f"Expected the checksum of {damaged} to agree. It does not: make the file again.")
 
 
-def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint as plain data: nothing in it can run.
 
     Args:
         path: file written by ``torch.save`` or by :func:`write_checkpoint`, with any suffix.
-        map_location: device of the tensors.
         mmap: leave the tensors in the file until they are used.
 
     Raises:
@@ -235,8 +234,8 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
         raise MissingFileError(f"No checkpoint at {path}: give the path of one.")
     try:
         if is_checkpoint(path):
-            return _from_tensors(_read_all(path, map_location))
-        checkpoint = load_plain(path, map_location=map_location, mmap=mmap)
+            return _from_tensors(_read_all(path, "cpu"))
+        checkpoint = load_plain(path, mmap=mmap)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"a {type(checkpoint).__name__} instead of a dictionary")
     except UnknownFormatError:
@@ -246,7 +245,7 @@ def read_checkpoint(path: str | Path, *, map_location: str = "cpu", mmap: bool =
     return checkpoint
 
 
-def load_plain(path: str | Path, *, map_location: str = "cpu", mmap: bool = False) -> Any:
+def load_plain(path: str | Path, *, mmap: bool = False) -> Any:
     """Load weights as plain data, by anyone: tensors, NumPy's numbers and arrays, texts, and containers of them.
 
     A TorchScript archive gives its tensors by name. Nothing in a file can run. Errors of a file that is damaged or
@@ -254,7 +253,6 @@ def load_plain(path: str | Path, *, map_location: str = "cpu", mmap: bool = Fals
 
     Args:
         path: safetensors file, TorchScript archive, or file of ``torch.save``.
-        map_location: device of the tensors.
         mmap: leave the tensors of a ``torch.save`` file in it until they are used.
     """
     require_unpacked(path, "weights")
@@ -266,9 +264,9 @@ def load_plain(path: str | Path, *, map_location: str = "cpu", mmap: bool = Fals
             if data := next((name for name in archive.namelist() if name.endswith("/constants.pkl")), ""):
                 return _script_tensors(archive, data.removesuffix("constants.pkl"))
     elif head[8:] == b"{":
-        return load_file(path, device=map_location)
+        return load_file(path)
     with torch.serialization.safe_globals(_numpy_globals()):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def why_not_plain(error: Exception) -> str:

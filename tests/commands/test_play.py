@@ -32,7 +32,7 @@ def test_a_page_without_gradio_is_one_line(
 ) -> None:
     monkeypatch.setattr(page, "gr", None)
     assert main(["play", "--port", str(port)]) == 1
-    assert "run `pip install gradio`" in capsys.readouterr().err
+    assert "run `pip install 'unclip_pl[play]'`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ from unclip_pl.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Drawings at once.
+BATCH = 64
+
 
 def inpaint(
     pictures: list[str],
@@ -38,7 +41,9 @@ def inpaint(
     if len(pictures) != 1:
         raise InputError(f"Expected one image file. Got {len(pictures)}: name the picture that is drawn on.")
     if (mask is None) == (canvas == 1) or (mask is None and caption is None):
-        raise InputError("Expected --mask, or --canvas with --caption. Got something else: give one of the two.")
+        named = {"--mask": mask is not None, "--canvas": canvas != 1, "--caption": caption is not None}
+        got = " and ".join(name for name, there in named.items() if there) or "none of them"
+        raise InputError(f"Expected --mask, or --canvas with --caption. Got {got}: give one of the two.")
     check_files([*pictures, *filter(None, [mask])])
     if caption is None and options.of_prior():
         raise InputError("Expected a caption for settings of a prior. Got none: give --caption, or leave them out.")
@@ -48,8 +53,8 @@ def inpaint(
         given = studio.pictures.pixels
         studio.warn_of_unknown([caption or ""])
         settings = studio.decoder_settings() | (studio.prior_settings() if caption is not None else {})
-        settings |= {"num": num, "jumps": jumps, "seed": options.seed}
-        settings |= {"progress": studio.bar("drawing", ways=-(-num // 64))}
+        settings |= {"num": num, "jumps": jumps, "seed": options.seed, "batch_size": BATCH}
+        settings |= {"progress": studio.bar("drawing", ways=-(-num // BATCH))}
         texts = None if caption is None else [caption]
         if mask is None:
             hidden = given[0]

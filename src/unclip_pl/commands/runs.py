@@ -182,4 +182,6 @@ def _show(rows: list[Row], columns: list[str]) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else "–" if value is None else value
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else value

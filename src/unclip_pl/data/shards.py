@@ -329,7 +329,9 @@ def split_of_file(name: str) -> Split | None:
 def split_of_key(key: str) -> Split:
     """Draw a split by a hash of the key: 96 % train, 2 % val, 2 % held-out. Adding samples moves none."""
     point = int.from_bytes(hashlib.blake2b(encode_text(key), digest_size=8).digest()) / 2**64
-    return Split.TRAIN if point < 0.96 else Split.VAL if point < 0.98 else Split.HELDOUT
+    if point < 0.96:
+        return Split.TRAIN
+    return Split.VAL if point < 0.98 else Split.HELDOUT
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -407,9 +409,8 @@ def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
 def _names(members: dict[str, Span], meta: dict[str, Any], caption_key: str) -> list[str]:
     """Return where a sample's captions, or an image of another name, may be."""
     known = (*IMAGE_SUFFIXES, "json") if caption_key else (*IMAGE_SUFFIXES, "json", "txt")
-    return [f".{suffix}" for suffix in members if suffix not in known] + [
-        n for n, text in meta.items() if _listed(text)
-    ]
+    files = [f".{suffix}" for suffix in members if suffix not in known]
+    return files + [name for name, text in meta.items() if _listed(text)]
 
 
 def no_samples(source: str, count: int, skipped: Mapping[str, int], others: Iterable[str]) -> InputError:

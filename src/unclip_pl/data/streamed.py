@@ -48,7 +48,7 @@ class StreamedStore(EmbeddingStore):
         path: folder that ``unclip precompute`` wrote.
         source: shards that it was made of, see ``list_shards``.
         image_size: side of the images in batches that have some.
-        image_memory: bytes that decoded images may take; they are not kept.
+        image_memory: always 0 here, since images that stream by are not kept; workers pass it on.
 
     Raises:
         MissingFileError: no store or no shards there.

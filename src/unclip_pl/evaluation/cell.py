@@ -15,13 +15,13 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_pl.clip import ClipEncoder, ClipSpec
+from unclip_pl.clip import ClipSpec
 from unclip_pl.data.datamodule import UnclipDataModule
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.costs import Cost, costs_of, sampling_flops, training_of
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.foundations import foundations
-from unclip_pl.evaluation.inputs import check_judge, check_seeds, parts_of, streams_for
+from unclip_pl.evaluation.inputs import check_judge, check_seeds, judge_of, parts_of, streams_for
 from unclip_pl.evaluation.probe import AttributeProbe
 from unclip_pl.evaluation.scores import (
     Heldout,
@@ -34,6 +34,7 @@ from unclip_pl.evaluation.scores import (
     join_heldout,
     open_captions,
     resampled_means,
+    resampler,
     spectrum,
     stated_indices,
     states_unseen_pair,
@@ -57,6 +58,8 @@ from unclip_pl.types import EvaluationBatch, PriorBatch, TextFeatures
 DIGITS = 7
 #: Captions of a batch when many samples are drawn.
 EMBED_BATCH = 256
+#: Between the seeds of single samples and those of many of a caption.
+MANY = 104_729
 #: Captions of which a prior is asked for more and for less of z_i·z_t, and for its likelihood.
 ASKED = 512
 #: The cell of a comparison, in its run.
@@ -203,9 +206,7 @@ class Cell(LightningModule):
                 raise InputError(
                     f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm: leave it out."
                 )
-        # A tuple keeps the judge out of the module tree: nobody should find a CLIP in a state dict.
-        judges = [spec.within(self.run).load().to(self.device) for spec in (self.judge,) if spec is not None]
-        self._judge: tuple[ClipEncoder, ...] = tuple(judges)
+        self._judge = judge_of(self)
         data = getattr(self.trainer, "datamodule", None)
         known = isinstance(self.oracle, ShapesOracle) and isinstance(data, UnclipDataModule)
         self._probe = AttributeProbe.fit(data.embeddings) if known and data is not None else None
@@ -300,14 +301,14 @@ class Cell(LightningModule):
         parts = []
         for start in range(0, len(text.embed), EMBED_BATCH):
             words = text.rows(slice(start, start + EMBED_BATCH)).to(self.device)
-            generator = torch.Generator().manual_seed(self.seed + 104_729 + start)
+            generator = torch.Generator().manual_seed(self.seed + MANY + start)
             parts.append(prior.embed(words, generator=generator).float().cpu())
         return torch.cat(parts)
 
     def _arms(self, heldout: Heldout, samples: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Return every arm with its settings, its costs and its scores without a decoder."""
         true = F.normalize(heldout.image_embed, dim=-1)
-        distances = frechet_resamples(true, samples, self.resamples, generator=self._resampler())
+        distances = frechet_resamples(true, samples, self.resamples, generator=resampler())
         kernels = kernel_values(true, samples)
         pairs = PriorBatch(heldout.image_embed.to(self.device), heldout.text.to(self.device))
         stated = stated_indices(heldout.captions) if self._probe is not None else None
@@ -380,7 +381,7 @@ class Cell(LightningModule):
     def _distances(self, real: Tensor, views: dict[str, View]) -> dict[str, Tensor]:
         """Return the Fréchet distance of each view's pictures and its resamples, (1 + R,)."""
         features = {name: view.judge for name, view in views.items()}
-        return frechet_resamples(real, features, self.resamples, generator=self._resampler())
+        return frechet_resamples(real, features, self.resamples, generator=resampler())
 
     def _foundations(self, heldout: Heldout, drawn: Drawn | None) -> dict[str, Any] | None:
         if drawn is None or drawn.real is None or drawn.alone is None or self._parts.clip is None:
@@ -438,11 +439,7 @@ class Cell(LightningModule):
         return base_hash(self.run) if (self.run / RUN).is_file() else self._parts.fingerprint
 
     def _resampled(self, values: Tensor) -> Tensor:
-        return resampled_means(values, self.resamples, generator=self._resampler())
-
-    def _resampler(self) -> torch.Generator:
-        """Return a generator that draws the same captions in every cell, for any training seed."""
-        return torch.Generator().manual_seed(0)
+        return resampled_means(values, self.resamples, generator=resampler())
 
 
 def write_cell(out: Path, cell: dict[str, Any], sheets: dict[str, Sheet]) -> None:

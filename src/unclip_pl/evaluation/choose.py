@@ -32,6 +32,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.costs import task_of
 from unclip_pl.evaluation.inputs import parts_of
 from unclip_pl.evaluation.measures import end_of_grid
+from unclip_pl.evaluation.scores import resampler
 from unclip_pl.files import write_json, write_text
 from unclip_pl.generation.priors import Prior, PriorSpec
 from unclip_pl.generation.provenance import provenance
@@ -190,8 +191,7 @@ class Choice(LightningModule):
         return Trial(joint, self._distance(true, samples), text_cos, found, validation_loss(prior, batches))
 
     def _distance(self, real: Tensor, fake: Tensor) -> float:
-        generator = torch.Generator().manual_seed(0)  # the same captions for every trial
-        distances = frechet_resamples(real, {"": fake}, self.resamples, generator=generator)[""]
+        distances = frechet_resamples(real, {"": fake}, self.resamples, generator=resampler())[""]
         return without_bias(distances)[0].item()
 
     def _write(

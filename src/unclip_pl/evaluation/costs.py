@@ -20,6 +20,9 @@ from unclip_pl.settings import read_yaml
 from unclip_pl.tasks import EmbeddingTask
 from unclip_pl.types import PriorBatch
 
+#: First pairs over which operations are counted.
+CAPTIONS = 8
+
 
 class Cost(NamedTuple):
     """What a prior's embeddings took on this machine."""
@@ -108,19 +111,19 @@ def count_flops(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def sampling_flops(prior: Prior, pairs: PriorBatch, captions: int = 8) -> int:
+def sampling_flops(prior: Prior, pairs: PriorBatch) -> int:
     """Return the operations of one embedding, counted over the first few captions."""
-    few = first_pairs(pairs, captions)
+    few = first_pairs(pairs, CAPTIONS)
     work = count_flops(lambda: prior.embed_batch(few, generator=torch.Generator().manual_seed(0)))
     return work // len(few.image_embed)
 
 
-def training_flops(task: EmbeddingTask, pairs: PriorBatch, captions: int = 8) -> int:
+def training_flops(task: EmbeddingTask, pairs: PriorBatch) -> int:
     """Return the operations of one training sample, forward and backward, counted over the first few pairs."""
     with torch.inference_mode(False), torch.enable_grad():
         # A test runs in inference mode, whose tensors know no gradients: copies do.
         copied = copy.deepcopy(task)
-        few = first_pairs(pairs, captions)
+        few = first_pairs(pairs, CAPTIONS)
         few = PriorBatch(few.image_embed.clone(), type(few.text)(*(part.clone() for part in few.text)))
         work = count_flops(lambda: copied.loss(few, torch.Generator().manual_seed(0)).backward())
     return work // len(few.image_embed)

@@ -18,6 +18,9 @@ from unclip_pl.types import TextFeatures
 
 T = TypeVar("T")
 
+#: Between the seeds of two batches: more than there are training seeds, so that no two seeds of a study share one.
+STRIDE = 7919
+
 
 def gather(own: T, world_size: int) -> list[T]:
     """Return every rank's object, in the order of ranks."""
@@ -99,7 +102,7 @@ class Painter(AbstractContextManager["Painter"]):
         for batch in range(self.rank, -(-len(image_embed) // self.batch_size), self.world_size):
             start = batch * self.batch_size
             rows = slice(start, start + self.batch_size)
-            generator = torch.Generator().manual_seed(self.seed + 7919 * batch)
+            generator = torch.Generator().manual_seed(self.seed + STRIDE * batch)
             words = text.rows(rows).to(device)
             images = self.decoder.decode(image_embed[rows].to(device), words, generator=generator)
             parts[batch] = self.look(images, keep=[row - start for row in keep if 0 <= row - start < len(images)])

@@ -21,7 +21,7 @@ from unclip_pl.clip import ClipSpec
 from unclip_pl.data.chosen import ChosenCaptions
 from unclip_pl.diffusion import check_guidance
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.evaluation.inputs import check_judge, parts_of, streams_for
+from unclip_pl.evaluation.inputs import check_judge, judge_of, parts_of, streams_for
 from unclip_pl.files import (
     load_plain,
     read_tensors,
@@ -149,7 +149,7 @@ class FidEvaluation(LightningModule):
                 net = loaders[name](path).to(self.device)
                 probe = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.device)
                 self._extractors[name] = Extractor(net, net(probe)[0].shape[1], sha256(Path(path)))
-        self._judge = (self.judge.within(self.run).load().to(self.device),)  # a tuple keeps it out of the module tree
+        self._judge = judge_of(self)
         self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
         self._real = {name: self._reference(name) for name in self._extractors}
         self._fake = {scale: self._moments() for scale in self.guidances}

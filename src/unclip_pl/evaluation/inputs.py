@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from unclip_pl.clip import ClipSpec
+from unclip_pl.clip import ClipEncoder, ClipSpec
 from unclip_pl.data.datamodule import StoreDataModule
 from unclip_pl.errors import InputError
 from unclip_pl.generation.run import Parts, open_parts
@@ -30,6 +30,12 @@ def check_judge(judge: ClipSpec | None, clip: ClipSpec | None) -> None:
     """
     if judge is not None and judge == clip:
         raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
+
+
+def judge_of(module: Any) -> tuple[ClipEncoder, ...]:
+    """Load the judge that a test-module names, if any. A tuple keeps it out of the module tree, and of state dicts."""
+    specs = [] if module.judge is None else [module.judge]
+    return tuple(spec.within(module.run).load().to(module.device) for spec in specs)
 
 
 def parts_of(module: Any, **named: Any) -> Parts:

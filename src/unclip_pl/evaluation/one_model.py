@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.fid import FID
-from unclip_pl.evaluation.inputs import check_judge, check_seeds, parts_of, streams_for
+from unclip_pl.evaluation.inputs import check_judge, check_seeds, judge_of, parts_of, streams_for
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.generation.priors import PriorSpec, TrueEmbeddingSpec
 from unclip_pl.metrics import FrechetDistance, Rows
@@ -128,8 +128,7 @@ class ImageEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Load every network, and refuse to mix CLIPs."""
-        # A tuple keeps it out of the module tree: nobody should find a CLIP in a state dict.
-        self._judge = (self.judge.within(self.run).load().to(self.device),)
+        self._judge = judge_of(self)
         if self.fid is not None:
             self.fid.load()
         self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})

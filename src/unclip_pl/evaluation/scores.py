@@ -213,6 +213,11 @@ def resampled_means(values: Tensor, resamples: int, *, generator: torch.Generato
     return torch.cat([values.double().mean()[None], values.double()[index].mean(1)])
 
 
+def resampler() -> torch.Generator:
+    """Return a generator that draws the same captions for every cell, choice and report, so that these are paired."""
+    return torch.Generator().manual_seed(0)
+
+
 def spectrum(image_embed: Tensor) -> dict[str, float]:
     """Return how many directions (N, d) embeddings use: axes for 99 % of the variance, and the effective rank.
 

@@ -9,7 +9,7 @@ from lightning import __version__ as lightning_version
 from unclip_pl.clip import ClipSpec
 from unclip_pl.errors import InputError
 from unclip_pl.files import replacing
-from unclip_pl.generation.run import write_run
+from unclip_pl.generation.run import RUN, write_run
 from unclip_pl.interop.files import KarloFiles, KarloPart
 from unclip_pl.interop.layout import load_weights
 from unclip_pl.interop.sizes import decoder_sizes, prior_sizes, upsampler_sizes
@@ -36,7 +36,7 @@ def write_karlo(files: KarloFiles, root: Path, clip: ClipSpec) -> list[str]:
         InputError: a part does not fit its network or the CLIP, or the statistics are missing.
         FileExistsError: there is a run already.
     """
-    if (root / "run.json").exists():
+    if (root / RUN).exists():
         raise FileExistsError(f"{root} holds a run already: import into another folder (--out).")
     if files.statistics is None:
         raise InputError(

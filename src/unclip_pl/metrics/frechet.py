@@ -1,8 +1,8 @@
 """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6).
 
 The number is called ``fid`` only for the Inception weights of FID, and by its features otherwise. The distance is
-biased upward, more so for small n: compare at equal n only. Everything is
-float64, which neither autocast nor TF32 touches.
+biased upward, more so for small n: compare at equal n only. Everything is float64, which neither autocast nor TF32
+touches.
 """
 
 import numpy as np
@@ -166,9 +166,8 @@ def _with_ones(features: Tensor) -> Tensor:
     """Return (B, 1 + F) float64, the first column ones."""
     rows = torch.empty(len(features), features.shape[1] + 1, dtype=torch.float64, device=features.device)
     rows[:, 0] = 1
-    if (
-        rows.device.type == "cpu"
-    ):  # NumPy copies on one thread. Torch's would go on spinning on the cores that BLAS wants.
+    # NumPy copies on one thread. Torch's would go on spinning on the cores that BLAS wants.
+    if rows.device.type == "cpu":
         known = torch.promote_types(features.dtype, torch.float32)  # NumPy has no bfloat16
         rows.numpy()[:, 1:] = features.detach().to(known).numpy()
     else:

@@ -33,19 +33,18 @@ def _is_ours(part: type[Part]) -> bool:
     return part.__module__.startswith("unclip_pl.parts.")
 
 
-def load_part(path: str | Path, expected: type[P], map_location: str = "cpu") -> P:
+def load_part(path: str | Path, expected: type[P]) -> P:
     """Rebuild a part from its checkpoint alone, with the averaged weights where EMA ran; in eval mode.
 
     Args:
         path: checkpoint written by ``unclip fit``, or such a file of a bundle.
         expected: class of the part that it must hold. A Task asks for the Task itself, which can train on.
-        map_location: device of the weights.
 
     Raises:
         MissingFileError: the file does not exist.
         InputError: the checkpoint holds another part, was not written by ``unclip fit``, or is broken.
     """
-    checkpoint = read_checkpoint(path, map_location=map_location, mmap=True)
+    checkpoint = read_checkpoint(path, mmap=True)
     hyper_parameters = checkpoint.get("hyper_parameters")
     if not isinstance(hyper_parameters, dict) or "_class_path" not in hyper_parameters:
         raise InputError(f"Expected a checkpoint written by `unclip fit`. {path} names no Task: give another file.")

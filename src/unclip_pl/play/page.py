@@ -72,7 +72,9 @@ def require_gradio() -> None:
         InputError: the extra is not installed.
     """
     if gr is None:
-        raise InputError("Expected Gradio, which serves the page. Got no such package: run `pip install gradio`.")
+        raise InputError(
+            "Expected Gradio, which serves the page. Got no such package: run `pip install 'unclip_pl[play]'`."
+        )
 
 
 def launch(blocks: gr.Blocks, port: int, **settings: Any) -> None:

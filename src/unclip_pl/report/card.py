@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 #: File of the card, in a bundle or an export.
 CARD = "README.md"
 #: Settings that name files.
-HIDDEN = ("class", "pretrained", "checkpoint")
+FILES = ("pretrained", "checkpoint", "last_step", "codec")
 #: Shards whose samples are looked through for licences.
 LOOKED = 32
 
@@ -83,12 +83,15 @@ def _broken(path: Path, error: Exception) -> InputError:
 
 def _parts(run: RunDescription) -> list[tuple[str, str]]:
     """Return what the run consists of, with its settings but without its paths."""
-    found = {"CLIP": run.clip, "decoder": run.decoder} | {f"prior `{name}`": spec for name, spec in run.priors.items()}
+    found: dict[str, Any] = {"CLIP": run.clip, "decoder": run.decoder}
+    found |= {f"upsampler {i}": spec for i, spec in enumerate(run.decoder.upsamplers, 1)}
+    found |= {f"prior `{name}`": spec for name, spec in run.priors.items()}
     lines = []
     for part, spec in found.items():
         told = dict(lines_of(settings(spec)))
-        kind = told.pop("name", "") or told.pop("class", "")
-        told = {key: value for key, value in told.items() if key not in HIDDEN and value not in ("None", "[]")}
+        kind = told.pop("name", "") or told["class"]
+        hidden = {key for key in told if key in ("class", "upsamplers") or key.rpartition(".")[2] in FILES}
+        told = {key: value for key, value in told.items() if key not in hidden and value not in ("None", "[]")}
         lines.append((part, ", ".join([kind, *(f"{key} {value}" for key, value in told.items())])))
     return lines
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.evaluation.measures import MEASURES, plain
-from unclip_pl.evaluation.scores import resampled_means
+from unclip_pl.evaluation.scores import resampled_means, resampler
 from unclip_pl.metrics.crossed import crossed_resamples
 from unclip_pl.report.study import Arm, Key, metrics, stacked, whole
 
@@ -185,7 +185,7 @@ def _resamples(arm: Arm, name: str) -> Tensor:
     if name in cell["resamples"]:
         return stacked(arm, "resamples", name)
     means = [
-        resampled_means(row, cell["counts"]["resamples"], generator=torch.Generator().manual_seed(0))
+        resampled_means(row, cell["counts"]["resamples"], generator=resampler())
         for row in whole(stacked(arm, "values", name))
     ]
     return torch.stack(means)

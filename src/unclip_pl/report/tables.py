@@ -207,18 +207,16 @@ def cost_table(report: Report) -> Table | None:
     for name, row in report["priors"].items():
         trained = bool(row["training_steps"])
         low, high = row["training_seconds_range"]
-        numbers = [
-            f"{row['lr']:g}" if row["lr"] else "–",
-            short_count(row["parameters"]),
-            f"{row['training_samples']:,.0f}" if row["training_samples"] else "–",
-            f"{row['training_seconds']:.0f}" if trained else "–",
-            f"{row['training_flops'] / 1e12:,.1f}" if row["training_flops"] else "–",
-            f"{row['evaluations']:,.0f}",
-            f"{row['flops_per_embedding'] / 1e6:,.1f}",
-            f"{1e3 * row['seconds_per_embedding']:.2f}",
-        ]
+        spread = f"{low:.0f} to {high:.0f}" if high > low else ""
         cells = [
-            Field(text, f"{low:.0f} to {high:.0f}" if i == 3 and high > low else "") for i, text in enumerate(numbers)
+            Field(f"{row['lr']:g}" if row["lr"] else "–"),
+            Field(short_count(row["parameters"])),
+            Field(f"{row['training_samples']:,.0f}" if row["training_samples"] else "–"),
+            Field(f"{row['training_seconds']:.0f}" if trained else "–", spread),
+            Field(f"{row['training_flops'] / 1e12:,.1f}" if row["training_flops"] else "–"),
+            Field(f"{row['evaluations']:,.0f}"),
+            Field(f"{row['flops_per_embedding'] / 1e6:,.1f}"),
+            Field(f"{1e3 * row['seconds_per_embedding']:.2f}"),
         ]
         seeds = f"{len(row['seeds'])} training seeds" if trained and len(row["seeds"]) > 1 else ""
         rows.append([Field(name, seeds), Field(sampled_by(row["sampling"])), *cells])

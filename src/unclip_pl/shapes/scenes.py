@@ -43,7 +43,6 @@ class Scene(NamedTuple):
     background: str
 
 
-SCENE = Scene._fields
 SCENE_VALUES: dict[str, tuple[str, ...]] = {
     "first_shape": VALUES["shape"],
     "first_color": VALUES["color"],
