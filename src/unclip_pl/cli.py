@@ -26,7 +26,7 @@ from jsonargparse import ArgumentParser
 from unclip_pl.errors import InputError
 from unclip_pl.imports import kept
 from unclip_pl.moved import moved_in
-from unclip_pl.settings import expanded, find, no_config, parse_yaml, read_yaml
+from unclip_pl.settings import STAGE_LOCK, expanded, find, no_config, parse_yaml, read_yaml
 
 #: Every command by what a person wants to do, with a line about it.
 GROUPS = {
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal's number for Ctrl-C and SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if lock := os.environ.pop("UNCLIP_STAGE", ""):  # `unclip reproduce` has started this process
+    if lock := os.environ.pop(STAGE_LOCK, ""):  # `unclip reproduce` has started this process
         importlib.import_module("unclip_pl.commands.launch").belong(lock)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

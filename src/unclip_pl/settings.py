@@ -24,6 +24,9 @@ SHIPPED = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2]
 #: Folders of what is found by its name.
 CONFIGS, PROMPTS = "configs", "data/prompts"
 
+#: Environment variable that names a stage's lock file to the process that `unclip reproduce` starts for the stage.
+STAGE_LOCK = "UNCLIP_STAGE"
+
 #: A home folder at the beginning of a path, after the name of an option or the words that mark a local CLIP.
 _HOME = re.compile(r"^((?:--[\w.+-]+=)?(?:local-dir:)?)(~[^/\\]*)(?=[/\\]|$)")
 

@@ -12,9 +12,10 @@ import torch
 
 from unclip_pl import report as module
 from unclip_pl.commands.report import report as draw_again
-from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.evaluation.measures import GROUPS, MEASURES
 from unclip_pl.evaluation.sheet import Sheet
 from unclip_pl.files import write_json
+from unclip_pl.report.page import DIVERSITY, EMBEDDINGS
 from unclip_pl.report.plots import apart, colors, draw_duels
 from unclip_pl.report.study import distinct
 from unclip_pl.report.tables import choice_table, foundation_table, metric_tables
@@ -139,6 +140,10 @@ def test_profiles_of_trainings_are_on_the_page(tmp_path: Path, arm: Arm, write_c
     markdown = (tmp_path / "report.md").read_text()
     assert "| decoder | Card | 62.5 | 89.0 | 9.0 | 87.4 | 3.0 |" in " ".join(markdown.split())
     assert "| codec |" not in markdown
+
+
+def test_groups_with_figures_of_their_own_are_groups_of_measures() -> None:
+    assert {DIVERSITY, EMBEDDINGS} <= set(GROUPS)
 
 
 def test_a_study_that_measured_little_is_drawn(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

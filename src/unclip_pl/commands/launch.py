@@ -14,11 +14,10 @@ from threading import Lock, Thread
 from typing import IO, Any, TextIO
 
 from unclip_pl.files import alone
+from unclip_pl.settings import STAGE_LOCK
 
 #: What a stage's words are given to.
 PROGRAM = (sys.executable, "-m", "unclip_pl")
-#: Environment variable that names a stage's lock file to the stage's process.
-LOCK = "UNCLIP_STAGE"
 #: Seconds that the rest of an ended process's output may take. A process of its own that it left behind keeps it open.
 PATIENCE = 10.0
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -41,7 +40,7 @@ class Process:
     def __init__(self, words: Sequence[str], log: Path, lock: Path, label: str, variables: dict[str, str]) -> None:
         size = shutil.get_terminal_size()
         debug = ["--debug"] if "--debug" in sys.argv else []
-        told = {LOCK: str(lock), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        told = {STAGE_LOCK: str(lock), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         told |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
         if sys.stdout.isatty() and not label:
             told["TTY_COMPATIBLE"] = "1"  # rich draws its bars

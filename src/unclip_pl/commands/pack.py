@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from unclip_pl.packing.samples import (
     shapes_samples,
     table_samples,
 )
-from unclip_pl.shapes.render import Split
+from unclip_pl.shapes.render import SPLITS
 
 Quality = restricted_number_type("Quality", int, [(">=", 1), ("<=", 100)], join="and")
 
@@ -58,11 +58,12 @@ def pack_shapes(
     if words and objects == 2:
         raise InputError("Expected words over one shape. Got --words with --objects 2: leave one of them out.")
     size = size or (64 if words or objects == 2 else 32)
-    for split, count in zip(get_args(Split), (train, val, heldout), strict=True):
+    for split, count in zip(SPLITS, (train, val, heldout), strict=True):
         if count:
             one = partial(shapes_samples, words=words)
             samples = (scene_samples if objects == 2 else one)(count, split=split, size=size, seed=seed)
-            _pack(samples, count, out, split, shard_size, Form(encode="png"), num_workers, 0.0)
+            form, sizes = Form(encode="png"), {"shard_size": shard_size, "num_workers": num_workers}
+            _pack(samples, count, out, split, form, **sizes, max_bad_fraction=0.0)
 
 
 @dataclass(frozen=True)
@@ -151,18 +152,20 @@ def pack_emoji(
             "Expected folders of emoji sets. Got none: write unclip pack emoji --from node_modules --out DIR."
         )
     sets, pairs = EmojiSets([Path(path) for path in paths]), read_pairs()
-    for split in ("train", "val", "heldout"):
+    for split in SPLITS:
         samples = EmojiSamples(sets, pairs, split, size)
         if len(samples):
-            _pack(samples, len(samples), out, split, shard_size, Form(size, encode="png"), num_workers, 0.01)
+            form, sizes = Form(size, encode="png"), {"shard_size": shard_size, "num_workers": num_workers}
+            _pack(samples, len(samples), out, split, form, **sizes, max_bad_fraction=FileOptions.max_bad_fraction)
     write_card(Path(out), sets, pairs)
     left = sum(sets.picture(pair) is None for pair in pairs)
     print(f"left out {left:,} of {len(pairs):,} pairs, whose pictures are not at hand: see {Path(out) / 'README.md'}")
 
 
-def _pack_files(samples: FileSamples, out: str, o: FileOptions) -> None:
-    form = Form(o.size, o.resize, o.encode, o.quality)
-    _pack(samples, len(samples), out, o.split, o.shard_size, form, o.num_workers, o.max_bad_fraction)
+def _pack_files(samples: FileSamples, out: str, options: FileOptions) -> None:
+    form = Form(options.size, options.resize, options.encode, options.quality)
+    sizes = {"shard_size": options.shard_size, "num_workers": options.num_workers}
+    _pack(samples, len(samples), out, options.split, form, **sizes, max_bad_fraction=options.max_bad_fraction)
 
 
 def _pack(
@@ -170,8 +173,9 @@ def _pack(
     count: int,
     out: str,
     split: str,
-    shard_size: int,
     form: Form,
+    *,
+    shard_size: int,
     num_workers: int,
     max_bad_fraction: float,
 ) -> None:

@@ -29,15 +29,13 @@ from unclip_pl.data.shards import Shard, list_shards
 from unclip_pl.data.store import MANIFEST
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
-from unclip_pl.generation.provenance import PROFILE, STAGES
+from unclip_pl.generation.provenance import CLAIMS, PROFILE, STAGES
 from unclip_pl.nn.kernels import fast_bfloat16
 from unclip_pl.origin import commit
 from unclip_pl.settings import find, no_config, read_yaml
 
 #: File in the run's folder: what the source's shards hold.
 SHARDS = "shards.json"
-#: File in the folder of what is kept: its table of claims.
-OWN = "claims.yaml"
 #: Seconds between two looks at the running stages.
 PAUSE = 0.05
 
@@ -92,7 +90,7 @@ def reproduce(
         for folder in (run, results) if results else (run,):
             locks.enter_context(only_one(Path(folder)))
         if claims:  # before anything is measured: the report of a study that was cut needs them too
-            write_text(Path(results or run) / OWN, find(claims).read_text(encoding="utf-8"))
+            write_text(Path(results or run) / CLAIMS, find(claims).read_text(encoding="utf-8"))
         Master(recipe, compare, upsamplers, jobs).run(recipe.plan(only))
         if not only:
             report(Path(results or run), Path(run) / "study" if results else None)

@@ -177,6 +177,22 @@ class Prior(ABC):
         return other
 
 
+class TrainedPrior(Prior):
+    """A prior whose network a Task has trained.
+
+    Args:
+        spec: its settings.
+        part: the network, loaded or in training, and the space that it lives in.
+    """
+
+    def __init__(self, spec: TrainedPriorSpec, part: EmbeddingPart) -> None:
+        super().__init__(spec)
+        self.part = part
+        self.num_parameters = count_parameters(part.net)
+        self.record = part.record or TrainingRecord()
+        self.fingerprint = part.space.fingerprint
+
+
 def best_of(candidates: Tensor, text: TextFeatures) -> Tensor:
     """Keep each caption's candidate with the largest z_i·z_t, both of unit norm (§2.2): (B, N, d) → (B, d).
 
@@ -240,7 +256,7 @@ class DiffusionPriorSpec(TrainedPriorSpec):
         return DiffusionPrior(self, part)
 
 
-class DiffusionPrior(Prior):
+class DiffusionPrior(TrainedPrior):
     """The paper's better prior: diffusion over embeddings."""
 
     spec: DiffusionPriorSpec
@@ -250,9 +266,7 @@ class DiffusionPrior(Prior):
     def __init__(
         self, spec: DiffusionPriorSpec, part: DiffusionPriorPart, guide: DiffusionPriorPart | None = None
     ) -> None:
-        super().__init__(spec)
-        _describe(self, part)
-        self.part = part
+        super().__init__(spec, part)
         self.guide = guide
         self.keeps_norm = spec.keep_norm
         self.sampler = spec.sampler or Ancestral(64)
@@ -345,7 +359,7 @@ class ARPriorSpec(TrainedPriorSpec):
         return ARPrior(self, part)
 
 
-class ARPrior(Prior):
+class ARPrior(TrainedPrior):
     """The paper's other prior: a language model over the codes of an embedding."""
 
     spec: ARPriorSpec
@@ -353,9 +367,7 @@ class ARPrior(Prior):
     codec: EmbeddingCodec
 
     def __init__(self, spec: ARPriorSpec, part: ARPriorPart) -> None:
-        super().__init__(spec)
-        _describe(self, part)
-        self.part = part
+        super().__init__(spec, part)
         self.codec = part.codec
 
     @property
@@ -414,12 +426,6 @@ def _streams(generator: Streams | None) -> Sequence[torch.Generator]:
     return [generator] if isinstance(generator, torch.Generator) else generator
 
 
-def _describe(prior: Prior, part: EmbeddingPart) -> None:
-    prior.num_parameters = count_parameters(part.net)
-    prior.record = part.record or TrainingRecord()
-    prior.fingerprint = part.space.fingerprint
-
-
 @dataclass(frozen=True)
 class MixturePriorSpec(TrainedPriorSpec):
     """Samples a :class:`~unclip_pl.parts.MixturePriorPart` coordinate by coordinate.
@@ -446,16 +452,11 @@ class MixturePriorSpec(TrainedPriorSpec):
         return MixturePrior(self, part)
 
 
-class MixturePrior(Prior):
+class MixturePrior(TrainedPrior):
     """An autoregressive prior with a density: a mixture of Gaussians for each coordinate of an embedding."""
 
     spec: MixturePriorSpec
     part: MixturePriorPart
-
-    def __init__(self, spec: MixturePriorSpec, part: MixturePriorPart) -> None:
-        super().__init__(spec)
-        _describe(self, part)
-        self.part = part
 
     @property
     def evaluations(self) -> int:
@@ -498,15 +499,10 @@ class RegressionPriorSpec(TrainedPriorSpec):
         return RegressionPrior(self, part)
 
 
-class RegressionPrior(Prior):
+class RegressionPrior(TrainedPrior):
     """A network's one answer to a caption: the conditional mean, or what ECLIPSE makes of it."""
 
     part: RegressionPriorPart
-
-    def __init__(self, spec: RegressionPriorSpec, part: RegressionPriorPart) -> None:
-        super().__init__(spec)
-        _describe(self, part)
-        self.part = part
 
     @property
     def evaluations(self) -> int:

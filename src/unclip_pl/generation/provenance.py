@@ -15,6 +15,8 @@ from unclip_pl.origin import commit
 
 #: Folder of a run, or of a study's results, in which ``unclip reproduce`` notes its stages: a record and a log of each.
 STAGES = "stages"
+#: File in the folder of a study's results: its own table of claims.
+CLAIMS = "claims.yaml"
 #: File in the folder of a fit: its steps a second, MFU, and the busy share of the GPU.
 PROFILE = "profile.json"
 #: Longer lists, such as a sampler's times, follow from the other settings.

@@ -15,6 +15,7 @@ from unclip_pl.data.transforms import BadSample
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.files import write_text
 from unclip_pl.packing.samples import Picture, Sample
+from unclip_pl.shapes.render import SPLITS
 
 HERE = Path(__file__).parent
 #: The sets, see the file's header.
@@ -109,10 +110,9 @@ def write_card(folder: Path, sets: EmojiSets, pairs: Sequence[Pair]) -> None:
     """Write ``README.md``: sources, licences, how many pairs there are of each style, and what is left out."""
     found = Counter((pair.style, pair.split) for pair in pairs if sets.picture(pair) is not None)
     asked = Counter(pair.style for pair in pairs)
-    splits = ("train", "val", "heldout")
     lines = []
     for name, style in SETS["styles"].items():
-        counts = [found[name, split] for split in splits]
+        counts = [found[name, split] for split in SPLITS]
         left = asked[name] - sum(counts)
         cells = [name, style["phrase"], style["license"], *(f"{count:,}" for count in counts), f"{left:,}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -21,7 +21,7 @@ from unclip_pl.data.transforms import BadSample
 from unclip_pl.errors import InputError
 from unclip_pl.files import EDGES
 from unclip_pl.shapes.captions import caption
-from unclip_pl.shapes.render import HELD_OUT, Split, draw_attributes, render
+from unclip_pl.shapes.render import HELD_OUT, SPLITS, Split, draw_attributes, render
 from unclip_pl.shapes.scenes import draw_scenes, render_scenes, scene_caption
 from unclip_pl.shapes.words import draw_words, write_words
 
@@ -58,7 +58,7 @@ def shapes_samples(count: int, *, split: Split, size: int = 32, seed: int = 0, w
         words: write the name of a shape over pictures, see :func:`~unclip_pl.shapes.words.draw_words`. Where there is
             one, three in four captions of train and val say it in the place of the shape; heldout's tell the truth.
     """
-    stream = [seed, ("train", "val", "heldout").index(split)]
+    stream = [seed, SPLITS.index(split)]
     rng, own = np.random.default_rng(stream), np.random.default_rng([*stream, 1])
     for start in range(0, count, 1000):
         attributes = draw_attributes(min(1000, count - start), split=split, rng=rng)
@@ -85,7 +85,7 @@ def scene_samples(count: int, *, split: Split, size: int = 64, seed: int = 0) ->
         size: side in pixels, even.
         seed: base seed of every random draw; each split has its own stream.
     """
-    rng = np.random.default_rng([seed, ("train", "val", "heldout").index(split), 2])
+    rng = np.random.default_rng([seed, SPLITS.index(split), 2])
     for start in range(0, count, 1000):
         scenes = draw_scenes(min(1000, count - start), split=split, rng=rng)
         images = render_scenes(scenes, size=size, rng=rng)

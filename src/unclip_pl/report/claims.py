@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import MEASURES
+from unclip_pl.generation.provenance import CLAIMS
 from unclip_pl.report.frontier import PERFECT
 from unclip_pl.report.study import row_named
 from unclip_pl.settings import read_yaml
@@ -22,9 +23,6 @@ OPEN, UNTOLD, UNMEASURED = "open", "cannot be told", "not measured"
 WIN_DELTA = 0.03
 #: Rows between which a distance's δ is a tenth of the way: the perfect prior, or else the true embedding, and z_t.
 TRUE, TEXT = "ceiling", "text"
-#: A study's own table of claims, in its folder.
-OWN = "claims.yaml"
-
 Report = dict[str, Any]
 
 
@@ -44,7 +42,7 @@ def claims_table(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: a claim names a test that there is not.
     """
-    own = folder / OWN
+    own = folder / CLAIMS
     path = own if own.is_file() else Path(__file__).with_name("paper.yaml")
     table: dict[str, Any] = {"order": [], "beside": [], "words": {}, "ablations": [], "baselines": [], "claims": []}
     table["gate"] = None

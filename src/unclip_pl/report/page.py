@@ -36,6 +36,8 @@ from unclip_pl.report.tables import (
 
 Report = dict[str, Any]
 
+#: Groups of measures that have figures or pictures beside their table, as measures.yaml names them.
+DIVERSITY, EMBEDDINGS = "Diversity", "Embeddings"
 #: Sentences that every report prints.
 WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
@@ -113,13 +115,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         ("Every measure at a glance", [_figure("metrics"), Points(WORDS["statistics"], "How to read the intervals")]),
         ("Head to head", [_figure("head_to_head"), duel_table(report)]),
     ]
-    for table in metric_tables(report):
-        blocks: list[Block | None] = [table]
-        if table.title == "Diversity" and "many" in sheets:
-            blocks.append(Pictures("many", WORDS["many"], 46, grouped=True))
-        if table.title == "Embeddings":
-            blocks = [Text(WORDS["cosine"]), table, _figure("calibration"), _figure("cost")]
-        found.append((table.title, blocks))
+    found += [(table.title, _with_figures(table, sheets)) for table in metric_tables(report)]
     found += [(table.title, [table]) for table in further_tables(report)]
     found += [
         ("Ablations", [_figure("ablations"), ablation_table(report)]),
@@ -142,6 +138,14 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         for title, blocks in found
     ]
     return [Section(title, blocks) for title, blocks in there if blocks]
+
+
+def _with_figures(table: Table, sheets: dict[str, Sheet]) -> list[Block | None]:
+    """Return the table of a group of measures, and what belongs beside it."""
+    if table.title == EMBEDDINGS:
+        return [Text(WORDS["cosine"]), table, _figure("calibration"), _figure("cost")]
+    many = table.title == DIVERSITY and "many" in sheets
+    return [table, Pictures("many", WORDS["many"], 46, grouped=True) if many else None]
 
 
 def _figure(name: str, curve: str = "") -> Figure:

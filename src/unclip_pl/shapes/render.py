@@ -7,7 +7,7 @@ drawn. Masks are tensor arithmetic alone: the oracle re-renders with the functio
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from unclip_pl.errors import InputError
 
 Split = Literal["train", "val", "heldout"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # --- Signed distances: negative inside, in units of the radius, y down. They are true near edges, where antialiasing
 # needs them. Under the full rotation jitter every shape stays within [-1, 1] on both axes.

@@ -149,18 +149,16 @@ class UnclipCLI(ConfiguredCLI):
         self._find_best()
         device, precision = self.trainer.strategy.root_device.type, str(self.trainer.precision)
         if device == "cpu" and precision.startswith("bf16") and not fast_bfloat16(device):
-            rank_zero_only(print)(
-                "warning: this processor has no fast products in bfloat16, and a step in them can take many times as "
-                "long as in float32. Give --trainer.precision 32-true.",
-                file=sys.stderr,
+            _warn(
+                "this processor has no fast products in bfloat16, and a step in them can take many times as long as in "
+                "float32. Give --trainer.precision 32-true."
             )
         kept = {_class_name(one) for one in self.config[self.subcommand].trainer.callbacks or []}
         dropped = [name for name in dict.fromkeys(callbacks_in(self.words)) if name not in kept]
         if dropped:
-            rank_zero_only(print)(
-                f"warning: {' and '.join(dropped)} will not run, since a later `callbacks:` replaces the list. Write "
-                "`callbacks+:` (on the command line `--trainer.callbacks+=…`) to add to it.",
-                file=sys.stderr,
+            _warn(
+                f"{' and '.join(dropped)} will not run, since a later `callbacks:` replaces the list. Write "
+                "`callbacks+:` (on the command line `--trainer.callbacks+=…`) to add to it."
             )
 
     def before_validate(self) -> None:
@@ -168,10 +166,7 @@ class UnclipCLI(ConfiguredCLI):
         self._find_best()
         config = self.config[self.subcommand]
         if isinstance(self.model, Task) and not config.ckpt_path:
-            rank_zero_only(print)(
-                "warning: these are the scores of untrained, random weights. Give a checkpoint as --ckpt_path FILE.",
-                file=sys.stderr,
-            )
+            _warn("these are the scores of untrained, random weights. Give a checkpoint as --ckpt_path FILE.")
 
     before_test = before_predict = before_validate
 
@@ -202,6 +197,10 @@ class UnclipCLI(ConfiguredCLI):
         last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
         saved = f"{last} goes on from there (--ckpt_path)" if last and Path(last).is_file() else "nothing is saved"
         rank_zero_only(print)(f"{why}: {saved}.", file=sys.stderr)
+
+
+def _warn(text: str) -> None:
+    rank_zero_only(print)(f"warning: {text}", file=sys.stderr)
 
 
 def early_end(trainer: Any) -> str:
