@@ -10,7 +10,7 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,13 +94,13 @@ def prior() -> list[Row]:
     return rows + [trained("prior/paper", part, n, n * work // 64, "; CompiledBlocks") for n in (64, 128)]
 
 
-def decoder() -> list[Row]:
+def decoder() -> Iterator[Row]:
     """The paper's decoder: at least 40 % is to be reached, with compiled norms and channels last."""
     part = build("decoder/paper", "cuda")
     work = 2 * counted(part, 16)
-    rows = [trained("decoder/paper", part, 32, work)]
+    yield trained("decoder/paper", part, 32, work)
     compile_blocks(part.task)
-    return [*rows, trained("decoder/paper", part, 32, work, "; CompiledBlocks")]
+    yield trained("decoder/paper", part, 32, work, "; CompiledBlocks")
 
 
 def small() -> list[Row]:
@@ -167,7 +167,13 @@ def waits() -> list[Row]:
     return rows
 
 
-SECTIONS = {"waits": waits, "samplers": samplers, "prior": prior, "decoder": decoder, "small": small}
+SECTIONS: dict[str, Callable[[], Iterable[Row]]] = {
+    "waits": waits,
+    "samplers": samplers,
+    "prior": prior,
+    "decoder": decoder,
+    "small": small,
+}
 PREAMBLE = """# Benchmarks on a GPU
 
 `python benchmarks/gpu.py` on one {device}, torch {torch}, CUDA {cuda}, commit {commit}. A plain bfloat16 product of
@@ -196,9 +202,10 @@ def main() -> int:
     }
     rows: list[Row] = []
     for name in options.only or SECTIONS:
-        rows += SECTIONS[name]()
+        for row in SECTIONS[name]():
+            rows.append(row)
+            write(options.out, meta, rows)  # a later one may run out of memory, or of time
         Console(width=200).print(table(rows))
-        write(options.out, meta, rows)  # a later section may run out of memory
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Packed weights change how long a product takes and nothing else."""
+"""Packed weights change how long a product takes and nothing else; what is counted is not replayed."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip_pl.nn.kernels import packed
+from unclip_pl.nn.kernels import packed, recorded
 
 
 @pytest.fixture
@@ -58,3 +58,15 @@ def test_a_packed_product_counts_as_any_other(net: nn.Sequential) -> None:
     with packed(net):
         inside = count()
     assert inside == count() == 2 * 15 * (48 * 96 + 96 * 32)
+
+
+def test_a_step_whose_operations_are_counted_is_not_replayed() -> None:
+    """A counter sees what Python dispatches: of a replay nothing."""
+
+    def step(x: Tensor) -> Tensor:
+        return x
+
+    with FlopCounterMode(display=False):
+        assert recorded(step, torch.device("cuda")) is step
+    assert recorded(step, torch.device("cuda")) is not step
+    assert recorded(step, torch.device("cpu")) is step

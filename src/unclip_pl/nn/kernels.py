@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 Resample = Literal["none", "down", "up"]
@@ -238,9 +239,11 @@ def recorded(step: Callable[..., Tensor], device: torch.device) -> Callable[...,
         device: device of the tensors; elsewhere than on a GPU ``step`` itself is returned.
 
     Returns:
-        A function of tensors of the first call's shapes.
+        A function of tensors of the first call's shapes. Where operations are counted it is ``step`` too, since a
+        counter sees nothing of a replay.
     """
-    return _Recorded(step) if device.type == "cuda" else step
+    counted = _get_current_dispatch_mode() is not None
+    return _Recorded(step) if device.type == "cuda" and not counted else step
 
 
 class _Recorded:

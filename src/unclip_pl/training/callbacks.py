@@ -278,13 +278,20 @@ class RecordedLoss(Callback):
             return type(task).loss(task, batch)
         batch = batch._replace(text=batch.text.pad(length))
         if self._replay is None:
-            kind = task.device.type
-            dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-            with torch.autocast(kind, dtype, enabled, cache_enabled=False):  # a cached cast is not part of the graph
-                inputs = tuple(part.clone() for part in tree_leaves(batch))  # every later batch is copied into them
-                of_tensors = _LossOfTensors(task, batch)
-                self._replay = torch.cuda.make_graphed_callables(of_tensors, inputs, allow_unused_input=True)
+            self._replay = self._record(task, batch)
         return self._replay(*tree_leaves(batch))
+
+    @staticmethod
+    def _record(task: Any, batch: Any) -> Any:
+        """Return the Task's loss as a function of a batch's tensors that replays it."""
+        kind = task.device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        inputs = tuple(part.clone() for part in tree_leaves(batch))  # every later batch is copied into them
+        with (
+            torch.autocast(kind, dtype, enabled, cache_enabled=False),  # a cached cast is not part of the graph
+            torch.random.fork_rng([task.device] if kind == "cuda" else []),  # the loss is run to warm up, and draws
+        ):
+            return torch.cuda.make_graphed_callables(_LossOfTensors(task, batch), inputs, allow_unused_input=True)
 
 
 class _LossOfTensors(nn.Module):
