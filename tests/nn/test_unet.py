@@ -161,6 +161,9 @@ def test_channels_last_is_the_same_function_and_comes_out_as_it_went_in(inputs: 
     last = net(x.to(memory_format=torch.channels_last), index, condition)
     assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, out)
+    net = net.to(memory_format=torch.contiguous_format)
+    net.channels_last = True  # as where the norms are compiled
+    torch.testing.assert_close(net(x, index, condition), out)
 
 
 def test_resampling_by_hand_is_torchs_with_its_gradient() -> None:

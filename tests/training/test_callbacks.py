@@ -6,11 +6,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from unclip_pl.nn.kernels import NormSiLU
 from unclip_pl.nn.layers import Transformer
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
 from unclip_pl.tasks import DiffusionPriorTask
-from unclip_pl.training.callbacks import CompiledBlocks, RecordedLoss, WarmupEMA
+from unclip_pl.training.callbacks import CompiledBlocks, RecordedLoss, WarmupEMA, compile_blocks
 from unclip_pl.types import PriorBatch, TextFeatures
 
 
@@ -109,6 +110,24 @@ def test_compiled_blocks_say_the_same() -> None:
         said.append(model.said)
         assert all((block._compiled_call_impl is not None) == bool(callbacks) for block in model.net.resblocks)
         assert list(model.state_dict()) == names
+    torch.testing.assert_close(*said)
+
+
+@pytest.mark.slow  # compiles
+def test_a_compiled_norm_says_the_same_and_keeps_the_format() -> None:
+    torch.manual_seed(0)
+    norm = NormSiLU(4, 16)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    scale, shift = torch.randn(2, 2, 16)
+    said = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(norm)
+        y = norm(x, scale, shift)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        said.append([y, *torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])])
     torch.testing.assert_close(*said)
 
 
