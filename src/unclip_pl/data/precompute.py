@@ -43,7 +43,6 @@ from unclip_pl.data.store import (
     require_caption_key,
     require_one_clip,
     require_states,
-    tool_version,
     write_features,
     write_manifest,
 )
@@ -529,20 +528,14 @@ def _half(values: Tensor, shard: Shard) -> np.ndarray:
 
 
 def _write(opened: Opened, contents: Contents, folder: Path, made_by: dict[str, Any]) -> tuple[ShardRecord, Skipped]:
-    features, file = contents.features, features_file(folder, opened.shard)
-    record = ShardRecord(
+    file = features_file(folder, opened.shard)
+    record = ShardRecord.of(
+        contents,
         shard=opened.shard.name,
         source_size=opened.size,
         source_mark=opened.mark,
         source_sha256=opened.sha256,
         file=file.name,
-        sha256=contents.checksum(),
-        images=len(features.image_embed),
-        splits=np.bincount(features.split, minlength=len(Split)).tolist(),
-        captions=len(features.text_embed),
-        dtype=str(features.image_embed.dtype),
-        skipped={reason: len(keys) for reason, keys in contents.skipped.items()},
-        version=tool_version(),
         others=opened.samples.others,
         **made_by,
     )

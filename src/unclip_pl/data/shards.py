@@ -345,6 +345,30 @@ def encode_text(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def _grouped(path: Path, skipped: dict[str, list[str]]) -> dict[str, dict[str, Span]]:
+    """Return each key's files by their suffix, the first of one name, and note keys that come again.
+
+    Args:
+        path: tar.
+        skipped: keys of bad samples by reason, which grow.
+    """
+    groups: dict[str, dict[str, Span]] = defaultdict(dict)
+    seen: Counter[tuple[str, str]] = Counter()  # a second sample of one key repeats all its suffixes, and is bad once
+    repeats: Counter[str] = Counter()
+    for name, span in _members(path, skipped):
+        key, suffix = split_name(name)
+        if key is None:
+            continue
+        if suffix in groups[key]:
+            seen[key, suffix] += 1
+            if seen[key, suffix] > repeats[key]:
+                repeats[key] += 1
+                skipped["duplicate key"].append(key)
+            continue
+        groups[key][suffix] = span
+    return groups
+
+
 def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
     """Find where each sample of a shard lies, and read its captions.
 
@@ -365,21 +389,7 @@ def index_shard(path: Path, caption_key: str = "") -> ShardIndex:
     """
     require_unpacked(path, "an uncompressed tar")
     skipped: dict[str, list[str]] = defaultdict(list)
-    groups: dict[str, dict[str, Span]] = defaultdict(dict)
-    seen: Counter[tuple[str, str]] = Counter()  # a second sample of one key repeats all its suffixes, and is bad once
-    repeats: Counter[str] = Counter()
-    for name, span in _members(path, skipped):
-        key, suffix = split_name(name)
-        if key is None:
-            continue
-        if suffix in groups[key]:
-            seen[key, suffix] += 1
-            if seen[key, suffix] > repeats[key]:
-                repeats[key] += 1
-                skipped["duplicate key"].append(key)
-            continue
-        groups[key][suffix] = span
-
+    groups = _grouped(path, skipped)
     entries, split, differing, others = [], split_of_file(path.name), 0, Counter[str]()
     with path.open("rb") as file:
         for key, members in groups.items():

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -83,6 +83,26 @@ class ShardRecord(NamedTuple):
         """
         require_format(dict(values).get("format", 1), FORMAT, path)
         return cls(**values)
+
+    @classmethod
+    def of(cls, contents: "Contents", **source: Any) -> Self:
+        """Return the record of a shard's contents.
+
+        Args:
+            contents: arrays and bad samples of the shard.
+            **source: the fields that they do not tell.
+        """
+        features = contents.features
+        return cls(
+            sha256=contents.checksum(),
+            images=len(features.image_embed),
+            splits=np.bincount(features.split, minlength=len(Split)).tolist(),
+            captions=len(features.text_embed),
+            dtype=str(features.image_embed.dtype),
+            skipped={reason: len(keys) for reason, keys in contents.skipped.items()},
+            version=tool_version(),
+            **source,
+        )
 
     def describes(self, shard: Shard, file: Path) -> bool:
         """Say whether a tar is the one that was embedded.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
-from unclip_pl.evaluation.cell import write_cell
+from unclip_pl.evaluation.cell import Counts, write_cell
 from unclip_pl.evaluation.costs import Training
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.foundations import class_embeddings
@@ -114,14 +114,7 @@ class Attack(LightningModule):
             "picture": known[read],
         }
         sheet = Sheet(torch.stack([images, view.images], 1), captions_of(classes[: len(images)]), [GIVEN, DRAWN])
-        counts = {
-            "rows": len(embeds),
-            "captions": len(embeds),
-            "many": 0,
-            "seeds": 1,
-            "resamples": 0,
-            "many_samples": 0,
-        }
+        counts = Counts(rows=len(embeds), captions=len(embeds))._asdict()
         cell = {
             **{"kind": "table", "title": TITLE, "series": "", "x": None, "seed": self.seed},
             "base": self._parts.fingerprint,

@@ -79,6 +79,17 @@ class Drawn(NamedTuple):
     alone: View | None  # those decoded from true embeddings without a caption: where foundations are measured
 
 
+class Counts(NamedTuple):
+    """How much a cell was measured on."""
+
+    rows: int  # held-out captions
+    captions: int  # of which pictures were drawn
+    many: int = 0  # of which many pictures were drawn
+    seeds: int = 1  # samples of a caption
+    resamples: int = 0
+    many_samples: int = 0  # pictures of each of the many
+
+
 class Cell(LightningModule):
     """``unclip test --config configs/compare/…``: writes one JSON file of measurements, and pictures beside it.
 
@@ -410,14 +421,14 @@ class Cell(LightningModule):
         return sheets
 
     def _write(self, arms: dict[str, Any], heldout: Heldout, drawn: Drawn | None, sheets: dict[str, Sheet]) -> None:
-        counts = {
-            "rows": len(heldout.captions),
-            "captions": min(self.captions, len(heldout.captions)) if drawn else 0,
-            "many": len(drawn.captions) if drawn else 0,
-            "seeds": self.seeds,
-            "resamples": self.resamples,
-            "many_samples": self.diversity_samples,
-        }
+        counts = Counts(
+            rows=len(heldout.captions),
+            captions=min(self.captions, len(heldout.captions)) if drawn else 0,
+            many=len(drawn.captions) if drawn else 0,
+            seeds=self.seeds,
+            resamples=self.resamples,
+            many_samples=self.diversity_samples,
+        )._asdict()
         cell = {
             "kind": self.kind,
             "title": self.title,

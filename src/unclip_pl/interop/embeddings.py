@@ -29,7 +29,6 @@ from unclip_pl.data.store import (
     read_manifest,
     read_moments,
     read_record,
-    tool_version,
     write_features,
     write_manifest,
 )
@@ -447,21 +446,15 @@ def import_embeddings(paths: list[str], store: Path, columns: Columns, max_bad_f
 
 
 def _write(store: Path, piece: Piece, contents: Contents, source: Path, *, clip: str, mark: str) -> ShardRecord:
-    features, stat = contents.features, source.stat()
-    record = ShardRecord(
+    stat = source.stat()
+    record = ShardRecord.of(
+        contents,
         shard=piece.name,
         source_size=stat.st_size,
         source_mark=mark,
         source_sha256="",
         file=f"{piece.name}.safetensors",
-        sha256=contents.checksum(),
         clip=clip,
-        images=len(features.image_embed),
-        splits=np.bincount(features.split, minlength=len(Split)).tolist(),
-        captions=len(features.text_embed),
-        dtype=str(features.image_embed.dtype),
-        skipped={reason: len(keys) for reason, keys in contents.skipped.items()},
-        version=tool_version(),
         states=False,
     )
     write_features(store / record.file, contents, record, stat.st_mtime_ns)
