@@ -51,7 +51,7 @@ recipe() {
   say "a recorded loss is the loss: $status"
   if [ $status = 1 ]; then # launched kernel by kernel, as many steps as there is time for
     sed -i /RecordedLoss/d configs/{prior,ar_prior,decoder}/emoji-64px.yaml
-    sed -i 's/max_steps: 6000/max_steps: 1500/; s/3000/1500/' configs/decoder/emoji-64px.yaml
+    sed -i 's/max_steps: 6000/max_steps: 1500/; s/3000/1500/; s/2000/500/' configs/decoder/emoji-64px.yaml
   fi
   unclip 340 reproduce --config "${RECIPE:-configs/reproduce/emoji-64px.yaml}" --source /tmp/shards --run $RUN \
     --jobs "${JOBS:-6}" > "$LOGS/reproduce.log" 2>&1
