@@ -3,7 +3,7 @@
 python benchmarks/lent_gpu.py SHARDS
 
 It fills the folder `.lent`: the shards, their pictures as lossless WebP in one compressed file, the wheels that the
-machine lacks, and the commit. Copy the working tree there without results/ and src/unclip_pl/demo.zip. There, run
+machine lacks, and the commit. Copy the working tree there without results/ and src/unclip_pl/weights/. There, run
 `OUT=folder bash benchmarks/lent_gpu.sh recipe tests`, then its other parts. OUT fits into eight files of 16 MiB.
 """
 

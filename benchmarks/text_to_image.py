@@ -48,7 +48,6 @@ from unclip_pl.generation.pictures import grid, save_png
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.priors import DiffusionPriorSpec
 from unclip_pl.generation.provenance import provenance
-from unclip_pl.generation.run import DEMO
 from unclip_pl.interop.export import write_diffusers
 from unclip_pl.interop.runs import write_checkpoint
 from unclip_pl.metrics.attributes import stated_match
@@ -186,7 +185,11 @@ class Truth:
         rows = store.rows(Split.HELDOUT)[:CAPTIONS]
         batch = store.evaluation_batch(RowBatch(rows, np.zeros(len(rows), np.uint64)))
         self.captions, self.images = batch.captions, batch.image
-        self.stated, self.oracle, self.eye = stated_indices(batch.captions), ShapesOracle(SIDE), Unclip.load(DEMO).clip
+        self.stated, self.oracle, self.eye = (
+            stated_indices(batch.captions),
+            ShapesOracle(SIDE),
+            Unclip.load("shapes").clip,
+        )
         self.real, self.folder = self.features(batch.image), run / "drawn"
         self.folder.mkdir(exist_ok=True)
 

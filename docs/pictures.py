@@ -4,7 +4,6 @@ Run it as ``python docs/pictures.py``, from the folder of the project. It takes 
 """
 
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import matplotlib
@@ -156,7 +155,7 @@ def embedding(unclip: Unclip) -> Image.Image:
 def main(folder: Path) -> None:
     """Write all pictures into a folder."""
     torch.set_num_threads(1)
-    unclip = Unclip.load(Path(str(files("unclip_pl") / "demo.zip")))
+    unclip = Unclip.load("shapes")
     for make in (guidance, priors, noise, pipeline, embedding):
         save_png(make(unclip), folder / f"{make.__name__}.png", {"made by": "docs/pictures.py"})
 

@@ -26,8 +26,7 @@ sys.exit(main(["sample", "a red star", "--run", sys.argv[1], "--num", "1", "--gu
 
 def test_it_imports_and_draws_without_unix(tmp_path: Path) -> None:
     out = tmp_path / "star.png"
-    (demo,) = (path for path in Path("src/unclip_pl").glob("demo.*"))
-    done = subprocess.run([sys.executable, "-c", CODE, demo, out], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", CODE, "shapes", out], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     with Image.open(out) as image:
         assert image.format == "PNG"

@@ -1,6 +1,7 @@
 """A run in one file draws what the run draws, up to half precision, and nothing in it can run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -149,20 +150,28 @@ def test_others_may_read_it(bundle: Path, tmp_path: Path) -> None:
 def test_without_a_run_the_package_draws(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "DEMO", bundle)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(bundle, weights / "shapes.zip")
+    shutil.copy(bundle, weights / "mine.zip")
+    monkeypatch.setattr(runs, "WEIGHTS", weights)
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", "a small green ring on a black background", "--num", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "drawn with the weights in this package: of the run mini, trained at commit" in said
-    monkeypatch.setattr(runs, "DEMO", tmp_path / "nowhere")
+    (tmp_path / "mine").mkdir()  # no run: the name is that of the weights
+    for words in ([], ["--run", "mine"]):
+        assert main(["sample", "a small green ring on a black background", "--num", "1", *words]) == 0
+        said = capsys.readouterr().out
+        assert "drawn with the weights in this package: of the run mini, trained at commit" in said
+    assert main(["sample", "a small green ring on a black background", "--run", "yours"]) == 1
+    assert "weights of this package (mine, shapes)" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "WEIGHTS", tmp_path / "nowhere")
     assert main(["sample", "a small green ring on a black background"]) == 1
     assert "No run at runs/quickstart" in capsys.readouterr().err
 
 
 def test_what_the_package_draws_is_what_the_caption_says() -> None:
     """Read back by the oracle: 16 pictures, two attributes that training has shown together and three."""
-    assert runs.DEMO.stat().st_size <= 20e6
-    unclip = Unclip.load(runs.DEMO)
+    assert runs.packaged()["shapes"].stat().st_size <= 20e6
+    unclip = Unclip.load("shapes")
     drawn = unclip.generate(["a small green ring on a black background", "a large red star"], num=8, seed=0).images
     shape, color, size, _, background = ShapesOracle(32)(drawn).indices.view(2, 8, -1).unbind(-1)
     names = (list(SHAPES), list(COLORS), list(SIZES), list(BACKGROUNDS))

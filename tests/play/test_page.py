@@ -35,7 +35,7 @@ def address() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["-m", "unclip_pl", "play", "--run", "src/unclip_pl/demo.zip", "--port", str(port)]
+    words = ["-m", "unclip_pl", "play", "--run", "shapes", "--port", str(port)]
     proxy = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # leads nowhere
     server = subprocess.Popen(
         [sys.executable, *words],

@@ -14,7 +14,8 @@ def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", 
     """Serve a page on which one can draw, vary, edit and look inside, for this machine alone.
 
     Args:
-        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
+        run: folder with run.json, a bundle, or the name of weights in the package (shapes); without it runs/quickstart,
+            or else shapes.
         port: port of 127.0.0.1.
         device: device to compute on.
         open: show the page in this machine's browser.

@@ -36,7 +36,8 @@ class RunOptions:
     """Options of every command that draws.
 
     Args:
-        run: folder with run.json, or a bundle; without it runs/quickstart, or else the weights in the package.
+        run: folder with run.json, a bundle, or the name of weights in the package (shapes); without it runs/quickstart,
+            or else shapes.
         out: PNG file to write; without it, a file in this folder with the command's name.
         seed: base seed of every random draw.
         device: device to compute on.

@@ -70,7 +70,8 @@ class Unclip:
         """Read ``run.json``, and CLIP and the decoder that it names.
 
         Args:
-            run: folder or bundle; None means ``runs/quickstart``, or the weights in this package where that is missing.
+            run: folder, bundle, or name of weights in this package, such as ``shapes``; None means ``runs/quickstart``,
+                or ``shapes`` where that is missing.
             device: where to compute.
 
         Raises:

@@ -22,8 +22,10 @@ from unclip_pl.settings import expanded
 
 #: File that describes a run, in its folder.
 RUN = "run.json"
-#: Where a run is looked for when none is named.
-QUICKSTART, DEMO = Path("runs/quickstart"), Path(__file__).parents[1] / "demo.zip"
+#: Where a run is looked for when none is named, and the weights in this package that are taken where there is none.
+QUICKSTART, DEFAULT = Path("runs/quickstart"), "shapes"
+#: Folder of the weights in this package, a bundle for each name.
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,33 @@ class Origin(NamedTuple):
         if not (told := read_notes(root)):
             return cls(root.resolve().name, "", str(named))
         run, commit = told.get("run", "unknown"), ", ".join(told.get("commits", [])) or "unknown"
-        where = "the weights in this package" if named == DEMO else str(named)
+        where = "the weights in this package" if named.parent == WEIGHTS else str(named)
         minutes = f"{told.get('seconds', 0) / 60:.0f} minutes on {told.get('hardware') or 'an unknown machine'}"
         return cls(run, commit, f"{where}: of the run {run}, trained at commit {commit} in {minutes}")
 
 
+def packaged() -> dict[str, Path]:
+    """Return the bundles in this package by name."""
+    return {bundle.stem: bundle for bundle in sorted(WEIGHTS.glob("*.zip"))}
+
+
 def name_run(run: str | Path | None) -> Path:
-    """Return the path of a run: the one given, else ``runs/quickstart``, else the bundle in this package."""
-    if run:
-        return Path(run).expanduser()
-    return DEMO if DEMO.is_file() and not (QUICKSTART / RUN).is_file() else QUICKSTART
+    """Return the path of a run.
+
+    Args:
+        run: folder, bundle, or name of weights in this package where there is no such run; None means
+            ``runs/quickstart``, or the weights on shapes where that is missing.
+    """
+    path = Path(run).expanduser() if run else QUICKSTART
+    there = path.is_file() or (path / RUN).is_file()
+    return path if there else packaged().get(str(run) if run else DEFAULT, path)
 
 
 def find_run(run: str | Path | None) -> Path:
     """Return the folder of a run. A bundle is unpacked into a temporary folder for the life of this process.
 
     Args:
-        run: folder or bundle; None means ``runs/quickstart``, or the weights in this package where that is missing.
+        run: folder, bundle or name, see :func:`name_run`.
 
     Raises:
         InputError: a file that is no bundle.
@@ -121,8 +133,8 @@ def read_run(root: Path) -> RunDescription:
     path = root / RUN
     if not path.is_file():
         raise MissingFileError(
-            f"No run at {root}: expected {path}. Run `unclip reproduce` (or `make quickstart`), which writes it, or "
-            "name a file of `unclip bundle`."
+            f"No run at {root}: expected {path}. Run `unclip reproduce` (or `make quickstart`), which writes it, or name "
+            f"a file of `unclip bundle` or weights of this package ({', '.join(packaged()) or 'none is there'})."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
