@@ -133,8 +133,8 @@ def read_run(root: Path) -> RunDescription:
     path = root / RUN
     if not path.is_file():
         raise MissingFileError(
-            f"No run at {root}: expected {path}. Run `unclip reproduce` (or `make quickstart`), which writes it, or name "
-            f"a file of `unclip bundle` or weights of this package ({', '.join(packaged()) or 'none is there'})."
+            f"No run at {root}: expected {path}. Run `unclip reproduce` (or `make quickstart`), which writes it, or "
+            f"name a file of `unclip bundle` or weights of this package ({', '.join(packaged()) or 'none is there'})."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunDescription, "run")
