@@ -25,8 +25,8 @@ from unclip_pl.generation.pictures import Row, grid, save_png
 from unclip_pl.generation.pipeline import Unclip
 from unclip_pl.generation.provenance import provenance
 from unclip_pl.generation.run import read_run
-from unclip_pl.metrics.clip_score import retrieval_ranks
-from unclip_pl.metrics.frechet import frechet_resamples
+from unclip_pl.metrics.clip_score import retrieval_recall
+from unclip_pl.metrics.frechet import frechet_interval
 from unclip_pl.types import EvaluationBatch
 
 #: Pictures of a batch.
@@ -56,11 +56,6 @@ def nearest(seen: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     return torch.topk(seen @ training.T, NEAREST, dim=1)
 
 
-def found(pictures: Tensor, true: Tensor) -> float:
-    """Return how often the judge finds a caption's true picture among the ten nearest to the drawn one."""
-    return (retrieval_ranks(pictures, true) < 10).double().mean().item()
-
-
 def memorised(samples: Tensor, heldout: Tensor, training: Tensor) -> dict[str, float]:
     """Say how much nearer samples come to training pictures than held-out pictures do; row i is of one caption.
 
@@ -77,12 +72,8 @@ def memorised(samples: Tensor, heldout: Tensor, training: Tensor) -> dict[str, f
 
 def distances(true: Tensor, **others: Tensor) -> dict[str, Any]:
     """Return the Fréchet distance of each set to the true pictures, with its 95 % interval over captions."""
-    found = frechet_resamples(true, others, generator=torch.Generator().manual_seed(0))
-    spread = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        name: {"fd_judge": x[0].item(), "interval": (x[0] + x[1:].quantile(spread) - x[1:].mean()).tolist()}
-        for name, x in found.items()
-    }
+    found = frechet_interval(true, others, generator=torch.Generator().manual_seed(0))
+    return {name: interval._asdict() for name, interval in found.items()}
 
 
 def measure(run: Path, source: str, out: Path, device: str) -> None:
@@ -105,8 +96,8 @@ def measure(run: Path, source: str, out: Path, device: str) -> None:
         "pictures": len(heldout),
         "training_pictures": len(training),
         "memorised": memorised(f["samples"], f["heldout"], f["training"]),
-        "decoded_by_embedding": distances(f["heldout"], decoded=f["decoded"], shrunk=f["shrunk"]),
-        "retrieval_r10": {name: found(f[name], f["heldout"]) for name in ("samples", "decoded")},
+        "fd_judge": distances(f["heldout"], decoded=f["decoded"], shrunk=f["shrunk"]),
+        "retrieval_r10": {name: retrieval_recall(f[name], f["heldout"], 10).item() for name in ("samples", "decoded")},
         "meta": provenance(torch.device(device)),
     }
     out.mkdir(parents=True, exist_ok=True)

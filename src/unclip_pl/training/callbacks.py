@@ -208,7 +208,7 @@ class TimeLimit(Timer):
 
 
 class CompiledBlocks(Callback):
-    """Compiles every transformer block and every norm of a U-Net by itself, which takes a minute or two.
+    """Compiles every transformer block and every norm of a U-Net by itself; transformers take a minute.
 
     Worth it where a network trains for hours on a GPU:
     ``--trainer.callbacks+=unclip_pl.training.callbacks.CompiledBlocks``.
