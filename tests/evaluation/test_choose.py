@@ -112,6 +112,11 @@ def test_within_one_standard_error_the_likeliest_is_taken() -> None:
     alone = {name: own[:1] for name, own in tried.items()}
     assert within_noise(alone, {"a": 3, "b": 2, "c": 1}) == "c"  # one seed: no distance is told from noise
     assert within_noise(alone, dict.fromkeys(alone, 0)) == "a"
+    # A training that diverged is never chosen, wherever it stands in the list.
+    for broken in ({"x": trials(torch.nan, 1.0), **tried}, {**tried, "x": trials(torch.nan, 1.0)}):
+        assert within_noise(broken, {"x": 0, "a": 3, "b": 2, "c": 1}) == "b"
+    with pytest.raises(InputError, match="Got none of x: try lower"):
+        within_noise({"x": trials(torch.nan)}, {"x": 0})
 
 
 def test_the_ends_of_a_grid_are_named() -> None:

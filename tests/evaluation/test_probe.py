@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.probe import AttributeProbe
 from unclip_pl.shapes.render import VALUES, draw_attributes, encode
 from unclip_pl.types import PriorBatch
@@ -65,3 +66,10 @@ def test_pictures_without_attributes_cannot_be_probed() -> None:
     store.metadata = lambda batch: [{} for _ in batch.rows]  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="no `attributes`"):
         AttributeProbe.fit(cast(EmbeddingStore, store))
+
+
+def test_probes_need_training_pictures() -> None:
+    empty = Written(1, 0.0)
+    empty.attributes = []
+    with pytest.raises(InputError, match="Got none: add train shards"):
+        AttributeProbe.fit(cast(EmbeddingStore, empty))

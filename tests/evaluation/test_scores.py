@@ -58,6 +58,7 @@ def test_calibrated_samples_have_equal_cosines() -> None:
     assert scores["calibration_gap"].low < 0 < scores["calibration_gap"].high
     assert scores["cos_true"].mean == pytest.approx(1 / (1 + 64 * 0.05**2), abs=0.01)
     assert scores["text_cos"].mean == pytest.approx(scores["cos_true"].mean)
+    assert "text_cos" not in embedding_values(samples, true, true[:, :32])  # two encoders of an imported dump
     assert scores["mean_norm"].mean == pytest.approx((1 + 64 * 0.05**2) ** -0.5, abs=0.01)
 
 

@@ -17,6 +17,7 @@ from unclip_pl.cli import main
 from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Recipe, Stage
 from unclip_pl.commands.reproduce import reproduce
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.attack import Attack
 from unclip_pl.evaluation.foundations import class_embeddings
 from unclip_pl.evaluation.scores import binding, stated_indices
@@ -193,6 +194,8 @@ def test_a_decoder_that_sees_the_shape_is_not_misled(
     assert cell["pictures"]["grid"]["columns"] == ["picture", "drawn from its z_i"]
     assert len(cell["pictures"]["grid"]["rows"]) == 3
 
+    with pytest.raises(InputError, match="Got 16 of 48 with one"):
+        attack([*named[: len(named) // 2], *batches[len(named) // 2 :]], lookup, tmp_path)
     plain = attack(batches, lookup, tmp_path)["arms"]
     assert set(plain) == {f"{who}, the shape, no word" for who in ("CLIP", "drawn", "picture")}
 

@@ -99,7 +99,7 @@ def write_study(folder: Path, seeds: int = 3) -> Path:
             ("prior guidance", "ar", {"1": 1.0, "2": 0.9}),
             ("sampling steps", "fixed", {"1": -2.0, "8": 1.0, "64": 0.0}), ("sampling steps", "analytic", {"8": 0.4}),
             ("candidates", "diffusion", {"1": 0.3, "2": 0.0}),
-            ("dot quantile", "ar", {"0": 1.0, "0.5": 0.9, "0.95": 1.4}),
+            ("dot quantile", "ar", {"0": 1.0, "0.5": 0.9, "0.7": 1.1, "0.85": 1.2, "0.95": 1.4}),
         ):  # fmt: skip
             arms = {x: arm(x, seed, worse, drawn=False) for x, worse in points.items()}
             fields = {"kind": "curve", "title": title, "series": series}

@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "decoder" / "config.yaml").write_text(yaml.safe_dump(config))
     (shards / "README.md").write_text("# Stars\n\nThree of them.\n")
     with tarfile.open(shards / "train-000000.tar", "w") as tar:
-        for key, meta in {"a": {"license": "MIT"}, "b": {"license": "MIT"}, "c": {}}.items():
+        for key, meta in {"a": {"license": "MIT"}, "b": {"license": "MIT"}, "c": {"license": None}}.items():
             for suffix, content in (("png", b"x"), ("txt", b"a star"), ("json", json.dumps(meta).encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)

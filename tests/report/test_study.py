@@ -201,6 +201,67 @@ def test_two_bases_are_not_mixed(tmp_path: Path, arm: Arm, write_cell: Write) ->
         read_study(tmp_path, [])
 
 
+def test_two_judges_are_not_mixed(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    for seed, name in enumerate(("one", "", "one")):  # embeddings alone have no judge
+        write_cell(tmp_path, f"{seed}", seed, {"ar": arm("ar", seed)}, judge=name)
+    read_study(tmp_path, [])
+    write_cell(tmp_path, "2", 2, {"ar": arm("ar", 2)}, judge="another")
+    with pytest.raises(ValueError, match=r"one judge\. Got one \(0\.json\), another \(2\.json\)"):
+        read_study(tmp_path, [])
+
+
+@pytest.mark.parametrize("name", ["counts", "sampling", "lr", "measures"])
+def test_seeds_that_were_not_measured_alike_are_an_error(
+    name: str, tmp_path: Path, arm: Arm, write_cell: Write
+) -> None:
+    write_cell(tmp_path, "a", 0, {"ar": arm("ar", 0)})
+    other, counts = arm("ar", 1), json.loads((tmp_path / "cells" / "a.json").read_text())["counts"]
+    other |= {"sampling": {"sampling": {"class": "Prior", "guidance": 3.0}}, "lr": {"lr": 0.5}}.get(name, {})
+    if name == "measures":
+        del other["values"]["recall"]
+    write_cell(tmp_path, "b", 1, {"ar": other}, counts=counts | ({"rows": 63} if name == "counts" else {}))
+    with pytest.raises(
+        ValueError, match=rf"the same {name} at every training seed of 'ar' \(prior\).* in a\.json.* in b\.json"
+    ):
+        read_study(tmp_path, [])
+
+
+def test_accuracy_by_attribute_is_that_of_all_seeds(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    for seed, share in enumerate((0.9, 0.8, 1.0)):
+        write_cell(tmp_path, f"{seed}", seed, {"ar": arm("ar", seed) | {"attributes": {"color": share}}})
+    assert reduce(tmp_path)["priors"]["ar"]["attributes"]["color"] == pytest.approx(0.9)
+
+
+def test_a_prior_that_diverged_has_a_row_without_a_distance(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    lost = arm("ar", 0)
+    lost["resamples"] |= {name: [None] * len(lost["resamples"][name]) for name in ("embed_fd", "fd_judge", "embed_kid")}
+    write_cell(tmp_path, "a", 0, {"ar": lost, "diffusion": arm("diffusion", 0)})
+    report = reduce(tmp_path)
+    assert report["priors"]["ar"]["metrics"]["embed_fd_corrected"]["mean"] is None
+    assert report["priors"]["diffusion"]["metrics"]["embed_fd_corrected"]["mean"] is not None
+
+
+def test_captions_behind_a_number_are_counted(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """Rows of embeddings, captions that were drawn, and the first 512 where a prior is asked for more."""
+    counts = {"rows": 2048, "captions": 40, "many": 6, "seeds": 2, "resamples": 20, "many_samples": 4}
+    for seed in (0, 1):
+        arms = {name: arm(name, seed) for name in ("diffusion", "ar")}
+        write_cell(tmp_path, f"{seed}", seed, arms, counts=counts)
+    found = {
+        name: pairs["diffusion - ar"]["captions"] for name, pairs in reduce(tmp_path)["differences"].items() if pairs
+    }
+    expected = {"embed_fd_corrected": 2048, "fd_judge_corrected": 40, "nats": 512, "clip_score": 40}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_other_captions_of_the_same_number_are_not_paired(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    write_cell(tmp_path, "a", 1, {"diffusion": arm("diffusion", 1)}, heldout="these")
+    write_cell(tmp_path, "b", 1, {"ar": arm("ar", 1)}, heldout="these")
+    assert reduce(tmp_path)["differences"]["embed_kid"]
+    write_cell(tmp_path, "b", 1, {"ar": arm("ar", 1)}, heldout="others")
+    assert reduce(tmp_path)["differences"]["embed_kid"] == {}
+
+
 def test_two_cells_of_one_arm_and_seed_are_an_error(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
     write_cell(tmp_path, "a", 0, {"ar": arm("ar", 0)})
     write_cell(tmp_path, "b", 0, {"ar": arm("ar", 0)})

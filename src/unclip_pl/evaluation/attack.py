@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.cell import Counts, write_cell
 from unclip_pl.evaluation.costs import Training
 from unclip_pl.evaluation.drawing import Painter, gather
@@ -141,8 +142,16 @@ def arms(found: dict[str, Tensor], classes: Tensor) -> dict[str, dict[str, Any]]
     Args:
         found: for each observer, (N, 8) how much each picture is taken for each shape.
         classes: (N, 2) shape and word of each picture; -1 where there is no word.
+
+    Raises:
+        InputError: some of the pictures have a word and some have none.
     """
     shape, word = classes.unbind(1)
+    if (word >= 0).any() and (word < 0).any():
+        raise InputError(
+            f"Expected pictures that all have a word, or all none. Got {(word >= 0).sum()} of {len(word)} with one: "
+            "measure the held-out split of `unclip pack shapes --words true`, where all have one."
+        )
     asked = {"the shape": shape, "the word": word} if (word >= 0).all() else {"the shape, no word": shape}
     untrained = {
         **dict.fromkeys(("parameters", "training_steps", "training_samples", "training_seconds", "training_flops"), 0),

@@ -6,6 +6,7 @@ no network is asked again. A comparison is a study of one cell, which has every 
 
 import math
 import time
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,7 @@ from unclip_pl.evaluation.costs import Cost, costs_of, sampling_flops, training_
 from unclip_pl.evaluation.drawing import Painter, gather
 from unclip_pl.evaluation.foundations import foundations
 from unclip_pl.evaluation.inputs import check_judge, check_seeds, judge_of, parts_of, streams_for
+from unclip_pl.evaluation.measures import ASKED
 from unclip_pl.evaluation.probe import AttributeProbe
 from unclip_pl.evaluation.scores import (
     Heldout,
@@ -60,8 +62,6 @@ DIGITS = 7
 EMBED_BATCH = 256
 #: Between the seeds of single samples and those of many of a caption.
 MANY = 104_729
-#: Captions of which a prior is asked for more and for less of z_i·z_t, and for its likelihood.
-ASKED = 512
 #: The cell of a comparison, in its run.
 COMPARISON = Path("cells") / "comparison.json"
 ALONE = "embedding alone"
@@ -217,7 +217,7 @@ class Cell(LightningModule):
                 raise InputError(
                     f"Expected priors of unit-norm embeddings to compare. Got {name!r} with keep_norm: leave it out."
                 )
-        self._judge = judge_of(self)
+        self._judge = judge_of(self, self._parts.fingerprint)
         data = getattr(self.trainer, "datamodule", None)
         known = isinstance(self.oracle, ShapesOracle) and isinstance(data, UnclipDataModule)
         self._probe = AttributeProbe.fit(data.embeddings) if known and data is not None else None
@@ -436,6 +436,8 @@ class Cell(LightningModule):
             "x": self.x,
             "seed": self.seed,
             "base": self._base(),
+            "judge": self._judge[0].fingerprint if self._judge else "",
+            "heldout": blake2b("\n".join(heldout.captions).encode(), digest_size=6).hexdigest(),
             "counts": counts,
             "settings": settings({"clip": self.clip, "judge": self.judge, "decoder": self.decoder}) | counts,
             "space": spectrum(heldout.image_embed),

@@ -58,12 +58,21 @@ def within_noise(trials: Mapping[str, list[Trial]], unlikely: Mapping[str, float
     Args:
         trials: setting → its trials, one for each training seed. With one seed alone every setting is within the noise.
         unlikely: setting → how unlikely it makes the data; the lowest is taken, then the lowest distance.
+
+    Raises:
+        InputError: no setting has a finite distance with every seed.
     """
     means = {name: _mean([trial.joint_fd for trial in own]) for name, own in trials.items()}
+    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    if not means:
+        raise InputError(
+            f"Expected a setting whose trainings all stayed finite. Got none of {', '.join(trials)}: try lower "
+            "learning rates."
+        )
     best = min(means, key=lambda name: means[name])
     distances = [trial.joint_fd for trial in trials[best]]
     most = means[best] + standard_error(distances) if len(distances) > 1 else math.inf
-    level = [name for name in trials if means[name] <= most]
+    level = [name for name, mean in means.items() if mean <= most]
     return min(level, key=lambda name: (unlikely[name], means[name]))
 
 
@@ -162,7 +171,9 @@ class Choice(LightningModule):
             for rate, folders in self.weights.items()
         }
         losses = {name: _mean([trial.val_loss for trial in own]) for name, own in rates.items()}
-        rate = within_noise(rates, {name: 0.0 if math.isnan(loss) else loss for name, loss in losses.items()})
+        none = all(map(math.isnan, losses.values()))  # a prior without a loss; else NaN is a training that diverged
+        unlikely = {name: 0.0 if none else math.inf if math.isnan(loss) else loss for name, loss in losses.items()}
+        rate = within_noise(rates, unlikely)
         scales = {
             f"{scale:g}": [self._try(batches, folder, scale, fingerprint) for folder in self.weights[rate]]
             for scale in self.guidance

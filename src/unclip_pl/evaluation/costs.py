@@ -40,7 +40,7 @@ class Training(NamedTuple):
     """How a checkpoint was trained, from the ``config.yaml`` of its fit."""
 
     lr: float | None = None  # Muon's, where it trains the matrices
-    config_hash: str | None = None  # of all settings; where files lie changes nothing
+    config_hash: str | None = None  # of model, batch size and seed; where files lie changes nothing
 
 
 def training_of(folder: Path) -> Training:

@@ -149,8 +149,8 @@ class FidEvaluation(LightningModule):
                 net = loaders[name](path).to(self.device)
                 probe = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.device)
                 self._extractors[name] = Extractor(net, net(probe)[0].shape[1], sha256(Path(path)))
-        self._judge = judge_of(self)
         self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
+        self._judge = judge_of(self, self._parts.fingerprint)
         self._real = {name: self._reference(name) for name in self._extractors}
         self._fake = {scale: self._moments() for scale in self.guidances}
         self._scores = {scale: MeanMetric().to(self.device) for scale in self.guidances}

@@ -29,13 +29,24 @@ def check_judge(judge: ClipSpec | None, clip: ClipSpec | None) -> None:
         InputError: judge and CLIP are the same.
     """
     if judge is not None and judge == clip:
-        raise InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
+        raise _same(clip)
 
 
-def judge_of(module: Any) -> tuple[ClipEncoder, ...]:
-    """Load the judge that a test-module names, if any. A tuple keeps it out of the module tree, and of state dicts."""
+def _same(clip: ClipSpec) -> InputError:
+    return InputError(f"Expected another CLIP as judge than the conditioning one. Got {clip}: name a second one.")
+
+
+def judge_of(module: Any, conditioning: str) -> tuple[ClipEncoder, ...]:
+    """Load the judge that a test-module names, if any. A tuple keeps it out of the module tree, and of state dicts.
+
+    Raises:
+        InputError: its weights are those of the CLIP that the module's parts are conditioned by.
+    """
     specs = [] if module.judge is None else [module.judge]
-    return tuple(spec.within(module.run).load().to(module.device) for spec in specs)
+    judges = tuple(spec.within(module.run).load().to(module.device) for spec in specs)
+    if any(judge.fingerprint == conditioning for judge in judges):
+        raise _same(module.judge)
+    return judges
 
 
 def parts_of(module: Any, **named: Any) -> Parts:

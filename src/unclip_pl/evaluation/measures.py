@@ -22,6 +22,8 @@ class Measure(NamedTuple):
     any_space: bool = False  # whether samples in the spaces of two CLIPs may be compared by it
     delta: float | None = None  # largest difference that makes none, see docs/comparison.md
     distance: bool = False  # whether that is a tenth of the way from the perfect prior to z_t instead
+    judge: bool = False  # whether it looks through the judge
+    oracle: bool = False  # whether it needs data whose truth is known
 
     def show(self, value: float) -> str:
         """Return the number in the report's digits."""
@@ -54,6 +56,8 @@ def _measures() -> dict[str, Measure]:
 
 
 MEASURES = _measures()
+#: The first captions alone are asked for what takes a pass of its own: more and less of z_i·z_t, and likelihood.
+ASKED, OF_ASKED = 512, ("dot_obedience", "nats")
 GROUPS = tuple(dict.fromkeys(measure.group for measure in MEASURES.values()))
 
 

@@ -128,10 +128,10 @@ class ImageEvaluation(LightningModule):
 
     def on_test_start(self) -> None:
         """Load every network, and refuse to mix CLIPs."""
-        self._judge = judge_of(self)
         if self.fid is not None:
             self.fid.load()
         self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
+        self._judge = judge_of(self, self._parts.fingerprint)
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Draw one picture for each caption and look at it."""

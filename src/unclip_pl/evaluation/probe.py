@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.scores import true_attributes
 from unclip_pl.nn.ridge import fit_ridge
 from unclip_pl.shapes.render import ATTRIBUTES, VALUES
@@ -30,8 +31,16 @@ class AttributeProbe:
 
     @classmethod
     def fit(cls, store: EmbeddingStore) -> Self:
-        """Fit on pictures of the training split, whose json says what they show."""
+        """Fit on pictures of the training split, whose json says what they show.
+
+        Raises:
+            InputError: there is no training split.
+        """
         rows = store.rows(Split.TRAIN)[:ROWS]
+        if not len(rows):
+            raise InputError(
+                "Expected training pictures, to fit probes of the attributes on. Got none: add train shards."
+            )
         batch = RowBatch(rows, np.zeros(len(rows), np.uint64))
         image_embed, truth = store.prior_batch(batch).image_embed, true_attributes(store.metadata(batch))
         return cls(

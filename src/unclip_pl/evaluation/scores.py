@@ -191,17 +191,19 @@ def embedding_values(samples: Tensor, true: Tensor, text: Tensor) -> dict[str, T
     Args:
         samples: (S, N, d) sampled embeddings, S ≥ 2.
         true: (N, d) embeddings of the captions' pictures.
-        text: (N, d) embeddings of the captions.
+        text: (N, d) embeddings of the captions. Of another width they have no cosine to a sample.
     """
     cosines = calibration(samples.transpose(0, 1), true)
-    return {
+    found = {
         "cos_true": cosines.to_true,
         "cos_samples": cosines.between_samples,
         "mean_norm": cosines.mean_norm,
         "cos_mean": cosines.mean_to_true,
         "calibration_gap": cosines.gap,
-        "text_cos": clip_scores(samples, text.expand_as(samples)).mean(0) / 100,
     }
+    if text.shape[-1] == samples.shape[-1]:  # imported embeddings of two encoders share no space
+        found["text_cos"] = clip_scores(samples, text.expand_as(samples)).mean(0) / 100
+    return found
 
 
 def resampled_means(values: Tensor, resamples: int, *, generator: torch.Generator) -> Tensor:

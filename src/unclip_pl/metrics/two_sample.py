@@ -13,14 +13,14 @@ RIDGE = 1e-3
 
 
 def told_apart(real: Tensor, fake: Tensor) -> Tensor:
-    """Return how often a classifier tells each caption's two pictures: (N,), 0, ½ or 1; ½ on average is chance.
+    """Return how often a classifier tells each row's two pictures: (N,), 0, ½ or 1; ½ on average is chance.
 
     The classifier is a kernel ridge regression to ±1 on unit-norm features with the kernel (1 + cos)³, by 5-fold
-    cross-validation. Folds are of captions: both pictures of a caption are tested together, since one that was seen
-    would give the other a false name.
+    cross-validation. Folds are of rows: both pictures of a row are tested together, since one that was seen would give
+    the other a false name. A caption of several rows may lie in several folds.
 
     Args:
-        real: (N, F) features at any scale, row i belongs to caption i.
+        real: (N, F) features at any scale, row i of both belongs to one caption.
         fake: (N, F).
     """
     count = len(real)

@@ -133,7 +133,7 @@ def _licences(shards: list[Shard]) -> Counter[str]:
     for shard in shards:
         entries = index_shard(shard.path).entries
         with shard.path.open("rb") as file:
-            found.update(str(parse_json(read_span(file, *entry.json)).get("license", "")) for entry in entries)
+            found.update(str(parse_json(read_span(file, *entry.json)).get("license") or "") for entry in entries)
     return found
 
 

@@ -3,7 +3,8 @@
 The claims are data: ``paper.yaml`` beside this file, or a study's own ``claims.yaml``. One rule decides all of them, on
 a 95 % interval over training seeds and captions; ``docs/comparison.md`` states it. Where the whole interval lies within
 ±δ, there is no difference. Else a claim holds, or does not hold, where the interval leaves 0 out. Else it is open, and
-the verdict says what would close it. The first measure decides; where another one says the opposite, they disagree.
+the verdict says what would close it. The first measure that the data can have decides; where another one says the
+opposite, they disagree. A measure of the judge that ranks the mean of all answers above the truth decides nothing.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ OPEN, UNTOLD, UNMEASURED = "open", "cannot be told", "not measured"
 WIN_DELTA = 0.03
 #: Rows between which a distance's δ is a tenth of the way: the perfect prior, or else the true embedding, and z_t.
 TRUE, TEXT = "ceiling", "text"
+#: The row that answers with the mean.
+MEAN = "linear"
 Report = dict[str, Any]
 
 
@@ -31,6 +34,14 @@ class Finding(NamedTuple):
 
     verdict: str
     ours: str = ""  # the numbers, in words: a line for each measure
+
+
+class Answer(NamedTuple):
+    """What one measure says of a claim."""
+
+    verdict: str  # empty where the measure may not decide
+    told: str  # its numbers, in words
+    remark: str = ""  # what would close it, or why it is no difference
 
 
 def claims_table(folder: Path) -> dict[str, Any]:
@@ -119,13 +130,68 @@ def delta_of(report: Report, name: str) -> float | None:
     measure = MEASURES[name]
     if not measure.distance:
         return measure.delta
-    rows = report["priors"]
-    near, far = (
-        [rows[row]["metrics"].get(name) for row in names if row in rows] for names in ((PERFECT, TRUE), (TEXT,))
-    )
-    if not near or not far or not near[0] or not far[0] or near[0]["mean"] is None or far[0]["mean"] is None:
-        return None
-    return abs(far[0]["mean"] - near[0]["mean"]) / 10
+    near, true, far = (_mean_of(report, row, name) for row in (PERFECT, TRUE, TEXT))
+    near = true if near is None else near
+    return None if near is None or far is None else abs(far - near) / 10
+
+
+def _mean_of(report: Report, row: str, name: str) -> float | None:
+    """Return a measure of a row of the main table; None where it was not measured."""
+    found = report["priors"].get(row, {"metrics": {}})["metrics"].get(name)
+    return found["mean"] if found else None
+
+
+def measures_of(report: Report, row: dict[str, Any]) -> list[str]:
+    """Return a claim's measures that its data can have: all, or without an oracle those that ask none."""
+    rows = [*report["priors"].values(), *(entry for table in report["tables"].values() for entry in table.values())]
+    there = {name for entry in rows for name in entry["metrics"]}
+    there |= {name for lines in report["curves"].values() for points in lines.values() for name in points}
+    known = any(MEASURES[name].oracle for name in there)
+    return [name for name in row["measures"] if known or not MEASURES[name].oracle]
+
+
+def _answer(
+    report: Report,
+    name: str,
+    interval: dict[str, Any],
+    told: str,
+    *,
+    above: bool,
+    balance: float = 0.0,
+    delta: float | None = None,
+) -> Answer:
+    """Return what a measure's interval says, unless it is one that rewards the mean."""
+    if _rewards_the_mean(report, name):
+        why = f"it ranks {MEAN}, which answers with the mean, above the truth, and so decides nothing"
+        return Answer("", f"{told}; {why}")
+    found = verdict(interval, above=above, balance=balance, delta=delta)
+    return Answer(found, told, _remark(found, interval, delta, balance=balance))
+
+
+def _of_pair(report: Report, row: dict[str, Any], name: str, pair: dict[str, Any], told: str) -> Answer:
+    """Return what a measure's paired difference says of a claim."""
+    return _answer(report, name, pair, told, above=_above(row, name), delta=delta_of(report, name))
+
+
+def _rewards_the_mean(report: Report, name: str) -> bool:
+    """Return whether a measure of the judge ranks a prior that answers with the mean above the true embedding."""
+    mean, true = (_mean_of(report, row, name) for row in (MEAN, TRUE))
+    if not MEASURES[name].judge or mean is None or true is None:
+        return False
+    return mean < true if MEASURES[name].better == "lower" else mean > true
+
+
+def _decided(answers: list[Answer], *notes: str) -> Finding:
+    """Return what a claim's measures say together; it cannot be told where none of them may decide.
+
+    What would close an open answer is said of the measure that decides.
+    """
+    deciding = next((answer for answer in answers if answer.verdict), None)
+    told = [
+        answer.told + (answer.remark if answer is deciding or answer.verdict == EQUAL else "") for answer in answers
+    ]
+    verdicts = [answer.verdict for answer in answers if answer.verdict]
+    return Finding(together(verdicts) if verdicts else UNTOLD, "\n".join(filter(None, [*told, *notes])))
 
 
 def cost_of(interval: dict[str, Any], delta: float | None) -> str:
@@ -154,66 +220,71 @@ def difference(report: Report, measure: str, first: str, second: str) -> dict[st
     if f"{first} - {second}" in pairs:
         found = pairs[f"{first} - {second}"]
     elif f"{second} - {first}" in pairs:
-        turned = pairs[f"{second} - {first}"]
-        ends = {end: None if turned[other] is None else -turned[other] for end, other in TURNED.items()}
-        found = {**turned, **ends, "first": turned["second"], "second": turned["first"]}
+        found = _turned(pairs[f"{second} - {first}"])
     else:
         return None
     return found if found["mean"] is not None else None
 
 
+def _turned(pair: dict[str, Any], total: float = 0.0) -> dict[str, Any]:
+    """Return a paired interval from the other side: the two sides' numbers add up to ``total``."""
+    ends = {end: None if pair[other] is None else total - pair[other] for end, other in TURNED.items()}
+    return {**pair, **ends, **({"first": pair["second"], "second": pair["first"]} if "first" in pair else {})}
+
+
 TURNED = {"mean": "mean", "low": "high", "high": "low"}
+
+
+def _found(pairs: list[dict[str, Any]], row: dict[str, Any], inside: str, total: float = 0.0) -> list[dict[str, Any]]:
+    """Return those pairs that are a claim's, with its first side first.
+
+    Args:
+        pairs: pairs of contenders.
+        row: a claim.
+        inside: where a pair has its intervals.
+        total: what the two sides' numbers add up to.
+    """
+    found = [pair for pair in pairs if {pair["first"], pair["second"]} == set(_names(row))]
+    return [
+        pair
+        if pair["first"] == row["first"]
+        else pair | {inside: {name: _turned(interval, total) for name, interval in pair[inside].items()}}
+        for pair in found
+    ]
 
 
 def _duel(report: Report, row: dict[str, Any]) -> Finding:
     """Judge by win rates head to head; the further measures may object."""
-    found = {duel["matched"]: duel for duel in report["duels"] if (duel["first"], duel["second"]) == _names(row)}
+    found = {duel["matched"]: duel for duel in _found(report["duels"], row, "win_rates", total=1.0)}
     best, matched = found.get(False), found.get(True)
-    names = [name for name in row["measures"] if best and name in best["win_rates"]]
-    told, verdicts = [], []
-    for name in names:
-        assert best is not None
+    names = measures_of(report, row)
+    if best is not None and not names and "untold" in row:
+        return Finding(UNTOLD, row["untold"])
+    if best is None or not names or names[0] not in best["win_rates"]:
+        return Finding(UNMEASURED)
+    answers = []
+    for name in (name for name in names if name in best["win_rates"]):
         rate = best["win_rates"][name]
         ours = f"{MEASURES[name].label}: {row['first']} wins {_percent(rate)} of the captions"
         ours += f" (sign test p = {rate['p']:.2g})"
         ours += f"; {_percent(matched['win_rates'][name])} matched" if matched else ""
-        if _rewards_the_mean(report, name, row.get("mean", "")):
-            ours += f"; it ranks {row['mean']}, which answers with the mean, above the truth, and so decides nothing"
-        else:
-            verdicts.append(verdict(rate, above=True, balance=0.5, delta=WIN_DELTA))
-            ours += _remark(verdicts[-1], rate, WIN_DELTA, balance=0.5)
-        told.append(ours)
-    if told and best:
-        told.append(varied({"seeds": best["seeds"], "captions": best["win_rates"][names[0]].get("captions", 0)}))
-    if not verdicts and (told or (best and "untold" in row)):
-        return Finding(UNTOLD, "\n".join(told) or row["untold"])
-    return Finding(together(verdicts), "\n".join(told))
-
-
-def _rewards_the_mean(report: Report, name: str, mean: str) -> bool:
-    """Return whether a measure ranks a prior that answers with the mean above the true embedding."""
-    sides = [report["priors"].get(row, {"metrics": {}})["metrics"].get(name) for row in (mean, TRUE)]
-    if any(side is None or side["mean"] is None for side in sides):
-        return False
-    sign = -1 if MEASURES[name].better == "lower" else 1
-    return bool(sign * sides[0]["mean"] > sign * sides[1]["mean"])
+        answers.append(_answer(report, name, rate, ours, above=True, balance=0.5, delta=WIN_DELTA))
+    captions = best["win_rates"][names[0]].get("captions", 0)
+    return _decided(answers, varied({"seeds": best["seeds"], "captions": captions}))
 
 
 def _difference(report: Report, row: dict[str, Any]) -> Finding:
     """Judge by the paired difference of two rows; further measures may object, and further rows are shown."""
-    pairs = {name: pair for name in row["measures"] if (pair := difference(report, name, *_names(row)))}
-    if row["measures"][0] not in pairs:
+    names = measures_of(report, row)
+    pairs = {name: pair for name in names if (pair := difference(report, name, *_names(row)))}
+    if not names or names[0] not in pairs:
         return Finding(UNMEASURED)
-    lines = [(name, *_names(row)) for name in pairs]
-    lines += [
-        (also["measure"], also.get("first", row["first"]), also.get("second", row["second"]))
+    answers = [_of_pair(report, row, name, pair, _told(report, name, *_names(row))) for name, pair in pairs.items()]
+    beside = [
+        _told(report, also["measure"], also.get("first", row["first"]), also.get("second", row["second"]))
         for also in row.get("also", [])
     ]
-    told = [text for line in lines if (text := _told(report, *line))]
-    verdicts = [verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()]
-    first, pair = next(iter(pairs.items()))
-    told[0] += _remark(verdicts[0], pair, delta_of(report, first))
-    return Finding(together(verdicts), "\n".join([*told, varied(pair)]).strip())
+    return _decided(answers, *beside, varied(pairs[names[0]]))
 
 
 def _above(row: dict[str, Any], name: str) -> bool:
@@ -232,31 +303,31 @@ def _remark(found: str, interval: dict[str, Any], delta: float | None, *, balanc
 def _ablation(report: Report, row: dict[str, Any]) -> Finding:
     """Judge by the paired difference of an ablation, or of all of several; further measures may object."""
     lines = {line["title"]: line for line in report["ablations"]}
-    there = [lines[title] for title in row["titles"] if title in lines]
-    names = [name for name in row["measures"] if any(name in line["measures"] for line in there)]
-    if not names:
+    if any(title not in lines for title in row["titles"]):
+        return Finding(UNMEASURED)
+    decisive, also = ([lines[title] for title in row.get(key, []) if title in lines] for key in ("titles", "also"))
+    names = measures_of(report, row)
+    there = [name for name in names if all(name in line["measures"] for line in decisive)]
+    if not names or names[0] not in there:
         return Finding(UNMEASURED)
     if "obeyed" in row and _ignored(report, row["obeyed"]):
         return Finding(UNTOLD, f"{row['obeyed']} does not follow its dot-product token, so no share of it differs")
-    verdicts, told = [], []
-    for name in names:
-        decisive = [line for line in there if name in line["measures"]]
-        delta = delta_of(report, name)
-        found = [
-            verdict(line["measures"][name]["difference"], above=_above(row, name), delta=delta) for line in decisive
-        ]
-        verdicts.append(next(word for word in (FAILS, OPEN, EQUAL, HOLDS, UNMEASURED) if word in found))
-        shown = decisive + [
-            lines[title] for title in row.get("also", []) if name in lines.get(title, {}).get("measures", {})
-        ]
-        ours = f"{MEASURES[name].label}: " + "; ".join(
-            _of_ablation(line, name, titled=len(shown) > 1) for line in shown
-        )
-        widest = max(decisive, key=lambda line: _width(line["measures"][name]["difference"]))
-        if verdicts[-1] != EQUAL or len(decisive) == 1:
-            ours += _remark(verdicts[-1], widest["measures"][name]["difference"], delta)
-        told.append(ours)
-    return Finding(together(verdicts), "\n".join(told))
+    answers = [_of_ablations(report, row, name, decisive, also) for name in there]
+    return _decided(answers, varied(decisive[0]["measures"][names[0]]["difference"]))
+
+
+def _of_ablations(
+    report: Report, row: dict[str, Any], name: str, decisive: list[dict[str, Any]], also: list[dict[str, Any]]
+) -> Answer:
+    """Return what a measure says of ablations: of several the answer that is furthest from the claim."""
+    above, delta = _above(row, name), delta_of(report, name)
+    intervals = [line["measures"][name]["difference"] for line in decisive]
+    found = [verdict(interval, above=above, delta=delta) for interval in intervals]
+    order = [FAILS, OPEN, EQUAL, HOLDS, UNMEASURED]
+    places = sorted(range(len(found)), key=lambda i: (order.index(found[i]), -_width(intervals[i])))
+    shown = decisive + [line for line in also if name in line["measures"]]
+    told = f"{MEASURES[name].label}: " + "; ".join(_of_ablation(line, name, titled=len(shown) > 1) for line in shown)
+    return _of_pair(report, row, name, intervals[places[0]], told)
 
 
 def _ignored(report: Report, prior: str) -> bool:
@@ -285,7 +356,11 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
     pairs = {name: pair for name in row["measures"] if (pair := difference(report, name, first, second))}
     if not pairs:
         return Finding(UNMEASURED)
-    found = {verdict(pair, above=_above(row, name), delta=delta_of(report, name)) for name, pair in pairs.items()}
+    answers = [
+        _of_pair(report, row, name, pair, f"{MEASURES[name].label} {_signed(name, pair)}")
+        for name, pair in pairs.items()
+    ]
+    found = {answer.verdict for answer in answers if answer.verdict}
     ratio = ours["training_flops"] / theirs["training_flops"]
     sides = ours, theirs
     samples, teraflops, seconds, megaflops = (
@@ -296,8 +371,10 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
         )
     )  # fmt: skip
     told = [f"{samples} samples cost {teraflops} TFLOP ({ratio:.2f}×), {seconds} s; a sample costs {megaflops} MFLOP"]
-    told += [f"{MEASURES[name].label} {_signed(name, pair)}" for name, pair in pairs.items()]
+    told += [*(answer.told for answer in answers), varied(next(iter(pairs.values())))]
     better, worse = HOLDS in found, FAILS in found
+    if not found:
+        return Finding(UNTOLD, "\n".join(told))
     if better and worse:
         return Finding(DISAGREE, "\n".join(told))
     if (ratio < 1 and worse) or (ratio > 1 and better):
@@ -311,19 +388,18 @@ def _compute(report: Report, row: dict[str, Any]) -> Finding:
 
 def _frontier(report: Report, row: dict[str, Any]) -> Finding:
     """Judge where two contenders are as concentrated; further measures may object."""
-    differences = report.get("frontier", {}).get("differences", [])
-    found = next((pair for pair in differences if (pair["first"], pair["second"]) == _names(row)), None)
-    pairs = {name: found["measures"][name] for name in row["measures"] if found and name in found["measures"]}
-    if found is None or not pairs:
+    found = _found(report.get("frontier", {}).get("differences", []), row, "measures")
+    names = measures_of(report, row)
+    if not found or not names or names[0] not in found[0]["measures"]:
         return Finding(UNMEASURED)
-    verdicts, told = [], [f"At a gap of the cosines of {found['at']:+.3f}"]
-    for name, pair in pairs.items():
-        delta = delta_of(report, name)
-        verdicts.append(verdict(pair, above=_above(row, name), delta=delta))
+    answers = []
+    for name in (name for name in names if name in found[0]["measures"]):
+        pair = found[0]["measures"][name]
         sides = ", ".join(f"{row[side]} {MEASURES[name].show(pair[side])}" for side in ("first", "second"))
-        ours = f"{MEASURES[name].label}: {sides}, difference {_signed(name, pair)}"
-        told.append(ours + _remark(verdicts[-1], pair, delta))
-    return Finding(together(verdicts), "\n".join([*told, f"varied: {pair['seeds']} seeds and the captions"]))
+        told = f"{MEASURES[name].label}: {sides}, difference {_signed(name, pair)}"
+        answers.append(_of_pair(report, row, name, pair, told))
+    decided = _decided(answers, varied(found[0]["measures"][names[0]]))
+    return decided._replace(ours=f"At a gap of the cosines of {found[0]['at']:+.3f}\n{decided.ours}")
 
 
 def _axes(report: Report, row: dict[str, Any]) -> Finding:

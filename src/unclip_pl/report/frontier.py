@@ -19,7 +19,7 @@ from torch import Tensor
 from unclip_pl.evaluation.measures import MEASURES, plain
 from unclip_pl.evaluation.scores import resampled_means, resampler
 from unclip_pl.metrics.crossed import crossed_resamples
-from unclip_pl.report.study import Arm, Key, metrics, stacked, whole
+from unclip_pl.report.study import Arm, Key, captions_of, metrics, stacked, whole
 
 #: Curves whose points are settings of a contender's sampling.
 CURVES = ("prior guidance", "candidates", "temperature")
@@ -123,22 +123,27 @@ def _compare(
         along: measure that is to be equal.
         names: measures to compare.
     """
-    captions = {cell["counts"]["rows"] for arm in first + second for cell in arm.values()}
     reached = [[_mean(arm, along) for arm in side] for side in (first, second)]
     low, high = max(map(min, reached)), min(map(max, reached))
-    if low > high or len(captions) > 1:
+    if low > high or not _as_many(first + second, along):
         return {}
     at, measures = min(max(wanted, low), high), {}
     for name in names:
-        if not all(name in _numbers(arm) for arm in first + second):
+        if not all(name in _numbers(arm) for arm in first + second) or not _as_many(first + second, name):
             continue
         mixtures = [_mixture(side, along, name, at) for side in (first, second)]
         seeds = sorted(set.intersection(*(set(arm) for mixture in mixtures for arm in mixture.settings)))
         if seeds:
             ours, theirs = (mixture.read_off(along, name, at, seeds) for mixture in mixtures)
             sides = {"first": ours[:, 0].mean().item(), "second": theirs[:, 0].mean().item()}
-            measures[name] = plain(crossed_resamples(ours - theirs)) | sides | {"seeds": len(seeds)}
+            behind = {"seeds": len(seeds), "captions": captions_of(first[0], name)}
+            measures[name] = plain(crossed_resamples(ours - theirs)) | sides | behind
     return {"at": at, "measures": measures} if measures else {}
+
+
+def _as_many(arms: list[Arm], name: str) -> bool:
+    """Return whether a measure of all arms is over equally many captions."""
+    return len({captions_of(arm, name) for arm in arms}) == 1
 
 
 class _Mixture(NamedTuple):

@@ -15,6 +15,7 @@ from unclip_pl.evaluation.sheet import Sheet
 from unclip_pl.generation.pictures import to_image
 from unclip_pl.report.claims import UNMEASURED
 from unclip_pl.report.plots import DPI, colors, curve_file
+from unclip_pl.report.study import MATCHED
 from unclip_pl.report.tables import (
     Table,
     ablation_table,
@@ -95,8 +96,8 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         figures: names of the plots that there are.
         sheets: pictures by name.
     """
-    study = report["meta"]["training_seeds"] > 1
     claims, choices = claim_table(report), choice_table(report)
+    terms = _terms(report)
     found: list[tuple[str, list[Block | None]]] = [
         (
             "",
@@ -120,7 +121,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
     found += [
         ("Ablations", [_figure("ablations"), ablation_table(report)]),
         ("Curves", [_figure(curve_file(title), title) for title in report["curves"]]),
-        ("Cost", [Points(WORDS["matched"]) if study else None, cost_table(report)]),
+        ("Cost", [Points(terms) if terms else None, cost_table(report)]),
         ("Chosen on validation data", [Points(WORDS["choices"]) if choices else None, choices]),
         ("What it stands on", [_figure("attributes"), attribute_table(report), foundation_table(report)]),
         (
@@ -138,6 +139,16 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         for title, blocks in found
     ]
     return [Section(title, blocks) for title, blocks in there if blocks]
+
+
+def _terms(report: Report) -> list[str]:
+    """Return on what terms a study's priors stand beside each other; nothing for a comparison of one training."""
+    if report["meta"]["training_seeds"] == 1:
+        return []
+    terms = WORDS["terms"]
+    told = [terms["chosen"]] if report["choices"] else []
+    told += [terms["matched"]] if any(name.endswith(MATCHED) for name in report["priors"]) else []
+    return told + terms["always"]
 
 
 def _with_figures(table: Table, sheets: dict[str, Sheet]) -> list[Block | None]:

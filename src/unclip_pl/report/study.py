@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.errors import InputError, MissingFileError
-from unclip_pl.evaluation.measures import MEASURES, plain, within_shares
+from unclip_pl.evaluation.measures import ASKED, MEASURES, OF_ASKED, plain, within_shares
 from unclip_pl.evaluation.sheet import FORMAT
 from unclip_pl.metrics.crossed import crossed_interval, crossed_resamples
 from unclip_pl.metrics.frechet import without_bias
@@ -82,7 +82,8 @@ def read_study(folder: Path, order: list[str], beside: Sequence[str] = ()) -> St
 
     Raises:
         MissingFileError: there are no cells, or none of another study.
-        InputError: a file is broken, two cells measured the same arm and seed, or cells have different bases.
+        InputError: a file is broken, two cells measured the same arm and seed, cells have different bases, or the seeds
+            of an arm were not measured alike.
     """
     paths = sorted((folder / CELLS).glob("[!.]*.json"))
     if not paths:
@@ -109,8 +110,11 @@ def read_study(folder: Path, order: list[str], beside: Sequence[str] = ()) -> St
                     f"{source[key, seed]} and {cell['file']}: delete one of them."
                 )
             source[key, seed] = cell["file"]
-            arms[key][seed] = arm | {"base": cell["base"], "counts": cell["counts"]}
+            of_cell = {name: cell.get(name) for name in ("base", "counts", "file", "heldout")}
+            arms[key][seed] = arm | of_cell
     _check_bases(cells)
+    for key, arm in arms.items():
+        _check_seeds(key, arm)
     known = {name: place for place, name in enumerate(order)}
     ordered = sorted(arms, key=lambda key: (key.kind, known.get(key.name, len(known))))
     choices = [_read(path) | {"file": path.stem} for path in sorted((folder / BEST).glob("[!.]*.json"))]
@@ -144,12 +148,29 @@ def with_baselines(study: Study, named: list[dict[str, Any]]) -> Study:
 
 
 def _check_bases(cells: list[dict[str, Any]]) -> None:
-    """Refuse cells of several bases. Ablations alone may compare bases, such as two CLIPs."""
-    files = {cell["base"]: cell["file"] for cell in cells if cell["kind"] != "ablation"}
-    if len(files) > 1:
-        told = ", ".join(f"{base} ({file})" for base, file in files.items())
+    """Refuse cells of several bases or judges. Ablations alone may compare bases, such as two CLIPs."""
+    for name, what in (("base", "base (CLIP, judge, decoder)"), ("judge", "judge")):
+        # Cells that were written before 2026-11-29 name no judge, and those of embeddings alone have none.
+        files = {cell[name]: cell["file"] for cell in cells if cell["kind"] != "ablation" and cell.get(name)}
+        if len(files) > 1:
+            told = ", ".join(f"{found} ({file})" for found, file in files.items())
+            raise InputError(f"Expected cells of one {what}. Got {told}: measure the cells of one of them again.")
+
+
+def _check_seeds(key: Key, arm: Arm) -> None:
+    """Refuse training seeds of an arm that were not made and measured alike: their mean would mix two things."""
+    first, *others = arm.values()
+    for other in others:
+        for name in ("counts", "sampling", "lr"):
+            _require_equal(key, name, first, other, first[name], other[name])
+        _require_equal(key, "measures", first, other, *(sorted(x["values"] | x["resamples"]) for x in (first, other)))
+
+
+def _require_equal(key: Key, name: str, a: dict[str, Any], b: dict[str, Any], ours: Any, theirs: Any) -> None:
+    if ours != theirs:
         raise InputError(
-            f"Expected cells of one base (CLIP, judge, decoder). Got {told}: measure the cells of one of them again."
+            f"Expected the same {name} at every training seed of {key.name!r} ({key.kind}). Got {ours} in {a['file']}, "
+            f"{theirs} in {b['file']}: measure one of them again."
         )
 
 
@@ -188,7 +209,7 @@ def rows_of(arms: dict[Key, Arm]) -> dict[str, Arm]:
     """
     matched = {key.name: arm for key, arm in arms.items() if key.kind == "matched"}
     rows = {key.name: arm for key, arm in arms.items() if key.kind == "prior"}
-    names = sorted(matched.keys() - rows.keys())
+    names = [name for name in matched if name not in rows]
     return {name: matched[name] for name in names} | rows | {name + MATCHED: arm for name, arm in matched.items()}
 
 
@@ -215,12 +236,19 @@ def entry(arm: Arm) -> dict[str, Any]:
     costs = {name: statistics.median(cell[name] for cell in arm.values()) for name in COSTS}
     seconds = [cell["training_seconds"] for cell in arm.values()]
     return {
-        **{name: first.get(name) for name in ("class", "reference", "lr", "sampling", "attributes")},
+        **{name: first.get(name) for name in ("class", "reference", "lr", "sampling")},
+        "attributes": _averaged([cell.get("attributes") for cell in arm.values()]),
         "seeds": sorted(arm),
         "metrics": {name: plain(value) for name, value in metrics(arm).items()},
         "training_seconds_range": [min(seconds), max(seconds)],
         **costs,
     }
+
+
+def _averaged(seeds: list[dict[str, float] | None]) -> dict[str, float] | None:
+    """Return the mean over training seeds of each attribute's accuracy; None where no oracle read it."""
+    known = [seed for seed in seeds if seed]
+    return {name: statistics.fmean(seed[name] for seed in known) for name in known[0]} if known else None
 
 
 def metrics(arm: Arm, *, change: bool = False) -> dict[str, Interval]:
@@ -269,28 +297,37 @@ def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
     """Return the difference of two arms in a measure, and both means; None where they share no seed or number.
 
     It is paired by training seed and caption, and the means are over nothing but what is compared. Arms that were
-    measured on different numbers of captions cannot be paired: None, too.
+    measured on different captions cannot be paired: None, too.
     """
     a, b = shared(a, b)
     for kind, interval in (("values", crossed_interval), ("resamples", crossed_resamples)):
         if a and all(name in next(iter(arm.values()))[kind] for arm in (a, b)):
             ours, theirs = stacked(a, kind, name), stacked(b, kind, name)
-            if ours.shape != theirs.shape or (kind == "resamples" and _captions(a, name) != _captions(b, name)):
+            if ours.shape != theirs.shape or captions_of(a, name) != captions_of(b, name) or not _same_captions(a, b):
                 return None
             both = torch.cat([ours, theirs])
             both = whole(both) if kind == "values" else both
             first, second = both[: len(a)], both[len(a) :]
             means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
             sides = {side: mean if math.isfinite(mean) else None for side, mean in zip(SIDES, means, strict=True)}
-            size = first.shape[1] if kind == "values" else _captions(a, name)
+            size = first.shape[1] if kind == "values" else captions_of(a, name)
             return plain(interval(first - second)) | sides | {"seeds": len(a), "captions": size}
     return None
 
 
-def _captions(arm: Arm, name: str) -> int:
-    """Return the number of captions behind a measure that was resampled."""
-    counts = next(iter(arm.values()))["counts"]
-    return int(counts["captions" if name.partition("_corrected")[0] in PICTURED else "rows"])
+def _same_captions(a: Arm, b: Arm) -> bool:
+    """Return whether two arms answered the same held-out captions, as far as their cells say which."""
+    return len({cell["heldout"] for cell in (*a.values(), *b.values()) if cell.get("heldout")}) < 2
+
+
+def captions_of(arm: Arm, name: str) -> int:
+    """Return the number of captions behind a measure of an arm."""
+    cell = next(iter(arm.values()))
+    if name in cell["values"]:
+        return len(cell["values"][name])
+    if name in OF_ASKED:
+        return min(ASKED, int(cell["counts"]["rows"]))
+    return int(cell["counts"]["captions" if name.removesuffix(CORRECTED) in PICTURED else "rows"])
 
 
 def differences(groups: list[dict[str, Arm]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -392,7 +429,7 @@ def change(arm: Arm, start: Arm) -> Arm:
         return {
             name: [None if None in pair else pair[0] - pair[1] for pair in zip(values, theirs[name], strict=True)]
             for name, values in ours.items()
-            if name in theirs
+            if len(theirs.get(name, ())) == len(values)
         }
 
     return {seed: cell | {kind: less(seed, kind) for kind in ("values", "resamples")} for seed, cell in arm.items()}
@@ -500,6 +537,8 @@ def read_cell(path: Path) -> dict[str, Any]:
             f"Expected a cell of format {FORMAT} in {path}. Got {got}: measure it again with this version."
         )
     for arm in cell["arms"].values():
-        distances = {name: torch.tensor(arm["resamples"][name]) for name in BIASED if name in arm["resamples"]}
-        arm["resamples"] |= {f"{name}{CORRECTED}": without_bias(x).tolist() for name, x in distances.items()}
+        for name in BIASED:
+            if name in arm["resamples"]:  # None is what JSON has for NaN, the distance of a prior that diverged
+                distances = torch.tensor([torch.nan if x is None else x for x in arm["resamples"][name]])
+                arm["resamples"][f"{name}{CORRECTED}"] = without_bias(distances).tolist()
     return cell

@@ -407,7 +407,11 @@ def _cost(report: Report) -> str:
         return ""
     (first, ours), *others = rows.items()
     hashes = report["meta"]["config_hashes"]
-    others = [(name, row) for name, row in others if hashes.get(name, name) != hashes.get(first)]
+    others = [
+        (name, row)
+        for name, row in others
+        if row["training_samples"] == ours["training_samples"] and hashes.get(name, name) != hashes.get(first)
+    ]
     listed = "; ".join(
         f"{ours['training_flops'] / row['training_flops']:.2f} times the training FLOPs of {name}, "
         f"{ours['flops_per_embedding'] / max(1, row['flops_per_embedding']):.1f} times its FLOPs for an embedding"
