@@ -139,6 +139,21 @@ def test_the_map_says_where_at_any_size(inputs: tuple[Tensor, Tensor, Tensor]) -
         assert not torch.allclose(net(images, index, kept), net(images, index, flat))
 
 
+def test_no_image_is_not_told_as_an_image_without_noise(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A dropped z_i has no level of noise: no level changes anything, and 0 is another one than none."""
+    net = tiny_decoder(image_levels=True).double()
+    randomise(net)
+    *_, z_i = inputs
+    text, levels = make_text([2, 5, 1]), torch.tensor([0.0, 0.2, 0.4]).double()
+    told, untold = (net.encode_condition(z_i, text, NOBODY, level) for level in (levels, None))
+    torch.testing.assert_close(told.time_bias, untold.time_bias)
+    clean = net.encode_condition(z_i, text, EVERYONE, torch.zeros_like(levels))
+    assert net.condition_encoder is not None
+    net.condition_encoder.level_to_time = None
+    torch.testing.assert_close(net.encode_condition(z_i, text, NOBODY).time_bias, told.time_bias)
+    assert not torch.allclose(net.encode_condition(z_i, text, EVERYONE).time_bias, clean.time_bias)
+
+
 def test_guidance_batch_is_two_batches(decoder: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     """A caption beside a shorter empty one, each for three samples."""
     x, index, z_i = inputs

@@ -203,6 +203,15 @@ def test_a_sampler_of_more_steps_than_training_is_refused(mini_run: Path) -> Non
         DecoderSpec("decoder/checkpoints/last.ckpt", 32, DDIM(1001)).load(mini_run)
 
 
+@pytest.mark.parametrize("name", ["text_drop", "image_drop"])
+@pytest.mark.parametrize("share", [10.0, -0.1])
+def test_a_share_that_is_none_is_refused(name: str, share: float) -> None:
+    """10, meant as 10 %, would drop every caption."""
+    net = UNet(channels=8, channel_mult=[1], attention_levels=[], embed_dim=4)
+    with pytest.raises(InputError, match=rf"0 <= {name} <= 1\. Got {share}: give a share, such as 0\.1"):
+        DecoderTask(net, **{name: share})
+
+
 def test_a_decoder_does_not_take_a_priors_scaling() -> None:
     with pytest.raises(ValueError, match="Got 'standardize'"):
         DecoderTask(UNet(channels=8, channel_mult=[1], attention_levels=[], embed_dim=4), scaling="standardize")

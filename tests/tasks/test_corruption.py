@@ -58,6 +58,7 @@ def test_jpeg_is_libjpegs(quality: int, size: tuple[int, int]) -> None:
 def test_gray_survives_a_jpeg_and_images_keep_to_themselves() -> None:
     gray = torch.full((1, 3, 16, 16), 128 / 255)
     assert torch.equal(jpeg(gray, 30), gray)
+    assert torch.equal(jpeg(gray.double(), 30), gray.double())
     a, b = picture(32, 32), picture(32, 32, seed=1)
     torch.testing.assert_close(jpeg(torch.cat([a, b]), 40), torch.cat([jpeg(a, 40), jpeg(b, 40)]))
 

@@ -95,6 +95,9 @@ def test_the_contrastive_term_is_one_direction_of_open_clips(statistics: str) ->
     units = F.normalize(answers, dim=-1), F.normalize(captions, dim=-1)
     expected = ClipLoss()(*units, logit_scale=torch.tensor(1 / 0.01))
     torch.testing.assert_close((task.contrast(answers, captions) + task.contrast(captions, answers)) / 2, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # divided by .01, its cosines would be off by .2
+        half = task.contrast(answers, captions)
+    torch.testing.assert_close(half, task.contrast(answers, captions))
     plain = RegressionPriorTask(task.net, statistics)
     batch = PriorBatch(torch.randn(12, D), alone(captions))
     more = 0.2 * task.contrast(task.answer(batch.text), captions)

@@ -150,7 +150,11 @@ def test_weights_of_one_path_are_not_taken_for_anothers() -> None:
     others = (cosine, task(diffusion=GaussianDiffusion(StraightPath(3.0), "velocity")))
     for other in others:
         with pytest.raises(
-            ValueError, match=r"trained as StraightPath\(shift=1.0\), velocity, but model.diffusion says"
+            ValueError, match=r"trained as StraightPath\(shift=1.0\), velocity, 1000 steps, but model.diffusion says"
         ):
             other.on_load_checkpoint(saved)
     cosine.on_load_checkpoint({})  # of before
+    older = {"diffusion": saved["diffusion"].removesuffix(", 1000 steps")}
+    task(diffusion=GaussianDiffusion(StraightPath(), "velocity")).on_load_checkpoint(older)
+    with pytest.raises(ValueError, match="velocity, 250 steps: give the config"):  # networks embed other times
+        task(diffusion=GaussianDiffusion(StraightPath(), "velocity", steps=250)).on_load_checkpoint(saved)

@@ -19,6 +19,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from unclip_pl.cli import main
+from unclip_pl.errors import InputError
 from unclip_pl.files import read_checkpoint
 from unclip_pl.training.cli import build
 from unclip_pl.training.private import accumulates
@@ -203,6 +204,79 @@ def test_a_signal_ends_the_step_saves_and_says_where(
     assert_same(whole, fit(line, resume=last), since=step, validated=step != 8)
 
 
+def test_a_signal_between_two_batches_of_a_step_waits_for_the_step(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = small("prior", tmp_path, "--trainer.accumulate_grad_batches", "2")
+    whole = fit([*line, "--trainer.logger.init_args.name", "whole"])
+
+    def strike(_: Any, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Signals, "on_train_batch_start", strike)
+    assert main(["fit", *line, "--trainer.callbacks.every_n_train_steps", "100"]) == 143
+    monkeypatch.undo()
+    last = tmp_path / "prior-tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    assert f"stopped at step 5: {last} goes on from there" in capsys.readouterr().err
+    assert_same(whole, fit(line, resume=last), since=5)
+
+
+class End(Callback):
+    """Ends a fit at a step, as a time limit or EarlyStopping does."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self._end)
+
+    def _end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "batches"),
+    [
+        ("on_train_batch_end", 7, 1),
+        ("on_validation_end", 8, 1),
+        ("on_train_epoch_end", 6, 1),
+        ("on_train_batch_end", 5, 2),
+    ],
+)
+def test_a_fit_that_a_callback_ends_goes_on_as_if_it_had_not(
+    hook: str, step: int, batches: int, small: Small, tmp_path: Path
+) -> None:
+    """The checkpoint holds the weights beside their average, and the position inside the epoch."""
+    line = small("prior", tmp_path, "--trainer.accumulate_grad_batches", str(batches))
+    whole = fit([*line, "--trainer.logger.init_args.name", "whole"])
+    cut = fit(line, End(hook, step), every=100)
+    assert max(cut.train) == step
+    assert_same(whole, fit(line, resume=cut.last), since=step)
+
+
+def test_last_is_found_by_name(small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*small("prior", tmp_path), "--ckpt_path", "last"]
+    assert main(["validate", *line]) == 1
+    assert "Expected last.ckpt of an earlier fit" in capsys.readouterr().err
+    assert main(["fit", *line, "--trainer.max_steps", "2"]) == 0
+    assert "training begins" in capsys.readouterr().err
+    assert main(["fit", *line, "--trainer.max_steps", "4"]) == 0
+    assert "version_0/checkpoints/last.ckpt at step 2" in capsys.readouterr().err
+    assert main(["validate", *line]) == 0
+    assert "random" not in capsys.readouterr().err
+
+
+def test_the_best_score_holds_in_another_folder(tmp_path: Path) -> None:
+    first, second, other = (
+        StepCheckpoint(dirpath=str(tmp_path / name), monitor=f"val/{score}")
+        for name, score in (("a", "loss"), ("b", "loss"), ("b", "embed_fd"))
+    )
+    first.best_model_score = torch.tensor(0.5)
+    for resumed, expected in ((second, 0.5), (other, None)):
+        resumed.load_state_dict(first.state_dict())
+        assert resumed.best_model_score == expected
+
+
 def kill(line: list[str], last: Path, delay: float = 0.0) -> int:
     """Start a fit as a process, and kill it some seconds after it has saved. The step that is on disk then."""
     before = last.stat().st_mtime_ns if last.is_file() else 0
@@ -256,6 +330,14 @@ def test_what_lies_on_disk_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert files.load_checkpoint(last)["global_step"] == 2
     monkeypatch.setattr(torch, "save", lambda _, path: (Path(path).write_bytes(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
+        files.save_checkpoint({"global_step": 3}, last)
+    assert files.load_checkpoint(last)["global_step"] == 2
+
+    def full(_: Any, path: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"last\.ckpt cannot be written.*Free some space"):
         files.save_checkpoint({"global_step": 3}, last)
     assert files.load_checkpoint(last)["global_step"] == 2
     assert files.load_checkpoint(tmp_path / "last.previous.ckpt")["global_step"] == 1

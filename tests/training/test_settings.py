@@ -36,6 +36,8 @@ class Seen(Callback):
         self.epochs.append([])
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, *_: Any) -> None:
+        if not self.epochs:
+            self.epochs.append([])  # resumed inside an epoch
         self.epochs[-1].append(torch.cat([batch.image_embed, batch.text.embed]))
 
 
@@ -51,6 +53,18 @@ def test_overfit_batches_are_the_same_in_every_epoch(share: str, count: int, sma
     for epoch in others:
         for one, other in zip(epoch, first, strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_resumed_fit_overfits_the_same_batches(small: Small, tmp_path: Path) -> None:
+    first = build(small("prior", tmp_path, STOP, "3"))
+    first.trainer.fit(first.model, datamodule=first.datamodule)
+    batches = []
+    for resume in (None, first.trainer.checkpoint_callback.last_model_path):
+        cli = build(small("prior", tmp_path, "--trainer.overfit_batches", "1", STOP, "5"))
+        cli.trainer.callbacks.append(seen := Seen())
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
+        batches.append(next(epoch[0] for epoch in seen.epochs if epoch))
+    assert torch.equal(*batches)
 
 
 def test_a_fit_that_diverges_stops_and_keeps_what_is_whole(
@@ -107,11 +121,20 @@ def test_weights_that_are_not_finite_are_refused(
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_the_average_is_float32_in_every_precision(precision: str, small: Small, tmp_path: Path) -> None:
-    assert main(["fit", *small("prior", tmp_path, "--trainer.precision", precision, STOP, "4")]) == 0
-    saved = read_checkpoint(next(tmp_path.rglob("last.ckpt")))
-    kind = torch.bfloat16 if precision == "bf16-true" else torch.float64
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_in_half_precision_are_refused(
+    precision: str, small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Times would be half as well: 184 different ones of a thousand."""
+    assert main(["fit", *small("prior", tmp_path, "--trainer.precision", precision, STOP, "1")]) == 1
+    said = capsys.readouterr().err
+    assert f"Got {precision}: use bf16-mixed" in said
+    assert "Traceback" not in said
+
+
+def test_the_average_is_float32_in_float64(small: Small, tmp_path: Path) -> None:
+    assert main(["fit", *small("prior", tmp_path, "--trainer.precision", "64-true", STOP, "4")]) == 0
+    saved, kind = read_checkpoint(next(tmp_path.rglob("last.ckpt"))), torch.float64
     weights = {name: value for name, value in saved["current_model_state"].items() if name.endswith("weight")}
     assert {value.dtype for value in weights.values()} == {kind}
     assert {saved["state_dict"][name].dtype for name in weights} == {torch.float32}
@@ -163,6 +186,8 @@ def test_every_logger_that_takes_pictures_gets_the_grid(tmp_path: Path, recwarn:
     assert len(own[0].got) == 1
     with pytest.warns(UserWarning, match="CSVLogger cannot show the pictures of SampleGrid"):
         grid.on_fit_start(Trainer(logger=CSVLogger(tmp_path), accelerator="cpu"), Drawer())
+    with pytest.raises(InputError, match="Got LightningModule, which draws no pictures: leave it out"):
+        grid.on_fit_start(trainer, LightningModule())
 
 
 def test_max_time_counts_this_start_and_says_that_it_ended_the_fit(

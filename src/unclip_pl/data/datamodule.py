@@ -81,7 +81,7 @@ def loader(
 ) -> ResumableLoader:
     """Load the batches whose rows a sampler gives; under ``overfit_batches`` the first ones alone."""
     trainer: Any = data.trainer
-    fixed = trainer is not None and trainer.state.fn == "fit" and trainer.overfit_batches > 0
+    fixed = overfits(data)
     share = trainer.overfit_batches if fixed and isinstance(sampler, BlockShuffleSampler) else 1.0
     return ResumableLoader(
         FixedBatches(assemble, sampler, share) if fixed else Batches(assemble),
@@ -93,6 +93,12 @@ def loader(
         # Workers get seeds from here and use none; from the global generator they would shift the noise of training.
         generator=torch.Generator(),
     )
+
+
+def overfits(data: LightningDataModule) -> bool:
+    """Return whether a fit trains on the first batches alone, over and over."""
+    trainer: Any = data.trainer
+    return trainer is not None and trainer.state.fn == "fit" and trainer.overfit_batches > 0
 
 
 class ResumableDataModule(LightningDataModule):
@@ -129,8 +135,9 @@ class ResumableDataModule(LightningDataModule):
 
     def _training(self, blocks: Blocks, assemble: Callable[[RowBatch], Any]) -> ResumableLoader:
         rank, world_size = _place(self)
+        position = {} if overfits(self) else self._position  # else a resumed fit would take other batches for the first
         self._sampler = BlockShuffleSampler(
-            blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **self._position
+            blocks, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **position
         )
         return loader(self, assemble, self._sampler, self.num_workers)
 

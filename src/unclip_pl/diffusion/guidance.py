@@ -4,6 +4,8 @@ A solver sees a denoiser alone. Guidance of the AR prior acts on probabilities: 
 ``unclip_pl.nn.ar_prior``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,9 @@ def check_guidance(scale: float) -> float:
     """Return the guidance scale if it is one.
 
     Raises:
-        InputError: it is negative, which would lead away from the caption.
+        InputError: it is negative, which would lead away from the caption, or not finite.
     """
-    if not scale >= 0:
+    if not 0 <= scale < math.inf:
         raise InputError(
             f"Expected guidance >= 0. Got {scale}: give 1 for no guidance, 0 to ignore the condition, or more than 1."
         )

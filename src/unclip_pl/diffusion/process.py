@@ -165,10 +165,10 @@ class GaussianDiffusion:
         self.time_density = time_density or (LogitNormalTime() if straight else UniformTime())
 
     def __str__(self) -> str:
-        """Return what a network's weights mean: the schedule and the prediction."""
+        """Return what a network's weights mean: the schedule, the prediction and the times that it was told."""
         schedule = self.schedule
         settings = ", ".join(f"{name}={value}" for name, value in vars(schedule).items())
-        return f"{type(schedule).__name__}({settings}), {self.prediction}"
+        return f"{type(schedule).__name__}({settings}), {self.prediction}, {self.steps} steps"
 
     def draw_t(
         self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None

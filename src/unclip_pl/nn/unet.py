@@ -87,9 +87,10 @@ class ConditionEncoder(nn.Module):
         z_i = torch.where(keep_image[:, None], image_embed, self.null_image_embed)
         time_bias = self.image_to_time(z_i)
         if self.level_to_time is not None:
-            seen = torch.zeros_like(z_i[:, 0]) if level is None else level.where(keep_image, 0.0)
-            features = sinusoidal(LEVELS * seen, self.level_to_time.in_features)
-            time_bias = time_bias + self.level_to_time(features.to(time_bias.dtype))
+            told = torch.zeros_like(z_i[:, 0]) if level is None else level
+            features = sinusoidal(LEVELS * told, self.level_to_time.in_features)
+            # Where z_i is dropped there is no level: told 0, the network would take "no noise" for "no image".
+            time_bias = time_bias + self.level_to_time(features.to(time_bias.dtype)).where(keep_image[:, None], 0.0)
         if self.text_embed_to_time is not None:
             time_bias = time_bias + self.text_embed_to_time(text.embed)
         states = text.states

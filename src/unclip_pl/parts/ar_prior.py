@@ -112,8 +112,9 @@ class ARPriorPart(CodecPart):
     def nats(self, batch: PriorBatch) -> Tensor:
         """Return the nats (B,) of the codes and of the coordinates in their buckets, see :meth:`CodecPart.nats`.
 
-        Those of the dot-product token, which the coordinates all but decide, are among them: a bound from above, by the
-        logarithm of its number of values at most.
+        Those of the dot-product token, which the coordinates all but decide, are among them: a bound from above. On
+        average it is too large by the logarithm of the token's number of values at most, as long as the network guesses
+        the token no worse than evenly.
         """
         codes, dot = self.codec.encode(batch.image_embed), self.dot(batch)
         logits = self.net(self.space.scale_text(batch.text), dot, codes, self.codec.values(codes))

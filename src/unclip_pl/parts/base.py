@@ -87,10 +87,11 @@ class Part(nn.Module):
         """Refuse a checkpoint whose weights mean something else here; Lightning calls it, too.
 
         Raises:
-            InputError: the weights were trained on another schedule, or to predict something else.
+            InputError: the weights were trained on another schedule or number of steps, or to predict something else.
         """
         saved, own = checkpoint.get("diffusion"), str(self.diffusion)
-        if saved not in (None, own):
+        older = own.rpartition(", ")[0]  # files before 2026-11-29 do not tell the number of steps
+        if saved not in (None, own, older):
             raise InputError(
                 f"The checkpoint was trained as {saved}, but model.diffusion says {own}: give the config of its "
                 "training, or train from the start."
@@ -111,6 +112,17 @@ class Part(nn.Module):
             ) from error
         require_finite(dict(self.named_parameters()), "the checkpoint")
         return loaded
+
+
+def check_drop(name: str, share: float) -> float:
+    """Return the share of a condition that training drops.
+
+    Raises:
+        InputError: it is no share.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"Expected 0 <= {name} <= 1. Got {share}: give a share, such as 0.1 for 10 %.")
+    return share
 
 
 #: Condition that stands for "no caption": CLIP's features of the empty one, or a vector learned in z_t's place.
@@ -143,7 +155,7 @@ class EmbeddingPart(Part):
     ) -> None:
         super().__init__(optimization)
         self.space = EmbeddingSpace(statistics, scaling)
-        self.text_drop = text_drop
+        self.text_drop = check_drop("text_drop", text_drop)
         self.learned_null = nn.Parameter(torch.zeros(learned_null)) if learned_null else None
         if statistics and learned_null == 0 and not self.space.null_embed.numel():
             raise InputError(

@@ -20,7 +20,7 @@ from unclip_pl.diffusion import (
 from unclip_pl.errors import InputError
 from unclip_pl.nn.space import PIXEL_RMS, Scaling
 from unclip_pl.nn.unet import Condition, UNet
-from unclip_pl.parts.base import EmbeddingPart, Optimization
+from unclip_pl.parts.base import EmbeddingPart, Optimization, check_drop
 from unclip_pl.types import TextFeatures
 
 
@@ -79,7 +79,7 @@ class DecoderPart(EmbeddingPart):
         super().__init__(statistics, scaling, text_drop, optimization)
         self.net = net
         self.diffusion = diffusion or GaussianDiffusion()
-        self.image_drop = image_drop
+        self.image_drop = check_drop("image_drop", image_drop)
         self.image_noise = image_noise
         between = isinstance(self.diffusion.schedule, StraightPath)
         if (between or isinstance(self.diffusion.time_density, LogitNormalTime)) and self.learns_variance:

@@ -211,9 +211,9 @@ class Task(Part, LightningModule):
         every: Any = self.all_gather(rows)
         return every.flatten(0, 1)
 
-    @staticmethod
-    def _fixed_noise(batch_idx: int) -> torch.Generator:
-        return torch.Generator().manual_seed(batch_idx)
+    def _fixed_noise(self, batch_idx: int) -> torch.Generator:
+        """Return the stream of a batch; each process has others, which together try more times and noises."""
+        return torch.Generator().manual_seed(batch_idx * self._world_size + self._rank)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count the samples of all ranks and start the clock: validation and waiting for data do not count."""

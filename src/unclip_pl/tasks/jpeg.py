@@ -42,18 +42,18 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
     """Return images (B, 3, h, w) in [0, 1] as a JPEG file of 4:2:0 chroma (libjpeg's default) would give them back.
 
     Args:
-        image: float32 images of any size; they are rounded to 8 bits first, as for a file.
+        image: images of any size; they are rounded to 8 bits first, as for a file.
         quality: libjpeg's quality, 1 to 100.
     """
     height, width = image.shape[-2:]
-    padded = F.pad(image, (0, -width % 16, 0, -height % 16), mode="replicate")
+    padded = F.pad(image.float(), (0, -width % 16, 0, -height % 16), mode="replicate")
     levels = (padded * 255).round()
     ycbcr = torch.einsum("ij,bjhw->bihw", _tensor(TO_YCBCR, image.device), levels).round()  # Cb and Cr about 0
     luma = _quantised(ycbcr[:, :1] - 128, LUMINANCE, quality) + 128
     chroma = _quantised(F.avg_pool2d(ycbcr[:, 1:], 2).round(), CHROMINANCE, quality)
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)  # libjpeg's "fancy" way up
     rgb = torch.einsum("ij,bjhw->bihw", _tensor(TO_RGB, image.device), torch.cat([luma, chroma], dim=1))
-    return (rgb.round().clamp(0, 255) / 255)[..., :height, :width]
+    return (rgb.round().clamp(0, 255) / 255)[..., :height, :width].to(image.dtype)
 
 
 @cache

@@ -20,6 +20,7 @@ from unclip_pl.nn.kernels import NormSiLU
 from unclip_pl.nn.layers import Block
 from unclip_pl.nn.unet import UNet
 from unclip_pl.training.loggers import log_picture, name_the_blind, takes_pictures
+from unclip_pl.training.private import accumulates
 
 #: Steps of a GPU between two looks at the loss.
 LOOK = 50
@@ -87,8 +88,8 @@ class WarmupEMA(Callback):
         if self._kept:
             self._swap(pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the network."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the network, after the last checkpoint, which holds the weights as well."""
         for weight, average in zip(local_parameters(pl_module), self._average, strict=True):
             weight.copy_(average)
 
@@ -205,6 +206,11 @@ class TimeLimit(Timer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Ignore the time of earlier starts."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Look at the clock between steps, not between the batches whose gradients make one."""
+        if not accumulates(trainer):
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
 
 class CompiledBlocks(Callback):
@@ -360,10 +366,15 @@ class SampleGrid(Callback):
         """Check that one rank holds the whole network, and name the loggers that will show nothing.
 
         Raises:
-            InputError: the network is sharded.
+            InputError: the network is sharded, or draws no pictures.
         """
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError("SampleGrid draws on one rank, which holds only a shard of the network. Leave it out.")
+        if not hasattr(pl_module, "draw"):
+            raise InputError(
+                f"Expected a decoder or an upsampler for SampleGrid. Got {type(pl_module).__name__}, which draws no "
+                "pictures: leave it out."
+            )
         name_the_blind(trainer.loggers, "the pictures of SampleGrid")
 
     def state_dict(self) -> dict[str, Any]:

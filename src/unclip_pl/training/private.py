@@ -4,6 +4,8 @@ Read in Lightning 2.6.6. A release may change any of it without notice, which is
 ``tests/test_architecture.py`` holds the other files to this rule.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -23,10 +25,22 @@ def accumulates(trainer: Trainer) -> bool:
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Return whether a validation follows this training batch, by any of the Trainer's settings for that."""
+    """Return whether a validation follows this training batch, by any of the Trainer's settings for that.
+
+    The one that Lightning adds where a callback ends the fit does not count: no run that goes on makes up for it.
+    """
     loop = trainer.fit_loop
     fetcher: Any = loop._data_fetcher
-    return loop.epoch_loop._should_check_val_fx(fetcher)
+    stops, trainer.should_stop = trainer.should_stop, False
+    try:
+        return loop.epoch_loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = stops
+
+
+def stops_here(trainer: Trainer) -> bool:
+    """Return whether a callback has ended the fit, such as a time limit, and the Trainer's least steps are done."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def stop_after_this_batch(trainer: Trainer) -> None:
@@ -38,6 +52,34 @@ def save_last(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Write ``last.ckpt`` now, unless this step has one. The public hooks save at their own moments only."""
     if not callback._should_skip_saving_checkpoint(trainer):
         callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+
+
+@contextmanager
+def before_the_epochs_end(trainer: Trainer) -> Iterator[None]:
+    """Set Lightning's counters back, inside the context, to what they were after the epoch's last batch.
+
+    From a checkpoint of those it goes on at the next epoch. From one of an epoch that is counted, but not ended, it
+    trains one more batch of that epoch.
+    """
+    loop = trainer.fit_loop
+    progress = loop.epoch_loop.batch_progress
+
+    def move(by: int) -> None:
+        batches: Any
+        epochs: Any
+        for batches, epochs in (
+            (progress.total, loop.epoch_progress.total),
+            (progress.current, loop.epoch_progress.current),
+        ):
+            batches.completed += by
+            epochs.processed += by
+        loop.epoch_loop._batches_that_stepped += by
+
+    move(-1)
+    try:
+        yield
+    finally:
+        move(1)
 
 
 def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:

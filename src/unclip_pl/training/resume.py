@@ -26,7 +26,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from unclip_pl.errors import InputError
 from unclip_pl.files import previous_of, read_checkpoint, replacing
-from unclip_pl.training.private import accumulates, save_last, stop_after_this_batch, validation_is_due
+from unclip_pl.training.private import (
+    accumulates,
+    before_the_epochs_end,
+    save_last,
+    stop_after_this_batch,
+    stops_here,
+    validation_is_due,
+)
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -39,13 +46,22 @@ class CheckpointFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint to a local path; Lightning writes to URLs."""
+        """Write a checkpoint to a local path; Lightning writes to URLs.
+
+        Raises:
+            InputError: the disk is full.
+        """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # what torch makes of an OSError
+                raise InputError(
+                    f"{path} cannot be written; what was there before is kept. Free some space: {error}"
+                ) from error
             if path.is_file():
                 _keep(path)
 
@@ -64,15 +80,25 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location=map_location, weights_only=True)
-        try:
-            return read_checkpoint(path)
-        except InputError as error:
-            previous = previous_of(Path(path))
-            if not previous.is_file():
-                raise
-            checkpoint = read_checkpoint(previous)
-            rank_zero_warn(f"{error} Going on from the one before: {previous}, step {checkpoint['global_step']}.")
-            return checkpoint
+        return read_newest(Path(path))
+
+
+def read_newest(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint, or the one before with a warning where it is damaged.
+
+    Raises:
+        MissingFileError: neither exists.
+        InputError: neither can be read.
+    """
+    try:
+        return read_checkpoint(path, mmap=mmap)
+    except InputError as error:
+        previous = previous_of(path)
+        if not previous.is_file():
+            raise
+        checkpoint = read_checkpoint(previous, mmap=mmap)
+        rank_zero_warn(f"{error} Going on from the one before: {previous}, step {checkpoint['global_step']}.")
+        return checkpoint
 
 
 def _keep(path: Path) -> None:
@@ -87,8 +113,8 @@ def _keep(path: Path) -> None:
         path.replace(previous)
 
 
-#: The checkpoint of the best validation, beside ``last.ckpt``.
-BEST = "best.ckpt"
+#: The newest checkpoint, and that of the best validation.
+LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -143,7 +169,7 @@ class StepCheckpoint(ModelCheckpoint):
         """Save where a checkpoint is due, or leave it to the validation that follows."""
         if accumulates(trainer):
             return
-        due = trainer.global_step % self.every_n_train_steps == 0 or _ends(trainer) or trainer.received_sigterm
+        due = trainer.global_step % self.every_n_train_steps == 0 or _ends(trainer) or _is_cut(trainer)
         if not (due or self._due):
             return
         self._due = sum(trainer.num_val_batches) > 0 and validation_is_due(trainer)
@@ -154,7 +180,7 @@ class StepCheckpoint(ModelCheckpoint):
         """Save the best, and what was left to the validation."""
         if self.monitor and not trainer.sanity_checking:
             self._keep_best(trainer)
-        if self._due or trainer.received_sigterm:
+        if self._due or _is_cut(trainer):
             self._due = False
             save_last(self, trainer)
 
@@ -175,12 +201,14 @@ class StepCheckpoint(ModelCheckpoint):
             self.best_model_score, self.best_model_path = score.clone(), str(Path(str(self.dirpath)) / BEST)
             trainer.save_checkpoint(self.best_model_path)
 
-    def on_train_epoch_end(self, *_: Any) -> None:
-        """Do nothing: steps count, not epochs."""
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Save where a callback ends the fit after an epoch; else steps count, not epochs."""
+        if _is_cut(trainer):
+            with before_the_epochs_end(trainer):
+                save_last(self, trainer)
 
-    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save where the run ends early, by time or by another callback."""
-        save_last(self, trainer)
+    def on_train_end(self, *_: Any) -> None:
+        """Do nothing: all is saved, and Lightning has counted a cut epoch as a whole one."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save on SIGTERM, which Lightning answers between two batches. After other errors the state is not whole.
@@ -203,9 +231,11 @@ class StepCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"owed": self._owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state. What was the best by another score is forgotten."""
+        """Restore the state, the best score also into another folder. What was best by another score is forgotten."""
         super().load_state_dict(state_dict)
-        if state_dict["monitor"] != self.monitor:
+        if state_dict["monitor"] == self.monitor:
+            self.best_model_score = state_dict["best_model_score"]
+        else:
             self.best_model_score, self.best_model_path = None, ""
         self._owed = state_dict["owed"]
 
@@ -217,8 +247,16 @@ def _ends(trainer: Trainer) -> bool:
     return last_step or (last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
+def _is_cut(trainer: Trainer) -> bool:
+    """Return whether the fit ends here before its last step: by a signal or by a callback.
+
+    The state is whole here. Later Lightning counts a cut epoch as finished, and the rest of its data would be left out.
+    """
+    return trainer.received_sigterm or stops_here(trainer)
+
+
 class ExactResume(Callback):
-    """Saves and restores every rank's global generators: Python's, NumPy's, and torch's on CPU and GPU.
+    """Saves and restores every rank's global generators: Python's, NumPy's, and torch's on CPU and CUDA.
 
     Data workers have no state to save: a batch is a pure function of the sampler's seed, epoch and rows.
     """
@@ -240,7 +278,8 @@ class ExactResume(Callback):
         if self._saved and len(self._saved) != trainer.world_size:
             rank_zero_warn(
                 f"The checkpoint was written by {len(self._saved)} processes, and {trainer.world_size} run now. "
-                "Training goes on correctly, but its random numbers differ from those of the uninterrupted run."
+                "Its random numbers differ from those of the uninterrupted run, and the rest of this epoch may repeat "
+                "rows or leave some out. From the next epoch on all is as usual."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -281,10 +320,11 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Signals(Callback):
-    """Makes SIGTERM and the first Ctrl-C end a fit after the batch, with a checkpoint. The second Ctrl-C stops at once.
+    """Makes SIGTERM and the first Ctrl-C end a fit after the step, with a checkpoint. The second Ctrl-C stops at once.
 
-    Several processes agree on the batch at which they stop. Lightning would let each broadcast from inside its signal
-    handler, in the middle of another exchange, and they would hang.
+    A step may take several batches, whose gradients add up: Lightning would stop between them, where nothing can be
+    saved. Several processes agree on the batch at which they stop. Lightning would let each broadcast from inside its
+    signal handler, in the middle of another exchange, and they would hang.
     """
 
     def __init__(self) -> None:
@@ -302,9 +342,8 @@ class Signals(Callback):
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._finish_step)
-            if trainer.world_size > 1:
-                self._strategy = trainer.strategy
-                signal.signal(signal.SIGTERM, self._ask)
+            self._strategy = trainer.strategy
+            signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop here if a process was told to."""
@@ -330,7 +369,7 @@ class Signals(Callback):
         self._asked = True
 
     def _agree(self, trainer: Trainer) -> None:
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        if not accumulates(trainer) and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             stop_after_this_batch(trainer)
 
     def _finish_step(self, *_: Any) -> None:

@@ -6,6 +6,7 @@ activations computed again in the backward pass.
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from unclip_pl.errors import InputError
-from unclip_pl.files import read_checkpoint, require_finite
+from unclip_pl.files import require_finite
 from unclip_pl.nn.layers import Block
 from unclip_pl.nn.unet_blocks import Layer, ResBlock
 from unclip_pl.training.private import shard_over_all_ranks
+from unclip_pl.training.resume import read_newest
 
 #: Modules that are gathered, used and freed as one, and computed again in the backward pass.
 UNITS = (Block, Layer, ResBlock)
@@ -95,7 +97,7 @@ class FullySharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
         """Load a checkpoint of a run with or without sharding. Every rank reads the file and keeps its shards."""
-        loaded = read_checkpoint(self.broadcast(checkpoint_path), mmap=True)
+        loaded = read_newest(Path(self.broadcast(checkpoint_path)), mmap=True)
         parameters = {name for name, _ in self._module.named_parameters()}
         require_finite({k: v for k, v in loaded["state_dict"].items() if k in parameters}, str(checkpoint_path))
         everything = StateDictOptions(full_state_dict=True)
