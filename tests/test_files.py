@@ -37,6 +37,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    for path in (tmp_path, Path(os.devnull)):
+        with pytest.raises(InputError, match="which is none: name another file"), replacing(path):
+            pass
+
+
 def _count_up(path: Path, times: int) -> None:
     for _ in range(times):
         with alone(path.with_suffix(".lock")):

@@ -215,6 +215,9 @@ def run(words: list[str], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         print(f"interrupted{again}.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # `unclip configs | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except Exception as error:
         if debug or not (isinstance(error, EXPECTED) or type(error).__name__ == EXPECTED_NAME):
             raise
@@ -355,10 +358,10 @@ def _parser(program: str, entry: Callable[..., Any]) -> Parser:
 
 
 def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
-    """Turn a flag that stands alone, as ``--verify`` may, into ``--verify=true``; leave out ``--from`` before paths."""
+    """Turn a flag without a value, such as ``--verify``, into ``--verify=true``; leave out ``--from`` before paths."""
     flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
     silent = {"--from"} if "paths" in entry.__annotations__ else set()
-    alone = [word.startswith("--") for word in [*words[1:], "--"]]
+    alone = [word.lower() not in ("true", "false") for word in [*words[1:], "--"]]
     pairs = zip(words, alone, strict=False)
     return [f"{word}=true" if word in flags and last else word for word, last in pairs if word not in silent]
 

@@ -54,7 +54,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Readers see the old file or the whole new one, also after a crash. The temporary name is always the same: whoever
     writes the file after a kill leaves nothing of that attempt behind. A second writer of the file waits for the first.
+
+    Raises:
+        InputError: there is a folder or a device at ``path``.
     """
+    path = path.resolve()  # a link stays, and its file is replaced
+    if path.exists() and not path.is_file():
+        raise InputError(f"Expected a file to write. Got {path}, which is none: name another file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with alone(path.with_name(f".{path.name}.lock")) as mode:

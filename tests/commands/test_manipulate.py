@@ -133,6 +133,39 @@ def test_a_part_is_drawn_again_and_the_rest_stays(
     assert Image.open(tmp_path / "grid.png").width == 5 * (CELL + GAP) + GAP
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["vary", "{b}", "--out", "{folder}"], "Expected out to be a .png file"),
+        (["vary", "{b}", "--out", "{folder}/x.jpg"], "Expected out to be a .png file"),
+        (["vary", "{b}", "--out", "{b}/x.png"], "b.jpg is a file: name another out"),
+        (["vary", "{a}", "--out", "{a}"], "which is read: name another out"),
+        (["inpaint", "{b}", "--mask", "{a}", "--out", "{a}"], "which is read: name another out"),
+        (["sample", "a star", "--out", "{b}"], "Expected out to be a .png file, or a folder"),
+        (["vary", "{b}", "--seed", "99999999999999999999999"], "Expected a seed of 64 bits"),
+        (["inpaint", "{b}", "--mask", "{a}"], "transparent in parts: fill them"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_drawn(
+    words: list[str],
+    expected: str,
+    mini_run: Path,
+    pictures: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGBA", (32, 32), (255, 255, 255, 128)).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    told = {"a": str(tmp_path / "a.png"), "b": pictures[1], "folder": str(tmp_path)}
+    assert main([*(word.format(**told) for word in words), "--run", str(mini_run)]) == 1
+    said = capsys.readouterr().err
+    assert expected in said
+    assert "Traceback" not in said
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 def test_a_mask_without_white_is_a_warning_and_the_picture(
     mini_run: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

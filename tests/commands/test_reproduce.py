@@ -265,6 +265,15 @@ def test_the_whole_recipe_leaves_a_run_and_a_report(mini_run: Path) -> None:
 # What would run, and what may run.
 
 
+def test_a_source_at_an_address_stays_one(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_read_through", lambda *_: "")
+    stages = {"a": make("a", "--source {source}")}
+    reproduce(stages, str(journal.run), "s3://bucket/emoji", dry_run=True)
+    assert "--source s3://bucket/emoji" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_what_would_run_and_why_and_writes_nothing(
     journal: Journal, capsys: pytest.CaptureFixture[str]
 ) -> None:

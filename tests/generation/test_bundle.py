@@ -211,6 +211,13 @@ def rewritten(bundle: Path, path: Path, changes: dict[str, bytes | None]) -> Pat
     return path
 
 
+def test_a_bundle_that_was_zipped_again_is_one(bundle: Path, tmp_path: Path) -> None:
+    """Such a file has entries for folders."""
+    path = rewritten(bundle, tmp_path / "x.zip", {"decoder/": b"", "decoder/checkpoints/": b""})
+    bundles.unbundle(path, tmp_path / "run")
+    assert (tmp_path / "run/decoder/checkpoints/last.ckpt").is_file()
+
+
 def test_nothing_in_a_bundle_runs(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +235,7 @@ def test_nothing_in_a_bundle_runs(
         ({"run.json": None}, "is no bundle of a run, or damaged"),
         ({"./run.json": json.dumps(run).encode()}, "outside of its folder"),
         ({"RUN.json": json.dumps(run).encode()}, "two files of one name"),
+        ({NOTES: b"[]"}, "is no bundle of a run, or damaged"),
         ({NOTES: json.dumps(notes | {"format": 2}).encode()}, "in format 1. Got 2: install the version"),
         ({"decoder/checkpoints/last.ckpt": pickle}, "is no bundle of a run, or damaged"),
         ({"../outside.json": outside}, "outside of its folder"),

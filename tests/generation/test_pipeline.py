@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip_pl.diffusion import DDIM, Ancestral, GaussianDiffusion, LinearSchedule
+from unclip_pl.errors import InputError
 from unclip_pl.generation import decoding, guide, pipeline
 from unclip_pl.generation.decoding import Decoder, DecoderSpec, Upsampler, UpsamplerSpec
 from unclip_pl.generation.guide import GuideSpec
@@ -322,3 +323,15 @@ def test_the_whole_chain_to_1024_pixels(mini_run: Path, monkeypatch: pytest.Monk
     assert image.shape == (1, 3, 1024, 1024)
     assert image.isfinite().all()
     assert image.abs().max() <= 1
+
+
+def test_one_caption_is_no_list_of_letters(unclip: Unclip) -> None:
+    assert torch.equal(unclip.generate("a red star").images, unclip.generate(["a red star"]).images)
+
+
+def test_embeddings_of_numpy_are_drawn(unclip: Unclip) -> None:
+    """Which are of float64; none at all are refused."""
+    z_i = unclip.generate(["a red star"]).image_embed.cpu()
+    assert torch.equal(unclip.decode(z_i.double(), "a red star").images, unclip.decode(z_i, ["a red star"]).images)
+    with pytest.raises(InputError, match="Expected embeddings of shape"):
+        unclip.decode(z_i[:0])

@@ -207,6 +207,11 @@ def pickled(dump: Path) -> None:
     np.save(dump / "img_emb_0.npy", np.array([{}]), allow_pickle=True)
 
 
+def several(dump: Path) -> None:
+    with (dump / "img_emb_0.npy").open("wb") as file:
+        np.savez(file, a=np.zeros((3, 6), np.float16))
+
+
 @pytest.mark.parametrize(
     ("break_it", "line"),
     [
@@ -218,6 +223,7 @@ def pickled(dump: Path) -> None:
         (wordless, "Expected a column 'caption' of captions in {dump}/metadata_0.parquet. Got key, TEXT"),
         (no_table, "{dump}/metadata_0.parquet is damaged or no parquet file"),
         (pickled, "{dump}/img_emb_0.npy is damaged or no .npy file"),
+        (several, "Expected one array. Got {dump}/img_emb_0.npy, which holds several: save each by np.save"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

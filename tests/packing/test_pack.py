@@ -156,7 +156,9 @@ def test_a_missing_image_that_comes_later_is_packed_later(
     assert len(packed_now(photos, tmp_path / "out", monkeypatch)) == 3
     record = read_packed(tmp_path / "out" / "data.manifest.jsonl")["data-000001.tar"]
     assert (record.samples, record.skipped) == (4, {"missing file": ["07.jpg"]})
+    assert packed_now(photos, tmp_path / "out", monkeypatch) == []
     (tmp_path / "07.jpg").rename(photos / "07.jpg")
+    os.utime(photos / "07.jpg", (0, 0))  # older than the tar, as after a run with the wrong folder
     assert packed_now(photos, tmp_path / "out", monkeypatch) == ["data-000001.tar"]
 
 

@@ -54,7 +54,9 @@ def bundle(paths: list[str], out: str = "", *, for_study: bool = False) -> None:
     clip = run.clip.within(root)
     tokens = _tokens(clip.load(), root / run.store) if run.store else read_notes(root).get("tokens")
     encoders = {spec.pretrained: spec for spec in (run.clip, run.judge) if spec is not None}
-    path = Path(out or f"{root}.zip")
+    path = Path(out or f"{root if root.name.strip('.') else root.resolve()}.zip")  # not `..zip`
+    if path.is_dir():
+        raise InputError(f"Expected a zip file to write. Got {path}, which is a folder: name another --out.")
     use = f"unclip unbundle {path.name} RUN" if for_study else f'unclip sample "a caption" --run {path.name}'
     card = model_card(root, use)
     with TemporaryDirectory() as folder:

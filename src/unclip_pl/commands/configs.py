@@ -27,6 +27,10 @@ def copy(names: list[str]) -> None:
             "Expected a folder. Got none: write, for example, unclip configs copy configs prior/tiny.yaml."
         )
     known, folder = shipped_configs(), Path(names[0])
+    if folder.suffix == ".yaml":
+        raise InputError(
+            f"Expected a folder, then configs. Got {folder}: write, for example, unclip configs copy configs {folder}."
+        )
     asked = [Path(name).as_posix().removeprefix(f"{CONFIGS}/") for name in names[1:]]
     if unknown := [name for name in asked if name not in known]:
         raise no_config(unknown[0])

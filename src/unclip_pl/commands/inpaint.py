@@ -47,8 +47,8 @@ def inpaint(
     check_files([*pictures, *filter(None, [mask])])
     if caption is None and options.of_prior():
         raise InputError("Expected a caption for settings of a prior. Got none: give --caption, or leave them out.")
-    with Studio("inpaint", options, pictures) as studio:
-        from unclip_pl.generation.pictures import open_mask
+    with Studio("inpaint", options, pictures, also=[mask] if mask else []) as studio:
+        from unclip_pl.generation.pictures import open_mask, refuse_transparent
 
         given = studio.pictures.pixels
         studio.warn_of_unknown([caption or ""])
@@ -61,7 +61,10 @@ def inpaint(
             images = studio.unclip.outpaint(given, texts or [""], canvas=canvas, **settings).images
         else:
             drawn = open_mask(mask, pictures[0], given.shape[-1])
-            if not drawn.any():
+            refuse_transparent(mask)
+            share = drawn.float().mean().item()
+            studio.say(f"{100 * share:.0f} % of the picture is drawn again, where {mask} is white.")
+            if not share:
                 studio.say(f"warning: {mask} has no white: nothing is drawn again.")
             hidden = given[0].masked_fill(drawn[0], 0.0)
             images = studio.unclip.inpaint(given, drawn, texts, **settings).images

@@ -8,6 +8,7 @@ from jsonargparse.typing import NonNegativeFloat
 
 from unclip_pl.data.shards import Split
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.errors import InputError
 from unclip_pl.nn.ridge import fit_ridge, save_linear_prior
 
 
@@ -22,7 +23,10 @@ def linear(store: str, out: str, *, source: str = "", ridge: NonNegativeFloat = 
     """
     started = time.perf_counter()
     embeddings = EmbeddingStore(store, source)
-    image, text = zip(*embeddings.embed_chunks(Split.TRAIN), strict=True)
+    chunks = list(embeddings.embed_chunks(Split.TRAIN))
+    if not chunks:
+        raise InputError(f"Expected training pairs in {store}. Got none: give a store of shards with a train split.")
+    image, text = zip(*chunks, strict=True)
     weight, bias = fit_ridge(torch.cat(text), torch.cat(image), ridge)
     seconds = time.perf_counter() - started
     save_linear_prior(Path(out), weight, bias, fingerprint=embeddings.fingerprint, seconds=seconds)

@@ -44,11 +44,13 @@ def play(run: str | None = None, port: PositiveInt = 7860, device: str = "cpu", 
 
 
 def _check_port(port: int) -> None:
+    if not 1 <= port <= 65_535:
+        raise InputError(f"Expected a port from 1 to 65535. Got {port}: choose another with --port.")
     with socket.socket() as test:
         try:
             test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             test.bind(("127.0.0.1", port))
         except OSError as error:
             raise InputError(
-                f"Expected a free port of 127.0.0.1. Got {port}, which is in use: choose another with --port."
+                f"Expected a free port of 127.0.0.1. Got {port} ({error.strerror}): choose another with --port."
             ) from error

@@ -106,7 +106,12 @@ def _fabric(accelerator: str, devices: int, num_nodes: int) -> Any:
         )
     # Only the end is waited for, and that for as long as the largest share takes.
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=365)) if world_size > 1 else "auto"
-    return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    try:
+        return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"Expected an accelerator of this machine. Choose --accelerator auto or cpu: {error}"
+        ) from error
 
 
 @contextmanager

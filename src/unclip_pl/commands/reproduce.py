@@ -78,7 +78,8 @@ def reproduce(
     for config in filter(None, (compare, claims)):
         if not find(config).is_file():
             raise no_config(config)
-    places = {"{run}": str(Path(run)), "{source}": str(Path(source.replace("{run}", str(Path(run)))))}
+    shown = source.replace("{run}", str(Path(run)))
+    places = {"{run}": str(Path(run)), "{source}": shown if "://" in shown else str(Path(shown))}
     places |= {"{base}": str(Path(base)) if base else "", "{results}": results, "{precision}": precision()}
     shards = "" if source.startswith(("{run}", "{base}")) else _read_through(source, Path(run), not dry_run)
     recipe = Recipe(stages, places, base_recipe, shards)

@@ -90,8 +90,9 @@ def find_rows(folder: Path) -> Iterator[Row]:
     for path in track(
         sorted(folder.rglob("config.yaml")), "Reading logs", transient=True, console=told, disable=not told.is_terminal
     ):
-        model = (read_yaml(path) or {}).get("model")
-        if isinstance(model, dict) and "class_path" in model:
+        content = read_yaml(path)
+        model = content.get("model") if isinstance(content, dict) else None
+        if isinstance(model, dict) and isinstance(model.get("class_path"), str):
             part = model["class_path"].rpartition(".")[2].removesuffix("Task")
             yield _row(folder, path.parent, part, made) | _logged(path.parent)
     for path in sorted(folder.rglob(f"{CELLS}/[!.]*.json")):

@@ -52,9 +52,7 @@ def sample(
     texts = _texts(captions, prompts, from_embedding)
     if from_embedding and options.of_prior():
         raise InputError("Expected --from_embedding or settings of a prior. Got both: leave one out.")
-    if Path(options.out).suffix not in ("", ".png"):
-        raise InputError(f"Expected out to be a .png file, or a folder. Got {options.out}: change its ending.")
-    with Studio("sample", options, stderr=json) as studio:
+    with Studio("sample", options, folder=True, stderr=json) as studio:
         if from_embedding:
             z_i = _embeddings(studio, from_embedding)
             texts = texts if len(texts) > 1 else (texts or [""]) * len(z_i)

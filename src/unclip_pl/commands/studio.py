@@ -98,6 +98,30 @@ class CaptionOptions(RunOptions):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+def check_out(out: str, reads: Sequence[str], *, folder: bool = False) -> None:
+    """Refuse, before anything is drawn, what could not be written afterwards.
+
+    Args:
+        out: PNG file, or a folder.
+        reads: files that the command reads.
+        folder: whether it may be a folder.
+
+    Raises:
+        InputError: it has another ending, is a folder or lies below a file, or is one of the files that are read.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in (("", ".png") if folder else (".png",)):
+        what = "a .png file, or a folder" if folder else "a .png file"
+        raise InputError(f"Expected out to be {what}. Got {out}: change its ending.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise InputError(f"Expected out inside a folder. Got {out}, and {above} is a file: name another out.")
+    if path.is_dir() and path.suffix:
+        raise InputError(f"Expected out to be a file. Got {out}, which is a folder: name another out.")
+    if path.exists() and any(Path(read).exists() and path.samefile(read) for read in reads):
+        raise InputError(f"Expected out to be a new picture. Got {out}, which is read: name another out.")
+
+
 class Studio(AbstractContextManager["Studio"]):
     """A context in which a run is loaded, pictures are open, and progress bars stand.
 
@@ -105,23 +129,36 @@ class Studio(AbstractContextManager["Studio"]):
         command: word on the command line.
         options: options that the commands share.
         paths: image files to open; None for a command that takes none.
+        also: other files that the command reads.
+        folder: ``out`` may be a folder.
         stderr: print bars and lines to stderr, since something else is printed to stdout.
 
     Raises:
-        InputError: there are no files, or one is missing.
+        InputError: there are no files, one is missing or would be written over, ``out`` cannot be a file, or ``seed``
+            is no number of 64 bits.
     """
 
     unclip: "Unclip"
     pictures: "Pictures"
 
     def __init__(
-        self, command: str, options: RunOptions, paths: Sequence[str] | None = None, *, stderr: bool = False
+        self,
+        command: str,
+        options: RunOptions,
+        paths: Sequence[str] | None = None,
+        *,
+        also: Sequence[str] = (),
+        folder: bool = False,
+        stderr: bool = False,
     ) -> None:
         self.options = options
         self.out = options.out or f"{command}.png"
         self.paths = paths
         if paths is not None:
             check_files(paths)  # now, and not after the networks are read
+        check_out(self.out, [*(paths or []), *also], folder=folder)
+        if not -(2**63) <= options.seed < 2**64:
+            raise InputError(f"Expected a seed of 64 bits. Got {options.seed}: give a smaller number.")
         title = TextColumn("{task.description}", markup=False)
         console = Console(stderr=stderr)
         self.bars = Progress(title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)

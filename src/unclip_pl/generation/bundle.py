@@ -59,7 +59,7 @@ def unpack(bundle: Path, folder: Path) -> None:
         with zipfile.ZipFile(bundle) as archive:
             _check_members(archive.infolist(), bundle)
             require_format(json.loads(archive.read(NOTES)).get("format"), FORMAT, bundle)
-            for member in archive.infolist():
+            for member in (member for member in archive.infolist() if not member.is_dir()):
                 path = folder / member.filename
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, path.open("wb") as target:
@@ -72,7 +72,7 @@ def unpack(bundle: Path, folder: Path) -> None:
     except InputError:
         raise
     # Zip and its compressions, encryption, missing members, JSON, safetensors.
-    except (*_BROKEN, EOFError, RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
+    except (*_BROKEN, EOFError, RuntimeError, KeyError, ValueError, AttributeError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{bundle} is no bundle of a run, or damaged ({reason:.200}): make one with `unclip bundle RUN`."
@@ -83,7 +83,8 @@ def _check_members(members: list[zipfile.ZipInfo], bundle: Path) -> None:
     """Refuse names that lead out of the folder, or twice to one file, and sizes that would fill the disk."""
     for member in members:
         path = PurePosixPath(member.filename)
-        strange = path.as_posix() != member.filename or any(sign in member.filename for sign in "\\:")
+        name = member.filename.removesuffix("/") if member.is_dir() else member.filename
+        strange = path.as_posix() != name or any(sign in name for sign in "\\:")
         if strange or path.is_absolute() or ".." in path.parts:
             raise InputError(f"{bundle} holds a file {member.filename!r:.200}, outside of its folder: do not use it.")
     if len({member.filename.casefold() for member in members}) < len(members):
@@ -114,6 +115,13 @@ def unbundle(bundle: Path, run: Path) -> None:
 
 
 def read_notes(run: Path) -> dict[str, Any]:
-    """Return the notes of an unpacked bundle: ``run``, ``commits``, ``tokens``, …; empty for a run trained here."""
+    """Return the notes of an unpacked bundle: ``run``, ``commits``, ``tokens``, …; empty for a run trained here.
+
+    Raises:
+        InputError: they are damaged.
+    """
     path = run / NOTES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): unbundle the run again, or delete the file.") from error

@@ -69,6 +69,20 @@ def open_mask(path: str | Path, picture: str | Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(mask) > 127)[None, None]
 
 
+def refuse_transparent(mask: str | Path) -> None:
+    """Refuse a mask with transparent parts, which some programs mean to be drawn again and others to stay.
+
+    Raises:
+        InputError: it has some.
+    """
+    with Image.open(mask) as opened:
+        if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").tobytes().strip(b"\xff"):
+            raise InputError(
+                f"Expected a mask of white, which is drawn again, and black. Got {mask}, transparent in parts: "
+                "fill them."
+            )
+
+
 def _decoded(path: Path, size: int | None = None) -> Image.Image:
     """Decode a picture, or its central square at a side of ``size``."""
     try:

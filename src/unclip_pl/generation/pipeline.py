@@ -144,6 +144,7 @@ class Unclip:
         Raises:
             InputError: there is nothing to draw, or a setting is out of range.
         """
+        captions = listed(captions)
         if not captions or num < 1:
             raise InputError(f"Expected a caption and num >= 1. Got {len(captions)} and {num}: ask for an image.")
         check_guidance(self.decoder.spec.guidance if guidance is None else guidance)
@@ -180,8 +181,9 @@ class Unclip:
         Raises:
             InputError: the embeddings have another width or have lost their norm, or captions are neither one nor B.
         """
+        image_embed, captions = image_embed.float(), listed(captions)
         b, d = len(image_embed), self.clip.embed_dim
-        if image_embed.shape != (b, d) or len(captions) not in (1, b) or num < 1:
+        if not b or image_embed.shape != (b, d) or len(captions) not in (1, b) or num < 1:
             raise InputError(
                 f"Expected embeddings of shape (B, {d}), this CLIP's, one caption or B, and num >= 1. Got "
                 f"{tuple(image_embed.shape)}, {len(captions)} and {num}: make them fit."
@@ -230,6 +232,7 @@ class Unclip:
                 f"Expected num >= 1 and a mask for {tuple(images.shape)}, of one channel, for each picture or for all. "
                 f"Got {num} and {tuple(mask.shape)}: make them fit."
             )
+        captions = None if captions is None else listed(captions)
         if captions is not None and len(captions) not in (1, b):
             raise InputError(f"Expected one caption or {b}, one for each picture. Got {len(captions)}: make them fit.")
         self.decoder.check(sampler or self.decoder.sampler)
@@ -303,6 +306,11 @@ def _embed(prior: Prior, text: TextFeatures, seeds: list[int], batch_size: int) 
     """Draw one z_i for each caption, (B, d), in batches."""
     batches = _batches(len(seeds), batch_size)
     return torch.cat([prior.embed(text.rows(rows), generator=streams(seeds[rows], "prior")) for rows in batches])
+
+
+def listed(captions: Sequence[str]) -> Sequence[str]:
+    """Return captions, one of them in a list: a text would count as many captions of a letter each."""
+    return [captions] if isinstance(captions, str) else captions
 
 
 def _seeds(seed: int, num: int) -> list[int]:

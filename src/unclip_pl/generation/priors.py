@@ -337,7 +337,8 @@ class ARPriorSpec(TrainedPriorSpec):
     Args:
         checkpoint: file of the trained Task, relative to the run.
         guidance: guidance scale on the logits; 1 is off.
-        temperature: divisor of the codes' logits; below 1 samples are surer and less diverse.
+        temperature: divisor of all logits, those of the dot-product token too; below 1 samples are surer and less
+            diverse.
         dot_quantile: share of the dot-product token's distribution, from its lower end, that is not drawn (paper: 0.5).
         candidates: embeddings drawn per caption, of which the one with the largest z_i·z_t is kept. The paper draws
             one, and leaves the choice to the dot-product token.

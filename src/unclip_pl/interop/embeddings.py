@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -65,8 +66,10 @@ class Array:
         self.path = path
         try:
             self.values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, BadZipFile) as error:
             raise InputError(f"{path} is damaged or no .npy file ({error}): copy it again.") from error
+        if not isinstance(self.values, np.ndarray):
+            raise InputError(f"Expected one array. Got {path}, which holds several: save each by np.save.")
         if self.values.ndim != 2 or not self.values.shape[1] or self.values.dtype not in (np.float16, np.float32):
             raise InputError(
                 f"Expected embeddings (N, d) of float16 or float32. Got {self.values.dtype} {self.values.shape} in "

@@ -60,6 +60,10 @@ class PackedShard(NamedTuple):
     skipped: dict[str, list[str]]  # names of the bad samples by reason
 
 
+#: Reasons for which a sample is bad that may be gone at the next start.
+MISSING, UNREADABLE = "missing file", "unreadable file"
+
+
 class _Job(NamedTuple):
     path: Path
     samples: list[Sample]
@@ -195,7 +199,16 @@ def _is_done(job: _Job, packed: PackedShard | None) -> bool:
         return False
     if packed is None or (packed.recipe, packed.size) != (job.recipe, tar.st_size):
         return False
+    lost = {name for reason in (MISSING, UNREADABLE) for name in packed.skipped.get(reason, [])}
+    files = [sample.image for sample in job.samples if _name(sample) in lost and isinstance(sample.image, Path)]
+    if any(os.access(file, os.R_OK) for file in files):
+        return False  # the wrong folder was named, or a drive or a permission was lacking
     return not any(_changed_ns(sample.image) >= tar.st_mtime_ns for sample in job.samples)
+
+
+def _name(sample: Sample) -> str:
+    """Return what a bad sample is called."""
+    return str(sample.extra.get("file", sample.key))
 
 
 def _changed_ns(image: object) -> int:
@@ -254,7 +267,7 @@ def _pack(job: _Job, stop: threading.Event) -> PackedShard:
                 try:
                     members = _members(sample, job.form)
                 except BadSample as reason:
-                    skipped.setdefault(str(reason), []).append(str(sample.extra.get("file", sample.key)))
+                    skipped.setdefault(str(reason), []).append(_name(sample))
                     continue
                 for suffix, data in members:
                     info = tarfile.TarInfo(f"{sample.key}.{suffix}")  # time 0, user 0: nothing of this machine
@@ -343,10 +356,10 @@ def _read(path: Path) -> bytes:
     except BadSample:
         raise
     except PermissionError as error:
-        raise BadSample("unreadable file") from error
+        raise BadSample(UNREADABLE) from error
     except ValueError as error:  # a NUL in the name
-        raise BadSample("missing file") from error
+        raise BadSample(MISSING) from error
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise BadSample("missing file") from error
+        raise BadSample(MISSING) from error
