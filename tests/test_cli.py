@@ -183,6 +183,16 @@ def test_from_is_left_out_before_paths_alone() -> None:
     assert _spelt_out(words, draw) == words  # the parser's to answer
 
 
+def test_a_flag_takes_no_caption() -> None:
+    def draw(captions: list[str], json: bool = False) -> object:
+        """Draw."""
+        return captions, json
+
+    assert call("draw", draw, ["--json", "a red star"]) == (["a red star"], True)
+    for word, value in (("true", True), ("no", False)):
+        assert call("draw", draw, ["--json", word, "a red star"]) == (["a red star"], value)
+
+
 def test_empty_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["precompute", "--source", str(tmp_path), "--store", str(tmp_path / "s"), "--clip.name", "tiny-rn"]
     refused(words, capsys, str(tmp_path))

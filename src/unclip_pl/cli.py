@@ -361,7 +361,7 @@ def _spelt_out(words: list[str], entry: Callable[..., Any]) -> list[str]:
     """Turn a flag without a value, such as ``--verify``, into ``--verify=true``; leave out ``--from`` before paths."""
     flags = {f"--{name}" for name, kind in entry.__annotations__.items() if kind is bool}
     silent = {"--from"} if "paths" in entry.__annotations__ else set()
-    alone = [word.lower() not in ("true", "false") for word in [*words[1:], "--"]]
+    alone = [word.lower() not in ("true", "false", "yes", "no") for word in [*words[1:], "--"]]
     pairs = zip(words, alone, strict=False)
     return [f"{word}=true" if word in flags and last else word for word, last in pairs if word not in silent]
 

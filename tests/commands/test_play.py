@@ -23,7 +23,7 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         other.listen()
         assert main(["play", "--port", str(other.getsockname()[1])]) == 1
     said = capsys.readouterr().err
-    assert "which is in use: choose another with --port" in said
+    assert "Address already in use): choose another with --port" in said
     assert said.count("\n") == 1
 
 
