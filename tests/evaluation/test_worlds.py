@@ -30,6 +30,7 @@ from unclip_pl.types import EvaluationBatch
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ("guidance", "words", "binding")
+BASES = ("words-base", "binding-base")
 SMALL = {
     "pack": "--train 64 --val 16 --heldout 12",
     "fit": "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.init_args.batch_size 16",
@@ -56,13 +57,15 @@ def small(stage: Stage) -> Stage:
     return replace(stage, run=" ".join([stage.run, *more]), matrix=matrix)
 
 
-def follow(name: str, folder: Path) -> dict[str, Any]:
-    """A recipe's report."""
+def follow(name: str, folder: Path) -> None:
+    """Run a recipe, and before it that of the run which it builds on, unless all studies share that one."""
     recipe = read(name)
     stages = {key: small(Stage(**stage)) for key, stage in recipe.pop("stages").items()}
-    recipe |= {"run": str(folder / "run"), "results": str(folder / "results")}
+    recipe |= {"run": str(folder / name), "results": str(folder / "results")}
+    if f"{name}-base" in BASES:
+        follow(f"{name}-base", folder)
+        recipe["base"] = str(folder / "results" / "base.zip")
     reproduce(stages, **recipe)
-    return json.loads((folder / "results" / "report.json").read_text())
 
 
 @pytest.mark.slow
@@ -71,7 +74,8 @@ def follow(name: str, folder: Path) -> dict[str, Any]:
 def test_a_recipe_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes 20 to 60 s each: nothing else sees that stages, cells, claims and report agree."""
     monkeypatch.setattr("unclip_pl.report.plots.DPI", 30)  # nobody looks
-    report = follow(name, tmp_path)
+    follow(name, tmp_path)
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
     claims = {claim["claim"]: claim["verdict"] for claim in report["claims"]}
     assert claims
     page = (tmp_path / "results" / "report.html").read_text()
@@ -79,6 +83,14 @@ def test_a_recipe_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest
     if name != "guidance":  # untrained GLIDE and unCLIP need not share a match
         assert UNMEASURED not in claims.values() or name == "binding"  # nor have all parts of a scene
     assert main(["report", "--run", str(tmp_path / "results")]) == 0
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_is_made_of_the_pictures_that_its_study_makes(name: str) -> None:
+    stages = [read(recipe)["stages"] for recipe in (name, name.removesuffix("-base"))]
+    assert len({yaml.safe_dump(own["data"]) for own in stages}) == 1
+    assert read(name)["stages"]["bundle"]["out"] == "{results}/base.zip"
+    assert read(name.removesuffix("-base"))["base"] == f"{read(name)['results']}/base.zip"
 
 
 @pytest.mark.parametrize("name", RECIPES)

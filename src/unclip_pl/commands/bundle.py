@@ -81,9 +81,8 @@ def _parts(content: dict[str, Any], run: RunDescription, *, for_study: bool) -> 
     """Return the part of ``run.json`` that is kept."""
     if not for_study:
         return {key: value for key, value in content.items() if key not in ("judge", "store")}
-    kept = {
-        name: content["priors"][name] for name, spec in run.priors.items() if not isinstance(spec, TrainedPriorSpec)
-    }
+    small = {name for name, spec in run.priors.items() if not isinstance(spec, TrainedPriorSpec)}
+    kept = {name: spec for name, spec in content.get("priors", {}).items() if name in small}
     return {key: value for key, value in content.items() if key != "store"} | {"priors": kept}
 
 

@@ -178,7 +178,7 @@ class Master:
         self._write(name, record)
         for copy, content in recipe.filled(name).values():
             write_text(copy, yaml.safe_dump(content, sort_keys=False))
-        if self.compare and words[0] == "test":
+        if self.compare and words[0] in ("test", "bundle"):
             from unclip_pl.generation.run import write_run  # imports for seconds, as does the report
 
             write_run(recipe.root, describe_run(self.compare, self.upsamplers))
@@ -272,9 +272,12 @@ def report(folder: Path, logs: Path | None) -> None:
 
 
 def describe_run(compare: str, upsamplers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return ``run.json`` from the comparison's config: pictures and measurements come from the same priors."""
+    """Return ``run.json`` from the comparison's config: pictures and measurements come from the same priors.
+
+    A cell's config does as well. It may name no judge and no priors.
+    """
     model = read_yaml(find(compare))["model"]["init_args"]
-    run = {name: model[name] for name in ("clip", "judge", "decoder", "priors")} | {"store": "store"}
+    run = {name: model[name] for name in ("clip", "judge", "decoder", "priors") if name in model} | {"store": "store"}
     if upsamplers:
         run["decoder"]["init_args"]["upsamplers"] = upsamplers
     return run

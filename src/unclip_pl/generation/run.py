@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,14 +35,14 @@ class RunDescription:
     Args:
         clip: the CLIP that conditions everything.
         decoder: the decoder and its upsamplers.
-        priors: the run's priors, by name.
+        priors: the run's priors, by name; none where a study brings its own.
         judge: another CLIP, for scores; None in an imported run.
         store: folder of the training split's embeddings; empty in an imported run.
     """
 
     clip: ClipSpec
     decoder: DecoderSpec
-    priors: dict[str, PriorSpec]
+    priors: dict[str, PriorSpec] = field(default_factory=dict)
     judge: ClipSpec | None = None
     store: str = ""
 
