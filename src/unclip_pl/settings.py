@@ -134,9 +134,17 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: a key occurs twice in a file.
+        InputError: a key occurs twice in a file, or a file names itself, directly or through others.
         yaml.YAMLError: a file is no YAML.
     """
+    return _with_files(path, ())
+
+
+def _with_files(path: Path, outer: tuple[Path, ...]) -> Any:
+    """Return the content of a YAML file with those that it names; ``outer`` are the files that name it."""
+    own = path.resolve()
+    if own in outer:
+        raise InputError(f"{path} names itself through {', '.join(map(str, outer))}: take that line out.")
 
     def inline(node: Any) -> Any:
         if isinstance(node, dict):
@@ -145,7 +153,7 @@ def read_yaml(path: Path) -> Any:
             return [inline(value) for value in node]
         if isinstance(node, str) and node.endswith((".yaml", ".yml")):
             named = path.parent / expanded(node)
-            return read_yaml(named) if named.is_file() else node
+            return _with_files(named, (*outer, own)) if named.is_file() else node
         return node
 
     return inline(_content(path, path.stat().st_mtime_ns))

@@ -493,3 +493,58 @@ def test_a_store_that_must_not_be_written_to(
     assert "Read-only file system" in said
     assert str(small_disk) in said
     assert "Traceback" not in said
+
+
+def test_another_source_of_equal_names_and_sizes_is_another_source(tmp_path: Path, encoder: ClipEncoder) -> None:
+    """Tars are padded to 10 KiB. The other one is older than the features, as a source that was there before is."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for folder, first in ((other, 7), (ours, 0)):
+        images = [np.full((8, 8, 3), first + i, np.uint8) for i in range(4)]
+        write_shards([Sample(f"k{i}", image, [f"{first + i}"], {}) for i, image in enumerate(images)], folder, "train")
+    assert (ours / "train-000000.tar").stat().st_size == (other / "train-000000.tar").stat().st_size
+    run(ours, tmp_path / "store", encoder)
+    assert not pending(str(ours), str(tmp_path / "store"), encoder.fingerprint)
+    assert [shard.name for shard in pending(str(other), str(tmp_path / "store"), encoder.fingerprint)] == [
+        "train-000000.tar"
+    ]
+    with pytest.raises(ValueError, match="is not the file that was embedded"):
+        EmbeddingStore(tmp_path / "store", str(other))
+
+
+def test_statistics_are_those_of_all_that_a_store_holds(
+    pair: tuple[Path, Path], encoder: ClipEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a part of the source is looked at again; what is gone from the store is forgotten."""
+    source, store = pair
+    before = contents(store)
+    run(source / "heldout-000000.tar", store, encoder)
+    assert contents(store) == before
+    assert "more shard(s) than" in caplog.text
+    (store / "val-000000.safetensors").unlink()
+    run(source / "heldout-000000.tar", store, encoder)
+    assert "val-000000.tar" not in read_manifest(store)
+    assert "train-000000.tar" in read_manifest(store)
+
+
+@pytest.mark.parametrize("name", ["statistics", "text-statistics"])
+def test_a_shard_does_not_overwrite_the_statistics(name: str, tmp_path: Path, encoder: ClipEncoder) -> None:
+    write_shards(samples(3), tmp_path, "train")
+    (tmp_path / "train-000000.tar").rename(tmp_path / f"{name}.tar")
+    with pytest.raises(InputError, match=rf"another name than {name}.tar.*rename"):
+        run(tmp_path, tmp_path / "store", encoder)
+
+
+def test_clip_s_pairs_count_the_bad_samples_of_all_shards(
+    tmp_path: Path, encoder: ClipEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, bad in enumerate((3, 2)):
+        write_shards(samples(4, bad), tmp_path / str(number), "train")
+        (tmp_path / str(number) / "train-000000.tar").rename(tmp_path / f"train-{number}.tar")
+    for shard in tmp_path.glob("*.tar"):  # no captions: they are counted when a shard is indexed
+        with tarfile.open(shard) as tar:
+            kept = [(info, tar.extractfile(info).read()) for info in tar if info.name not in ("k0.txt", "k0.json")]  # type: ignore[union-attr]
+        with tarfile.open(shard, "w") as tar:
+            for info, data in kept:
+                tar.addfile(info, io.BytesIO(data))
+    PairStore(str(tmp_path), encoder.tokenize, image_size=32)
+    assert "skipped 7 sample(s)" in caplog.text

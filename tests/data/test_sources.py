@@ -147,3 +147,9 @@ def test_compressed_tars_are_named(
     assert all(name in said[0] for name in sorted(packed)[:5])
     found(at)
     assert len(caplog.records) == 2
+
+
+def test_a_part_that_cannot_be_read_names_the_shard(memory: str) -> None:
+    """fsspec hands errors back among the answers."""
+    with pytest.raises(FileNotFoundError, match=r"train-12.tar does not exist"):
+        Shard(f"{memory}/train-12.tar").read([(1, 3)])

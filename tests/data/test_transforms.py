@@ -68,19 +68,41 @@ def test_other_colour_modes_are_converted(mode: str) -> None:
     assert np.abs(np.asarray(decode_image(kept), np.int16) - expected).max() <= (3 if kind == "JPEG" else 0)
 
 
+def png(width: int, height: int, bits: int, kind: int, rows: list[bytes], key: bytes = b"") -> bytes:
+    """A PNG of a bit depth that Pillow does not write; ``key`` is its transparent colour."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)),
+        *([(b"tRNS", key)] if key else []),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(("bits", "values"), [(1, [0, 255]), (2, [0, 85, 170, 255]), (4, [17 * i for i in range(16)])])
+def test_a_transparent_grey_is_that_of_the_file_s_own_depth(bits: int, values: list[int]) -> None:
+    """Pillow spreads greys of few bits over 8, and leaves the transparent one as it is written."""
+    digits = "".join(f"{i:0{bits}b}" for i in range(2**bits)).ljust(8, "0")
+    row = bytes(int(digits[i : i + 8], 2) for i in range(0, len(digits), 8))
+    for key in range(2**bits):
+        image = decode_image(png(2**bits, 1, bits, 0, [row], struct.pack(">H", key)))
+        expected = [255 if i == key else value for i, value in enumerate(values)]
+        assert np.asarray(image)[0, :, 0].tolist() == expected
+
+
+def test_a_transparent_colour_of_16_bits_is_refused() -> None:
+    row = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    with pytest.raises(BadSample, match="transparency of more than 8 bits"):
+        decode_image(png(1, 1, 16, 2, [row], row))
+
+
 @pytest.mark.parametrize("channels", [0, 2])
 def test_sixteen_bits_keep_their_upper_eight(channels: int) -> None:
     """Grey (colour type 0) and RGB (2) alike; Pillow alone would clip the one to white and shift the other."""
     values = (np.arange(64, dtype=np.uint16) * 1037).reshape(8, 8)
     pixels = np.repeat(values[..., None], 3 if channels else 1, axis=2)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, channels, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ]
-    chunks = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
-    image = decode_image(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    image = decode_image(png(8, 8, 16, channels, [row.astype(">u2").tobytes() for row in pixels]))
     assert np.array_equal(np.asarray(image), np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 

@@ -125,6 +125,14 @@ class TestInterval:
             False
         ] * 3
 
+    def test_an_end_is_reached_within_float32(self) -> None:
+        times = torch.linspace(0.9, 0.999, 100, dtype=torch.float64)
+        for t in times.tolist():
+            level = self.schedule.level(torch.tensor(t, dtype=torch.float64)).item()
+            rounded = torch.tensor(t, dtype=torch.float32).item()
+            assert in_interval((0.0, level), self.schedule, rounded)
+            assert in_interval((level, math.inf), self.schedule, rounded)
+
     def test_a_second_look_is_guided_by_its_own_level(self) -> None:
         low = self.schedule.level(torch.tensor(Heun(5).times(GaussianDiffusion())[2], dtype=torch.float64)).item()
         asked: list[str] = []

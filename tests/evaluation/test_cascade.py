@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Stage
 from unclip_pl.commands.reproduce import reproduce
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.cascade import CascadeEvaluation, Shared, tiles_of
+from unclip_pl.evaluation.prediction import refuse_other_ranks
 from unclip_pl.evaluation.scores import View
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -63,13 +65,13 @@ def test_a_perfect_decoder_of_full_size_leaves_nothing_to_add(
 
 
 def test_the_grid_of_two_ranks_is_as_large_as_that_of_one(lookup: DecoderSpec, tmp_path: Path) -> None:
-    clip, noise = ClipSpec("tiny-rn"), torch.Generator().manual_seed(0)
+    clip, judge, noise = ClipSpec("tiny-rn"), ClipSpec("tiny-judge"), torch.Generator().manual_seed(0)
     rows = [Shared(torch.empty(0), ["a star", "a ring"], torch.randn(2, 3, 4, 4, generator=noise)) for _ in range(2)]
     images = torch.randn(4, 3, 8, 8, generator=noise)
     drawn = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        module = CascadeEvaluation("", "", clip, clip, lookup, [], ShapesOracle(), str(out), shown=2)
+        module = CascadeEvaluation("", "", clip, judge, lookup, [], ShapesOracle(), str(out), shown=2)
         view = View(torch.empty(0), torch.empty(0), torch.empty(0), images[: 2 * ranks])
         module._write({}, {"8": view, "real": view}, rows[:ranks])
         with Image.open(out / "cascade.png") as picture:
@@ -84,3 +86,16 @@ def test_tiles() -> None:
     assert torch.equal(tiles[1], images[0, :, :2, 2:])
     assert torch.equal(tiles[6], images[1, :, 2:, :2])
     assert tiles_of(images, 3).shape == (2, 3, 3, 3)
+
+
+def test_the_conditioning_clip_is_no_judge(lookup: DecoderSpec, tmp_path: Path) -> None:
+    clip = ClipSpec("tiny-rn")
+    with pytest.raises(ValueError, match="another CLIP as judge"):
+        CascadeEvaluation("", "", clip, clip, lookup, [], ShapesOracle(), str(tmp_path))
+
+
+def test_what_more_processes_wrote_is_not_mixed_with_a_run_s_own(tmp_path: Path) -> None:
+    (tmp_path / "predicted-00001-000000.tar").touch()
+    refuse_other_ranks(tmp_path, "predicted-*", 2)
+    with pytest.raises(InputError, match=r"predicted-00001-000000.tar, which more of them wrote: remove"):
+        refuse_other_ranks(tmp_path, "predicted-*", 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip_pl.generation.decoding import resize
 from unclip_pl.generation.pictures import CELL, FONT_SIZE, GAP, grid, open_pictures, save_png
 
 TEAL = (0, 128, 128)
@@ -113,3 +114,9 @@ def test_a_png_carries_what_made_it(tmp_path: Path) -> None:
     save_png(Image.new("RGB", (2, 2)), path, {"caption": "ein roter Kreis, Ψ", "seed": 7})
     assert Image.open(path).text == {"caption": "ein roter Kreis, Ψ", "seed": "7"}
     assert [p.name for p in path.parent.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 48, 64), (1, 3, 64, 48)])
+def test_pictures_that_are_not_square_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"square pictures. Got .*: give square ones"):
+        resize(torch.zeros(shape), 64)

@@ -126,6 +126,24 @@ def test_a_killed_import_goes_on(dump: Path, tmp_path: Path, monkeypatch: pytest
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "store" / name).read_bytes() for name in files)
 
 
+def test_a_corrected_dump_is_read_again(
+    dump: Path, pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    right = pairs.image[20:30].copy()
+    pairs.image[20:30] = np.nan
+    pairs.write(dump, np.arange(170), 0)
+    assert run(dump, "--out", tmp_path / "store") == 1
+    assert "10 rows cannot be used" in capsys.readouterr().err
+    pairs.image[20:30] = right
+    pairs.write(dump, np.arange(170), 0)
+    pairs.captions[200] = "another caption"
+    pairs.write(dump, np.arange(170, N), 1)
+    assert run(dump, "--out", tmp_path / "store") == 0
+    found = content(tmp_path / "store")
+    assert np.array_equal(found[pairs.keys[25]][0], pairs.image[25].astype(np.float16))
+    assert found[pairs.keys[200]][2] == "another caption"
+
+
 def test_two_dumps_are_joined_by_key(pairs: Pairs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another order, files of other sizes, clip-retrieval's folders; one image has no text."""
     pairs.write(tmp_path / "images", np.arange(N), 0, nested=True)

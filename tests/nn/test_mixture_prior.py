@@ -142,6 +142,15 @@ def test_guidance_and_temperature_are_the_line_of_log_densities(guidance: float,
     assert found[1] == pytest.approx(std, rel=0.05)
 
 
+def test_guidance_does_not_follow_a_tail_to_the_ends() -> None:
+    """A component of weight e^-9 is wider than the density without a caption; their ratio grows without end."""
+    n, logits = 4000, torch.tensor([[0.0, -9.0], [0.0, -99.0]])
+    mean, std = torch.zeros(2, 2), torch.tensor([[0.5, 2.0], [1.0, 1.0]])
+    halves = Mixture(*(part.repeat_interleave(n, 0) for part in (logits, mean, std)))
+    found = sample(halves, 2.0, 1.0, generator=seeded(0))
+    assert found.std().item() == pytest.approx((2 / 0.25 - 1) ** -0.5, rel=0.05)  # of the narrow component alone
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[PriorBatch, str, str]:
     """Embeddings whose principal coordinates are all but normal and independent; statistics and codec of 64 buckets."""

@@ -196,3 +196,6 @@ def test_a_level_is_heard_with_z_i_alone(statistics: str) -> None:
     assert (drawn(0.3) - drawn(0.0)).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"noise_level from 0 to 0.4, the image_noise of .* Got 0.5"):
         drawn(0.5)
+    guide = DecoderTask(net, statistics, scaling="whiten", image_noise=0.1)
+    with pytest.raises(ValueError, match=r"a guide .* noise on z_i up to 0.3.* Got an image_noise of 0.1"):
+        Decoder(DecoderSpec("", 8, DDIM(3), noise_level=0.3), task, guide=guide)

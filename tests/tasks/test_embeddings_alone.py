@@ -9,9 +9,10 @@ from unclip_pl.diffusion import Ancestral
 from unclip_pl.generation.priors import ARPrior, ARPriorSpec, DiffusionPrior, DiffusionPriorSpec
 from unclip_pl.nn.ar_prior import ARPriorTransformer
 from unclip_pl.nn.codec import EmbeddingCodec
+from unclip_pl.nn.mixture_prior import MixturePriorTransformer
 from unclip_pl.nn.prior import PriorTransformer
 from unclip_pl.nn.space import Moments, write_statistics
-from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask
+from unclip_pl.tasks import ARPriorTask, DiffusionPriorTask, MixturePriorTask
 from unclip_pl.types import PriorBatch, TextFeatures
 
 D, E = 6, 4  # widths of z_i and z_t
@@ -88,6 +89,34 @@ def test_captions_with_states_meet_a_learned_null_without(statistics: str) -> No
         for s, z_t in ((torch.zeros(4, 3, 5), torch.zeros(4, E)), (torch.randn(4, 3, 5), torch.randn(4, E)))
     ]
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("kind", [ARPriorTransformer, MixturePriorTransformer])
+def test_an_ar_prior_meets_a_learned_null_in_bfloat16(kind: type, statistics: str, tmp_path: Path) -> None:
+    """The null has no token, so padding has none to look at but itself."""
+    torch.manual_seed(0)
+    image, text = torch.randn(99, D), torch.randn(99, E)
+    codec = str(tmp_path / "codec.safetensors")
+    EmbeddingCodec.fit(
+        lambda: [(image, text)], fingerprint="import-1", code_length=3, buckets=4, dot_buckets=1
+    ).save(Path(codec))  # fmt: skip
+    sizes = {"width": 8, "layers": 2, "heads": 2, "text_embed_dim": E}
+    if kind is ARPriorTransformer:
+        task = ARPriorTask(
+            ARPriorTransformer(D, 5, 3, 3, 4, 1, **sizes), codec, statistics, null_text="learned", text_drop=0.5
+        )
+    else:
+        task = MixturePriorTask(
+            MixturePriorTransformer(D, 5, 3, 3, 2, **sizes), codec, statistics, null_text="learned", text_drop=0.5
+        )
+    captions = TextFeatures(
+        torch.ones(16, 3).long(), torch.randn(16, 3, 5), torch.ones(16, 3).bool(), torch.randn(16, E)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task.loss(PriorBatch(torch.randn(16, D), captions), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in task.parameters() if p.grad is not None)
 
 
 def test_data_without_an_empty_caption_ask_for_a_learned_null(statistics: str) -> None:

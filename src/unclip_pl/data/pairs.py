@@ -48,7 +48,9 @@ class PairStore:
         self.entries: list[tuple[Path, Entry]] = []
         self.images: Tensor | None = None
         indices = [(shard.path, index_shard(shard.path, caption_key)) for shard in list_shards(source)]
-        skipped = Counter({reason: len(keys) for _, index in indices for reason, keys in index.skipped.items()})
+        skipped: Counter[str] = Counter()
+        for _, index in indices:
+            skipped.update({reason: len(keys) for reason, keys in index.skipped.items()})
         if sum(len(index.entries) for _, index in indices) * 3 * image_size**2 <= memory:
             self.images = self._decode([(shard, index.entries) for shard, index in indices], skipped)
         else:

@@ -32,6 +32,7 @@ from unclip_pl.data.store import (
     Contents,
     ShardFeatures,
     ShardRecord,
+    head_of,
     map_features,
     moments_of,
     offsets_of,
@@ -58,6 +59,8 @@ log = logging.getLogger(__name__)
 DEPTH = 2
 #: Empty file that a part leaves in the store, so that `finish` can say which parts are missing.
 BEGUN = ".part-{}-of-{}"
+#: Names that a shard must not have: its features would take the place of the store's own files.
+RESERVED = ("statistics", "text-statistics")
 
 Advance = Callable[[int], None]
 Skipped = dict[str, list[str]]  # keys of bad samples by reason
@@ -147,9 +150,10 @@ def embed_share(
     Raises:
         MissingFileError: no shards at ``source``.
         InputError: the store belongs to another CLIP, or is finished and has token states where none are wanted or the
-            reverse, or a part would change its captions.
+            reverse, or a part would change its captions; or a shard has a name that the store needs.
     """
     listed, folder = list_shards(source), Path(store)
+    _refuse_names_of_the_store(listed)
     shards = deal(deal(listed, part.number - 1, part.total) if part else listed, rank, world_size)
     manifest = read_manifest(folder)
     records = {shard: read_record(features_file(folder, shard)) for shard in shards}
@@ -167,6 +171,15 @@ def embed_share(
         todo += [shard for shard in done if not _is_whole(features_file(folder, shard), manifest.get(shard.name))]
         log.info("%s: %d of %d shards are as they were written.", folder, len(shards) - len(todo), len(shards))
     _embed(todo, folder, encoder, kind, batch_size, quiet=rank > 0)
+
+
+def _refuse_names_of_the_store(shards: list[Shard]) -> None:
+    for shard in shards:
+        if shard.name.removesuffix(".tar") in RESERVED:
+            raise InputError(
+                f"Expected another name than {shard.name}, whose features would overwrite the statistics of "
+                f"the store: rename {shard}."
+            )
 
 
 def _begin(part: Part, folder: Path, known: list[ShardRecord], caption_key: str) -> None:
@@ -213,6 +226,9 @@ def finish(
 ) -> None:
     """Make a store of the embedded shards: write statistics first, then the manifest, by which it opens.
 
+    A store may hold several sources, such as train shards and held-out ones. Its statistics are those of all of them.
+    A shard whose features are gone is forgotten.
+
     Args:
         source: shards, see ``list_shards``.
         store: folder of the embeddings.
@@ -235,13 +251,22 @@ def finish(
         raise _unfinished(folder, shards, missing)
     _require_good(source, records, max_bad_fraction)
     null_text = TextFeatures(*(value.cpu() for value in encoder.describe([""])))
+    names = {shard.name for shard in shards}
+    others = [other for name, other in manifest.items() if name not in names and (folder / other.file).is_file()]
+    if others:
+        log.warning(
+            "%s holds %d more shard(s) than %s, such as %s: its statistics are those of all. If they are no longer "
+            "wanted, delete their files in the store, and run `unclip precompute` again.",
+            folder, len(others), source, others[0].file,
+        )  # fmt: skip
+    records = sorted([*others, *records], key=lambda record: record.shard)
     write_statistics(
         folder / STATISTICS,
         moments=_moments(folder, records),
         null_text=null_text,
         fingerprint=encoder.fingerprint,
     )
-    write_manifest(folder, (manifest | {record.shard: record for record in records}).values())
+    write_manifest(folder, records)
     for mark in folder.glob(BEGUN.format("*", "*")):
         mark.unlink(missing_ok=True)
 
@@ -359,6 +384,7 @@ class Opened(NamedTuple):
     size: int  # bytes
     mark: str  # see `Stamp`
     sha256: str
+    head: str  # see `head_of`
     samples: ShardIndex
 
 
@@ -441,7 +467,7 @@ def _read(
         opened_ns, mark = time.time_ns(), shard.stamp().mark
         with shard.fetched(folder / f".{shard.name}.incoming") as path:
             index = index_shard(path, caption_key)
-            yield Opened(shard, opened_ns, path.stat().st_size, mark, sha256(path), index)
+            yield Opened(shard, opened_ns, path.stat().st_size, mark, sha256(path), head_of(path), index)
             for batch in decode_entries(path, index.entries, size, batch_size):
                 good = [(entry, image) for entry, image in batch if isinstance(image, Tensor)]
                 images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, size, size)
@@ -535,6 +561,7 @@ def _write(opened: Opened, contents: Contents, folder: Path, made_by: dict[str, 
         source_size=opened.size,
         source_mark=opened.mark,
         source_sha256=opened.sha256,
+        source_head=opened.head,
         file=file.name,
         others=opened.samples.others,
         **made_by,

@@ -123,7 +123,15 @@ class Shard(NamedTuple):
                 found = [read_span(file, *span) for span in spans]
         else:
             starts, ends = [offset for offset, _ in spans], [offset + size for offset, size in spans]
-            found = _asked(self, lambda system, path: system.cat_ranges([path] * len(spans), starts, ends))
+
+            def parts(system: Any, path: str) -> list[bytes]:
+                answers = system.cat_ranges([path] * len(spans), starts, ends)
+                for error in answers:  # fsspec hands errors back among the answers
+                    if isinstance(error, Exception):
+                        raise error
+                return answers
+
+            found = _asked(self, parts)
         if any(len(data) != size for data, (_, size) in zip(found, spans, strict=True)):
             raise InputError(
                 f"Parts of {self} cannot be read: it was cut short, or its server gives whole files only. Download it."

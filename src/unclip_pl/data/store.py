@@ -41,6 +41,8 @@ from unclip_pl.types import DecoderBatch, EvaluationBatch, PriorBatch, TextFeatu
 MANIFEST, STATISTICS = "manifest.jsonl", "statistics.safetensors"
 #: Format of a shard's features and of its record. Records of before there was an entry have the first one.
 FORMAT = 1
+#: Bytes at the beginning of a shard that are compared each time a store is opened.
+HEAD = 2**16
 #: Shards that are mapped at a time; the system allows a process 65,530 maps.
 OPEN = 256
 
@@ -72,6 +74,7 @@ class ShardRecord(NamedTuple):
     caption_key: str = ""  # see `index_shard`
     others: list[str] = []  # see `ShardIndex`
     states: bool = True  # False where the token states are left out
+    source_head: str = ""  # see `head_of`; records of before there was an entry have none
 
     @classmethod
     def parse(cls, values: dict[str, Any], path: Path) -> "ShardRecord":
@@ -107,6 +110,7 @@ class ShardRecord(NamedTuple):
     def describes(self, shard: Shard, file: Path) -> bool:
         """Say whether a tar is the one that was embedded.
 
+        Tars are padded, so those of two sources are often of one size; their first bytes tell them apart.
         A local tar that was touched after its features were written is read again; if it is the same after all, its
         features are touched, so that this happens once.
 
@@ -118,7 +122,7 @@ class ShardRecord(NamedTuple):
             stamp = shard.stamp()
             return stamp.mark == self.source_mark and stamp.size in (self.source_size, UNKNOWN)
         stat = shard.path.stat()
-        if stat.st_size != self.source_size:
+        if stat.st_size != self.source_size or (self.source_head and head_of(shard.path) != self.source_head):
             return False
         if max(stat.st_mtime_ns, stat.st_ctime_ns) < file.stat().st_mtime_ns:
             return True
@@ -128,6 +132,12 @@ class ShardRecord(NamedTuple):
             with suppress(OSError):  # a store that this user may only read
                 os.utime(file, ns=(looked_ns, looked_ns))
         return same
+
+
+def head_of(path: Path) -> str:
+    """Return a hash of a file's first bytes: a tar's first header and what follows it."""
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(HEAD)).hexdigest()[:16]
 
 
 def tool_version() -> str:

@@ -100,7 +100,24 @@ def _loaded(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:  # by the header, before anything is unpacked
         raise BadSample("image too large")
     image.load()
+    _scale_key(image, data)
     return image
+
+
+def _scale_key(image: Image.Image, data: bytes) -> None:
+    """Bring a PNG's transparent colour to the 8 bits that Pillow gives its pixels; Pillow leaves it as it is written.
+
+    Raises:
+        BadSample: it has 16 bits, of which 8 cannot tell it from its neighbours.
+    """
+    key = image.info.get("transparency")
+    if image.format != "PNG" or isinstance(key, bytes | None) or image.mode == "P":
+        return
+    bits = data[24]  # of a channel, in the header
+    if bits == 16:
+        raise BadSample("transparency of more than 8 bits")
+    if image.mode == "L" and bits < 8:
+        image.info["transparency"] = key * (255 // (2**bits - 1))
 
 
 def orientation_of(image: Image.Image) -> int:

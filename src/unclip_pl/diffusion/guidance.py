@@ -44,12 +44,13 @@ def check_interval(interval: tuple[float, float] | None) -> None:
 def in_interval(interval: tuple[float, float] | None, schedule: Schedule, t: float) -> bool:
     """Return whether the noise level at t lies in an interval, ends included; None is all levels.
 
-    Networks get t in float32: an end counts as reached within its rounding, 1e-5.
+    Networks get t in float32: an end counts as reached within its rounding, 1e-4 of the level near
+    t = 1.
     """
     if interval is None:
         return True
     level = schedule.level(torch.tensor(t, dtype=torch.float64, device="cpu")).item()
-    return interval[0] * (1 - 1e-5) <= level <= interval[1] * (1 + 1e-5)
+    return interval[0] * (1 - 1e-4) <= level <= interval[1] * (1 + 1e-4)
 
 
 def within(interval: tuple[float, float] | None, schedule: Schedule, inside: Denoise, outside: Denoise) -> Denoise:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unclip_pl.clip import ClipSpec
 from unclip_pl.evaluation.drawing import Painter, gather, join_views
-from unclip_pl.evaluation.inputs import parts_of, streams_for
+from unclip_pl.evaluation.inputs import check_judge, judge_of, parts_of, streams_for
 from unclip_pl.evaluation.measures import within_shares
 from unclip_pl.evaluation.scores import View, accuracy_by_attribute, true_attributes
 from unclip_pl.evaluation.sheet import REAL
@@ -79,6 +79,7 @@ class CascadeEvaluation(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_judge(judge, clip)
         self.run = Path(run)
         self.weights = Path(weights)
         self.clip = clip
@@ -97,7 +98,7 @@ class CascadeEvaluation(LightningModule):
         parts = parts_of(self, decoder=self.decoder)
         assert parts.decoder is not None
         self._stages = [upsampler.load(self.weights, str(self.device)) for upsampler in self.upsamplers]
-        judge = self.judge.within(self.run).load().to(self.device)
+        (judge,) = judge_of(self, parts.fingerprint)
         self._painter = Painter(parts.decoder, judge, self.oracle, batch_size=0, seed=self.seed)
         self._seen: dict[str, list[Seen]] = {}
         self._rows: list[Shared] = []

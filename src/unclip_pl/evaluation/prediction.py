@@ -1,5 +1,6 @@
 """Write what a trained run makes of the held-out captions: ``unclip predict --config configs/predict/…``."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from unclip_pl.clip import ClipSpec
+from unclip_pl.errors import InputError
 from unclip_pl.evaluation.inputs import parts_of, streams_for
 from unclip_pl.files import write_tensors
 from unclip_pl.generation.decoding import DecoderSpec
@@ -40,6 +42,7 @@ class PriorPrediction(LightningModule):
 
     def on_predict_start(self) -> None:
         """Load the prior, and refuse another CLIP's."""
+        refuse_other_ranks(self.out, "image_embed-*", self.trainer.world_size)
         self._embeds: list[Tensor] = []
         self._parts = parts_of(self, priors={"prior": self.prior})
 
@@ -82,6 +85,7 @@ class ImagePrediction(LightningModule):
 
     def on_predict_start(self) -> None:
         """Load every network, and refuse to mix CLIPs."""
+        refuse_other_ranks(self.out, "predicted-*", self.trainer.world_size)
         self._samples: list[Sample] = []
         self._parts = parts_of(self, decoder=self.decoder, priors={"prior": self.prior})
 
@@ -98,3 +102,23 @@ class ImagePrediction(LightningModule):
     def on_predict_end(self) -> None:
         """Write this rank's shards."""
         write_shards(self._samples, self.out, f"predicted-{self.global_rank:05d}")
+
+
+def refuse_other_ranks(folder: Path, pattern: str, world_size: int) -> None:
+    """Refuse a folder that holds what more processes wrote: their files would count as this run's.
+
+    Args:
+        folder: folder to write.
+        pattern: names of the files, in which the rank is the first number.
+        world_size: number of processes.
+
+    Raises:
+        InputError: there is a file of a rank that this run does not have.
+    """
+    for path in sorted(folder.glob(pattern)):
+        rank = re.search(r"-(\d{5})", path.name)
+        if rank and int(rank[1]) >= world_size:
+            raise InputError(
+                f"Expected files of {world_size} processes in {folder}. Got {path.name}, which more of them wrote: "
+                "remove the old files, or name another folder."
+            )

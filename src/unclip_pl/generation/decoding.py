@@ -36,8 +36,15 @@ from unclip_pl.types import TextFeatures
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resize (B, 3, side, side) in [-1, 1] to another side, antialiased bicubic."""
-    if images.shape[-1] == size:
+    """Resize (B, 3, side, side) in [-1, 1] to another side, antialiased bicubic.
+
+    Raises:
+        InputError: the pictures are not square.
+    """
+    height, width = images.shape[-2:]
+    if height != width:
+        raise InputError(f"Expected square pictures. Got {width} × {height}: give square ones.")
+    if width == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
@@ -201,6 +208,11 @@ class Decoder:
             raise InputError(
                 f"Expected a noise_level from 0 to {part.image_noise:g}, the image_noise of {spec.checkpoint}. Got "
                 f"{spec.noise_level:g}: change it, or train a decoder with more."
+            )
+        if guide is not None and guide.image_noise < spec.noise_level:
+            raise InputError(
+                f"Expected a guide that was trained with noise on z_i up to {spec.noise_level:g}, the noise_level. Got "
+                f"an image_noise of {guide.image_noise:g}: lower the level, or train the guide with more."
             )
 
     def check(self, sampler: Sampler) -> Sampler:

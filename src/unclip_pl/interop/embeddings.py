@@ -195,6 +195,13 @@ class Dump:
             for i, first in enumerate(range(0, len(part.embeds), ROWS)):
                 yield Piece(f"{number:05d}-{i:05d}", number, first, min(first + ROWS, len(part.embeds)))
 
+    def mark(self, piece: Piece) -> str:
+        """Return what changes when a file that a piece is read from does: its size and time."""
+        sides = [self.images[piece.part], *(self.texts if self.joined else [self.texts[piece.part]])]
+        paths = [path for part in sides for path in (part.embeds.path, part.table and part.table.path) if path]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
     def read(self, piece: Piece) -> Contents:
         """Return a piece's embeddings without its bad rows, whose keys are named by their reason."""
         keys = self.keys(piece)
@@ -405,7 +412,7 @@ def _parts(files: dict[int, Path], tables: dict[int, Path], caption: str) -> lis
 
 
 def import_embeddings(paths: list[str], store: Path, columns: Columns, max_bad_fraction: float) -> list[str]:
-    """Write a store of a dump's pairs. Run again, it goes on where it stopped.
+    """Write a store of a dump's pairs. Run again, it goes on where it stopped, and reads again what has changed.
 
     Args:
         paths: files or folders, see :func:`find_dump`.
@@ -422,7 +429,7 @@ def import_embeddings(paths: list[str], store: Path, columns: Columns, max_bad_f
     """
     dump = find_dump(paths, columns)
     pieces = list(dump.pieces())
-    mark = f"{columns.caption} {dump.joined}"
+    marks = {piece: f"{columns.caption} {dump.joined} {dump.mark(piece)}" for piece in pieces}
     done = {piece: read_record(store / f"{piece.name}.safetensors") for piece in pieces}
     for known in [*read_manifest(store).values(), *filter(None, done.values())]:
         if known.clip != dump.fingerprint:
@@ -433,12 +440,12 @@ def import_embeddings(paths: list[str], store: Path, columns: Columns, max_bad_f
     records = []
     for piece in tqdm(pieces, "importing", unit="file", disable=None):
         record = done[piece]
-        if record and record.source_mark == mark:
+        if record and record.source_mark == marks[piece]:
             records.append(record)
         else:
             contents = dump.read(piece)
             source = dump.images[piece.part].embeds.path
-            records.append(_write(store, piece, contents, source, clip=dump.fingerprint, mark=mark))
+            records.append(_write(store, piece, contents, source, clip=dump.fingerprint, mark=marks[piece]))
             for reason, keys in contents.skipped.items():
                 log.warning("%s: skipped %d row(s), %s: %s", piece.name, len(keys), reason, ", ".join(keys[:3]))
             for side, embeds in zip(norms, (contents.features.image_embed, contents.features.text_embed), strict=True):

@@ -19,7 +19,8 @@ class Calibration(NamedTuple):
     to_true: Tensor  # cos(sample, true), mean over the samples
     between_samples: Tensor  # cos(sample, sample′), mean over pairs
     gap: Tensor  # to_true − between_samples: 0 calibrated, below 0 too sure (collapsed, guided), above 0 too spread
-    mean_norm: Tensor  # ‖mean of the unit-norm samples‖, without the 1 / S that S samples add to its square
+    mean_norm: Tensor  # ‖mean of the unit-norm samples‖, without the 1 / S that S samples add to its square;
+    # the root of few samples' noisy square lies a little low
     mean_to_true: Tensor  # cos(mean of the samples, true): the score of collapse onto the mean
 
 

@@ -308,7 +308,10 @@ def states_of_width(states: Tensor, width: int) -> Tensor:
 
 
 def causal_mask(keys: Tensor) -> Tensor:
-    """Return a mask (B, 1, L, L): each token sees itself and those before it, where ``keys`` (B, L) is True."""
+    """Return a mask (B, 1, L, L): each token sees itself, and those before it where ``keys`` (B, L) is True.
+
+    Padding sees itself too, since a softmax over nothing is not a number.
+    """
     length = keys.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
-    return causal & keys[:, None, None]
+    before = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril(-1)
+    return (before & keys[:, None, None]) | torch.eye(length, dtype=torch.bool, device=keys.device)

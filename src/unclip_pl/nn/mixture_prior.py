@@ -17,7 +17,7 @@ from unclip_pl.types import TextFeatures
 #: Least standard deviation of a component; data have 1. A likelihood without a bound would be fitted to single points.
 FLOOR = 0.01
 #: Points at which a density is drawn from that is no mixture, and how many standard deviations they go out.
-POINTS, REACH = 1024, 5.0
+POINTS, REACH, TAIL = 1024, 5.0, 12.0
 
 
 class Mixture(NamedTuple):
@@ -52,7 +52,8 @@ def sample(mixture: Mixture, guidance: float, temperature: float, *, generator: 
 
     This is what guidance g and temperature T do to the logits of an AR prior's buckets. Where both are 1 it is c, and
     exact. Else the density is no mixture. In one dimension it is drawn from at 1,024 even points, 5 standard deviations
-    beyond all components, and evenly around the point that is drawn.
+    beyond all components, and evenly around the point that is drawn. With guidance above 1, points are left out where c
+    is less than e^-12 of its peak: where u falls faster than c, the density would grow without end there.
 
     Args:
         mixture: mixtures (rows, k); with guidance (2·rows, k), the second half without the caption.
@@ -68,7 +69,12 @@ def sample(mixture: Mixture, guidance: float, temperature: float, *, generator: 
     place = torch.arange(POINTS, device=low.device) + 0.5
     points = (low[:, None] + step[:, None] * place).repeat(halves, 1)  # (rows or 2·rows, POINTS)
     wide = Mixture(*(part[:, None] for part in mixture))
-    chosen = draw(guided_probability(wide.log_prob(points), guidance, temperature), generator=generator)
+    log_density = wide.log_prob(points)
+    if guidance > 1:
+        with_caption, without = log_density.chunk(2)
+        far = with_caption < with_caption.amax(-1, keepdim=True) - TAIL
+        log_density = torch.cat([with_caption.masked_fill(far, float("-inf")), without.masked_fill(far, 0.0)])
+    chosen = draw(guided_probability(log_density, guidance, temperature), generator=generator)
     return low + step * (chosen + fill_like(low, lambda rows, stream: rows.uniform_(generator=stream), generator))
 
 

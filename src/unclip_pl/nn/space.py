@@ -169,12 +169,17 @@ class EmbeddingSpace(FileBuffers):
         """Factor of a unit vector under ``unit``, 0.5375·√d."""
         return PIXEL_RMS * self.embed_dim**0.5
 
+    @property
+    def _spread(self) -> Tensor:
+        """Standard deviation of each raw coordinate; a little above 0 where one never changes."""
+        return self.raw_std.clamp(min=1e-6 * self.raw_std.max())
+
     def scale(self, embed: Tensor) -> Tensor:
         """Scale raw image embeddings (…, d) for the network."""
         if self.scaling == "raw":
             return embed
         if self.scaling == "standardize":
-            return (embed - self.raw_mean) / self.raw_std
+            return (embed - self.raw_mean) / self._spread
         unit = F.normalize(embed, dim=-1)
         if self.scaling == "unit":
             return unit * self.unit_scale
@@ -186,7 +191,7 @@ class EmbeddingSpace(FileBuffers):
         if self.scaling == "raw":
             return z
         if self.scaling == "standardize":
-            return z * self.raw_std + self.raw_mean
+            return z * self._spread + self.raw_mean
         if self.scaling == "unit":
             return z / self.unit_scale
         floor = self.FLOOR * self.eigenvalues[0]
