@@ -42,7 +42,7 @@ MANIFEST, STATISTICS = "manifest.jsonl", "statistics.safetensors"
 #: Format of a shard's features and of its record. Records of before there was an entry have the first one.
 FORMAT = 1
 #: Bytes at the beginning of a shard that are compared each time a store is opened.
-HEAD = 2**16
+HEAD = 2**14
 #: Shards that are mapped at a time; the system allows a process 65,530 maps.
 OPEN = 256
 
