@@ -144,7 +144,8 @@ def _with_files(path: Path, outer: tuple[Path, ...]) -> Any:
     """Return the content of a YAML file with those that it names; ``outer`` are the files that name it."""
     own = path.resolve()
     if own in outer:
-        raise InputError(f"{path} names itself through {', '.join(map(str, outer))}: take that line out.")
+        ring = " → ".join(map(str, [*outer[outer.index(own) :], own]))
+        raise InputError(f"{path} names itself ({ring}): name another file in one of them.")
 
     def inline(node: Any) -> Any:
         if isinstance(node, dict):

@@ -13,9 +13,7 @@ from torch.utils.data import DataLoader
 from unclip_pl.clip import ClipSpec
 from unclip_pl.commands.plan import Stage
 from unclip_pl.commands.reproduce import reproduce
-from unclip_pl.errors import InputError
 from unclip_pl.evaluation.cascade import CascadeEvaluation, Shared, tiles_of
-from unclip_pl.evaluation.prediction import refuse_other_ranks
 from unclip_pl.evaluation.scores import View
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.shapes.oracle import ShapesOracle
@@ -92,10 +90,3 @@ def test_the_conditioning_clip_is_no_judge(lookup: DecoderSpec, tmp_path: Path) 
     clip = ClipSpec("tiny-rn")
     with pytest.raises(ValueError, match="another CLIP as judge"):
         CascadeEvaluation("", "", clip, clip, lookup, [], ShapesOracle(), str(tmp_path))
-
-
-def test_what_more_processes_wrote_is_not_mixed_with_a_run_s_own(tmp_path: Path) -> None:
-    (tmp_path / "predicted-00001-000000.tar").touch()
-    refuse_other_ranks(tmp_path, "predicted-*", 2)
-    with pytest.raises(InputError, match=r"predicted-00001-000000.tar, which more of them wrote: remove"):
-        refuse_other_ranks(tmp_path, "predicted-*", 1)

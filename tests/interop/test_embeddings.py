@@ -1,5 +1,6 @@
 """Dumps of embeddings as stores: what is in them comes back, a killed import goes on, and a prior trains on it."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from unclip_pl.cli import main
+from unclip_pl.commands.reproduce import _read_through
 from unclip_pl.data.sampler import RowBatch
 from unclip_pl.data.shards import Split, split_of_key
 from unclip_pl.data.store import (
@@ -142,6 +144,11 @@ def test_a_corrected_dump_is_read_again(
     found = content(tmp_path / "store")
     assert np.array_equal(found[pairs.keys[25]][0], pairs.image[25].astype(np.float16))
     assert found[pairs.keys[200]][2] == "another caption"
+    before = _read_through(str(tmp_path / "store"), tmp_path, note=False)
+    for path in dump.iterdir():
+        os.utime(path)  # touched, not changed: no study of the store begins again
+    assert run(dump, "--out", tmp_path / "store") == 0
+    assert _read_through(str(tmp_path / "store"), tmp_path, note=False) == before
 
 
 def test_two_dumps_are_joined_by_key(pairs: Pairs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -304,6 +311,9 @@ def test_a_prior_trains_on_it_and_draws(dump: Path, tmp_path: Path, capsys: pyte
     drawn = read_tensors(tmp_path / "image_embed-00000.safetensors", ["image_embed"], what="", command="")
     assert drawn.tensors["image_embed"].shape == (EmbeddingStore(tmp_path / "store").count(Split.HELDOUT), D)
     assert drawn.metadata["fingerprint"] == prior.fingerprint
+    (tmp_path / "image_embed-00001.safetensors").touch()  # of two processes, earlier
+    assert main(["predict", "--config", "configs/predict/embeddings.yaml", *words]) == 1
+    assert "image_embed-00001.safetensors, which more of them wrote: remove" in capsys.readouterr().err
     assert main(["test", "--config", "configs/evaluate/embeddings.yaml", *out, *logs]) == 0
     assert "calibration_gap" in capsys.readouterr().out
     assert main(["linear", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "linear.safetensors")]) == 0

@@ -263,8 +263,12 @@ class Recipe:
             last = not users and name != BASE
             if name not in finished and (last or self.kept(name) or wanted & users):
                 wanted.add(name)
-        if BASE in wanted and not self.bundled and not self.base_recipe:
-            raise MissingFileError(f"No run at {self.places['{base}']}: make it first, or give --base_recipe.")
+        if BASE in wanted and not self.bundled:
+            base = self.places["{base}"]
+            if base.endswith(".zip"):
+                raise MissingFileError(f"No bundle at {base}: run the recipe that writes it first.")
+            if not self.base_recipe:
+                raise MissingFileError(f"No run at {base}: make it first, or give --base_recipe.")
         return {name: reasons[name] for name in self.stages if name in wanted}
 
     def _only(self, only: str, reasons: dict[str, str], finished: set[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from rich.progress import track
 from unclip_pl.commands.launch import Process
 from unclip_pl.commands.plan import Recipe, Stage, digest
 from unclip_pl.data.shards import Shard, list_shards
-from unclip_pl.data.store import MANIFEST
+from unclip_pl.data.store import MANIFEST, read_manifest
 from unclip_pl.errors import InputError
 from unclip_pl.files import alone, previous_of, sha256, write_json, write_text
 from unclip_pl.generation.provenance import CLAIMS, PROFILE, STAGES
@@ -309,10 +309,9 @@ def _say(text: str, style: str = "") -> None:
 
 
 def _read_through(source: str, run: Path, note: bool) -> str:
-    """Return a text that changes with what shards hold, or what a store does, whose manifest has all checksums."""
-    manifest = Path(source) / MANIFEST
-    if manifest.is_file():
-        return digest([manifest.read_text(encoding="utf-8")])
+    """Return a text that changes with what shards hold, or what a store does; not with when or where it was made."""
+    if (Path(source) / MANIFEST).is_file():
+        return digest([f"{record.shard} {record.sha256}" for record in read_manifest(Path(source)).values()])
     return _contents(list_shards(source), run, note)
 
 

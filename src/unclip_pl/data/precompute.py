@@ -227,7 +227,7 @@ def finish(
     """Make a store of the embedded shards: write statistics first, then the manifest, by which it opens.
 
     A store may hold several sources, such as train shards and held-out ones. Its statistics are those of all of them.
-    A shard whose features are gone is forgotten.
+    A shard whose features are gone or damaged is forgotten.
 
     Args:
         source: shards, see ``list_shards``.
@@ -252,7 +252,9 @@ def finish(
     _require_good(source, records, max_bad_fraction)
     null_text = TextFeatures(*(value.cpu() for value in encoder.describe([""])))
     names = {shard.name for shard in shards}
-    others = [other for name, other in manifest.items() if name not in names and (folder / other.file).is_file()]
+    there = (read_record(folder / other.file) for name, other in manifest.items() if name not in names)
+    others = [other for other in there if other]
+    require_one_clip(folder, others, encoder.fingerprint)
     if others:
         log.warning(
             "%s holds %d more shard(s) than %s, such as %s: its statistics are those of all. If they are no longer "

@@ -55,7 +55,7 @@ _HEAD = "shard"
 
 
 class ShardRecord(NamedTuple):
-    """Facts about one source shard; none depends on this machine or on the time of the run."""
+    """Facts about one source shard; only ``source_mark`` may depend on this machine."""
 
     shard: str  # file name of the tar
     source_size: int  # bytes

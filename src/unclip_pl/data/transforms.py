@@ -178,8 +178,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadSample("pixels of floating point")
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to 255 without a word
-        if "transparency" in image.info:
-            raise BadSample("transparency of more than 8 bits")
         values = np.asarray(image)
         if values.max() > 0xFFFF or values.min() < 0:
             raise BadSample("pixels of more than 16 bits")

@@ -44,8 +44,8 @@ def check_interval(interval: tuple[float, float] | None) -> None:
 def in_interval(interval: tuple[float, float] | None, schedule: Schedule, t: float) -> bool:
     """Return whether the noise level at t lies in an interval, ends included; None is all levels.
 
-    Networks get t in float32: an end counts as reached within its rounding, 1e-4 of the level near
-    t = 1.
+    Networks get t in float32, which moves a level by up to 1e-4 of itself near t = 1: an end counts as reached within
+    that.
     """
     if interval is None:
         return True

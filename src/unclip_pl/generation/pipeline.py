@@ -102,7 +102,7 @@ class Unclip:
             InputError: there is no prior of that name, or it belongs to another CLIP.
         """
         if name not in self.priors:
-            names = ", ".join(self.priors)
+            names = ", ".join(self.priors) or "none"
             raise InputError(f"{self.origin.run} has no prior {name!r}. Expected one of {names}: choose one of them.")
         if name not in self._loaded:
             prior = self.priors[name].load(self.root, self.device)

@@ -144,6 +144,13 @@ class Files(NamedTuple):
     table: Table | None
 
 
+def _mark_of(parts: list[Files]) -> str:
+    """Hash name, size and time of files."""
+    paths = [path for part in parts for path in (part.embeds.path, part.table and part.table.path) if path]
+    stats = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
 class Piece(NamedTuple):
     """Rows of one file, which become one file of the store."""
 
@@ -197,10 +204,12 @@ class Dump:
 
     def mark(self, piece: Piece) -> str:
         """Return what changes when a file that a piece is read from does: its size and time."""
-        sides = [self.images[piece.part], *(self.texts if self.joined else [self.texts[piece.part]])]
-        paths = [path for part in sides for path in (part.embeds.path, part.table and part.table.path) if path]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+        text = self._text_mark if self.joined else _mark_of([self.texts[piece.part]])
+        return f"{_mark_of([self.images[piece.part]])} {text}"
+
+    @cached_property
+    def _text_mark(self) -> str:
+        return _mark_of(self.texts)
 
     def read(self, piece: Piece) -> Contents:
         """Return a piece's embeddings without its bad rows, whose keys are named by their reason."""

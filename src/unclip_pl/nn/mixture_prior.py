@@ -17,7 +17,9 @@ from unclip_pl.types import TextFeatures
 #: Least standard deviation of a component; data have 1. A likelihood without a bound would be fitted to single points.
 FLOOR = 0.01
 #: Points at which a density is drawn from that is no mixture, and how many standard deviations they go out.
-POINTS, REACH, TAIL = 1024, 5.0, 12.0
+POINTS, REACH = 1024, 5.0
+#: Guidance above 1 is not followed where the log-density with the caption lies further than this below its peak.
+TAIL = 12.0
 
 
 class Mixture(NamedTuple):
@@ -71,9 +73,9 @@ def sample(mixture: Mixture, guidance: float, temperature: float, *, generator: 
     wide = Mixture(*(part[:, None] for part in mixture))
     log_density = wide.log_prob(points)
     if guidance > 1:
-        with_caption, without = log_density.chunk(2)
-        far = with_caption < with_caption.amax(-1, keepdim=True) - TAIL
-        log_density = torch.cat([with_caption.masked_fill(far, float("-inf")), without.masked_fill(far, 0.0)])
+        given, free = log_density.chunk(2)
+        far = given < given.amax(-1, keepdim=True) - TAIL
+        log_density = torch.cat([given.masked_fill(far, float("-inf")), free])
     chosen = draw(guided_probability(log_density, guidance, temperature), generator=generator)
     return low + step * (chosen + fill_like(low, lambda rows, stream: rows.uniform_(generator=stream), generator))
 
