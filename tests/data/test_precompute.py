@@ -543,7 +543,8 @@ def test_clip_s_pairs_count_the_bad_samples_of_all_shards(
         (tmp_path / str(number) / "train-000000.tar").rename(tmp_path / f"train-{number}.tar")
     for shard in tmp_path.glob("*.tar"):  # no captions: they are counted when a shard is indexed
         with tarfile.open(shard) as tar:
-            kept = [(info, tar.extractfile(info).read()) for info in tar if info.name not in ("k0.txt", "k0.json")]  # type: ignore[union-attr]
+            infos = [info for info in tar if info.name not in ("k0.txt", "k0.json")]
+            kept = [(info, (tar.extractfile(info) or io.BytesIO()).read()) for info in infos]
         with tarfile.open(shard, "w") as tar:
             for info, data in kept:
                 tar.addfile(info, io.BytesIO(data))
