@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from unclip_pl.evaluation.costs import count_flops
+from unclip_pl.tasks.base import orthogonalised
 
 
 def test_attention_counts_on_any_device() -> None:
@@ -20,3 +21,10 @@ def test_backward_costs_twice_the_forward() -> None:
     forward = 2 * 5 * 8 * 4
     assert count_flops(lambda: layer(x)) == forward
     assert count_flops(lambda: layer(x).sum().backward()) == 3 * forward
+
+
+def test_muons_own_products_are_those_of_the_documentation() -> None:
+    """For k × n, k ≤ n: X Xᵀ and the last product take 2k²n each, three steps of Newton and Schulz 18k³ together."""
+    shapes = [(8, 8), (8, 24), (32, 8)]
+    work = count_flops(lambda: orthogonalised([torch.randn(shape) for shape in shapes]))
+    assert work == sum(4 * k * k * n + 18 * k**3 for k, n in map(sorted, shapes))

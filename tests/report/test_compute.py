@@ -74,14 +74,14 @@ def cell(excess: float, flops: float) -> dict[str, Any]:
 def write(
     folder: Path, write_cell: Write, slopes: dict[str, float], last: float | None = None, reachable: float = 0.0
 ) -> dict[str, Any]:
-    """A study of power laws over what can be learned, and what is found of its trainings.
+    """A study of power laws over what training shows, and what is found of its trainings.
 
     Args:
         folder: folder of the study.
         write_cell: writes a cell.
         slopes: contender → exponent.
         last: excess at the largest budget, in place of the law's.
-        reachable: excess of the best prior that can be learned.
+        reachable: excess of the perfect prior of the training pictures.
     """
     for seed in (1, 2, 3):
         write_cell(folder, f"posterior-{seed}", seed, {"true posterior": cell(0.0, 0.0)})
@@ -108,7 +108,7 @@ def test_cells_give_the_slopes_that_they_were_made_with(tmp_path: Path, write_ce
         assert [point["x"] for point in found[name]["points"]] == [0.5, 1, 2, 4, 8]
 
 
-def test_over_what_can_be_learned_the_law_is_straight_and_over_the_perfect_prior_it_is_not(
+def test_over_what_training_shows_the_law_is_straight_and_over_the_perfect_prior_it_is_not(
     tmp_path: Path, write_cell: Write
 ) -> None:
     lines = write(tmp_path, write_cell, {"flow": -0.5}, reachable=4e-4)
@@ -119,7 +119,7 @@ def test_over_what_can_be_learned_the_law_is_straight_and_over_the_perfect_prior
         assert -0.35 < line["slopes"][measure]["mean"] < -0.2
     table = slope_table({"compute": {"training budget": lines}})
     assert table is not None
-    assert [row[2].text for row in table.rows] == ["perfect prior", "what can be learned"]
+    assert [row[2].text for row in table.rows] == ["perfect prior", "perfect prior of the training pictures"]
 
 
 def test_seeds_that_a_budget_lacks_do_not_hide_it(tmp_path: Path, write_cell: Write) -> None:

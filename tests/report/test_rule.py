@@ -31,7 +31,7 @@ from unclip_pl.report.claims import (
     together,
     verdict,
 )
-from unclip_pl.report.frontier import at_equal, frontier
+from unclip_pl.report.frontier import at_equal, frontier, never_equal
 from unclip_pl.report.study import ablations, read_study, rows_of, study_report
 from unclip_pl.report.tables import ablation_table
 
@@ -91,6 +91,47 @@ def test_no_claim_is_decided_where_the_gates_line_reaches_too_little(
     assert unmeasured["verdict"] == UNMEASURED
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.2, HOLDS), (0.5, UNTOLD), (None, UNTOLD)])
+def test_a_gate_may_ask_a_row_of_a_table_for_little_of_a_measure(share: float | None, expected: str) -> None:
+    pair = {"mean": 0.5, "low": 0.4, "high": 0.6, "first": 0.9, "second": 0.4}
+    report = {
+        "differences": {"stated_match": {"diffusion - ar": pair}},
+        "priors": {},
+        "curves": {},
+        "tables": {"Binding": {"GLIDE": {"metrics": {"colors_swapped": {"mean": share}}}}},
+    }
+    gate = {
+        "table": "Binding",
+        "line": "GLIDE",
+        "measure": "colors_swapped",
+        "at_most": 0.25,
+        "else": "train it longer",
+    }
+    (claim,) = judge(report, [CLAIM | {"test": "difference", "measures": ["stated_match"]}], gate)
+    assert claim["verdict"] == expected
+    assert ("25.0 % or less needed; train it longer" in claim["ours"]) == (expected == UNTOLD)
+
+
+def test_better_than_all_others_needs_every_one(report: dict[str, Any]) -> None:
+    """A setting that was not measured, or not in this measure, leaves the claim without a verdict."""
+    known = {"mean": 0.05, "low": 0.04, "high": 0.06}
+    unknown = dict.fromkeys(known)
+    sides = {"paper": {"mean": 0.9}, "other": {"mean": 0.85}}
+    lines = [
+        {
+            "title": title,
+            "paper": "a",
+            "other": "b",
+            "seeds": [1],
+            "measures": {"stated_match": sides | {"difference": d}},
+        }
+        for title, d in (("first", known), ("second", unknown))
+    ]
+    claim = {"test": "ablation", "titles": ["first", "second"], "measures": ["stated_match"]}
+    assert judged({**report, "ablations": lines}, **claim)["verdict"] == UNMEASURED
+    assert judged({**report, "ablations": lines[:1]}, **claim | {"titles": ["first"]})["verdict"] == HOLDS
+
+
 def test_deltas_are_those_of_the_rule() -> None:
     rows = {name: {"metrics": {"embed_fd": {"mean": x}}} for name, x in (("ceiling", 0.0), ("text", 0.2))}
     assert delta_of({"priors": rows}, "embed_fd") == pytest.approx(0.02)
@@ -106,8 +147,8 @@ def test_deltas_are_those_of_the_rule() -> None:
 
 def test_what_is_open_says_what_would_close_it() -> None:
     wide = {"mean": 0.0, "low": -0.03, "high": 0.03}
-    assert cost_of(wide, 0.01) == "open: the half-width is 3.0 δ, so it takes about 9 times the seeds and captions"
-    assert "is 1.1 δ, so it takes about 1.2 times the" in cost_of({"mean": 0.0, "low": -0.011, "high": 0.011}, 0.01)
+    assert cost_of(wide, 0.01) == "open: the half-width is 3.0 δ, so it takes at least 9 times the seeds and captions"
+    assert "is 1.1 δ, so it takes at least 1.2 times the" in cost_of({"mean": 0.0, "low": -0.011, "high": 0.011}, 0.01)
     assert "within δ" in cost_of({"mean": 0.01, "low": -0.001, "high": 0.015}, 0.01)
     assert cost_of(wide, None) == ""
 
@@ -378,6 +419,24 @@ def test_two_curves_are_compared_where_they_match_captions_equally(tmp_path: Pat
     assert found["measures"]["diversity_gap"]["difference"]["mean"] == pytest.approx(-0.3)
     assert ablations(arms, [named]) == []
     assert at_equal(arms, [named | {"other": "nobody"}]) == []
+    assert never_equal(arms, [named, named | {"other": "nobody"}]) == {}
+
+
+def test_curves_that_are_nowhere_equal_cannot_be_told_apart_there(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """One matches captions worse at every setting. Its claim says so, and not that nothing was measured."""
+    guidance_study(tmp_path, arm, write_cell)
+    fields = {"kind": "curve", "title": "decoder guidance", "series": "weak"}
+    for x, match in ((1.0, 0.5), (4.0, 0.6)):
+        write_cell(tmp_path, f"weak-{x}", 0, {"any": guided(arm, 0.1, match)}, **fields, x=x)
+    named = NAMED | {"title": "equal", "paper": "unCLIP", "other": "weak", "at": "stated_match"}
+    arms = read_study(tmp_path, []).arms
+    assert at_equal(arms, [named]) == []
+    told = "stated attributes %: unCLIP from 80.0 to 100.0, weak from 50.0 to 60.0; at no setting are the two equal"
+    found = never_equal(arms, [named])
+    assert found == {"equal": told}
+    claim = {"test": "ablation", "titles": ["equal"], "measures": ["diversity_gap"]}
+    judgement = judged({"ablations": [], "never_equal": found}, **claim)
+    assert (judgement["verdict"], judgement["ours"]) == (UNTOLD, told)
 
 
 def test_a_study_without_priors_has_a_report_in_its_own_words(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

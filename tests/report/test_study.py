@@ -11,7 +11,8 @@ import torch
 
 from unclip_pl.errors import InputError, MissingFileError
 from unclip_pl.evaluation.measures import within_shares
-from unclip_pl.metrics.interval import Interval, mean_interval
+from unclip_pl.metrics.interval import Interval, mean_interval, share_interval
+from unclip_pl.report import draw
 from unclip_pl.report.claims import (
     DISAGREE,
     EQUAL,
@@ -241,6 +242,29 @@ def test_a_prior_that_diverged_has_a_row_without_a_distance(tmp_path: Path, arm:
     assert report["priors"]["diffusion"]["metrics"]["embed_fd_corrected"]["mean"] is not None
 
 
+def test_a_setting_that_diverged_leaves_the_report_whole(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """None of its numbers is one. It is on no frontier, and its ablation says nothing."""
+    lost = arm("ar", 0, drawn=False)
+    lost["resamples"] = {name: [None] * len(numbers) for name, numbers in lost["resamples"].items()}
+    points = {"1": arm("ar", 0, drawn=False), "2": lost, "4": arm("ar", 0, 0.5, drawn=False)}
+    write_cell(tmp_path, "a", 0, {"diffusion": arm("diffusion", 0, drawn=False), "ar": lost})
+    write_cell(tmp_path, "b", 0, points, kind="curve", title="prior guidance", series="ar")
+    report = draw(tmp_path)
+    assert len(report["frontier"]["points"]["ar"]) == 2
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_share_that_no_spread_surrounds_is_not_certain(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    """Eight pictures have all parts, and in none of them anything is swapped."""
+    scenes = arm("ar", 0)
+    scenes["values"] = {"parts_right": [1.0] * 8 + [0.0] * 32}
+    scenes["resamples"] = {"swapped": [0.0] * 21, "probe_match": [1.0] * 21}
+    write_cell(tmp_path, "a", 0, {"ar": scenes})
+    found = reduce(tmp_path)["priors"]["ar"]["metrics"]
+    assert found["swapped"] == pytest.approx(share_interval(0.0, 8)._asdict())
+    assert found["probe_match"] == pytest.approx(share_interval(1.0, 64)._asdict())
+
+
 def test_captions_behind_a_number_are_counted(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
     """Rows of embeddings, captions that were drawn, and the first 512 where a prior is asked for more."""
     counts = {"rows": 2048, "captions": 40, "many": 6, "seeds": 2, "resamples": 20, "many_samples": 4}
@@ -257,9 +281,38 @@ def test_captions_behind_a_number_are_counted(tmp_path: Path, arm: Arm, write_ce
 def test_other_captions_of_the_same_number_are_not_paired(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
     write_cell(tmp_path, "a", 1, {"diffusion": arm("diffusion", 1)}, heldout="these")
     write_cell(tmp_path, "b", 1, {"ar": arm("ar", 1)}, heldout="these")
-    assert reduce(tmp_path)["differences"]["embed_kid"]
+    before = reduce(tmp_path)
+    assert before["differences"]["embed_kid"]
+    assert before["duels"][0]["win_rates"]["clip_score"]
     write_cell(tmp_path, "b", 1, {"ar": arm("ar", 1)}, heldout="others")
-    assert reduce(tmp_path)["differences"]["embed_kid"] == {}
+    after = reduce(tmp_path)
+    assert (after["differences"]["embed_kid"], after["duels"]) == ({}, [])
+
+
+def test_what_is_measured_of_one_network_at_every_seed_varies_by_caption_alone(
+    tmp_path: Path, arm: Arm, write_cell: Write
+) -> None:
+    for seed in range(3):
+        write_cell(tmp_path, f"{seed}", seed, {name: arm(name, 0) for name in ("linear", "text")})
+        write_cell(tmp_path, f"trained-{seed}", seed, {"ar": arm("ar", seed)})
+    found = reduce(tmp_path)["differences"]["clip_score"]
+    seeds = {name: pair["seeds"] for name, pair in found.items()}
+    assert (seeds["linear - text"], seeds["ar - linear"], found["linear - text"]["captions"]) == (1, 3, CAPTIONS)
+
+
+def test_seeds_of_an_arm_answer_the_same_captions(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    for seed, heldout in enumerate(("these", "others")):
+        write_cell(tmp_path, f"{seed}", seed, {"ar": arm("ar", seed)}, heldout=heldout)
+    with pytest.raises(InputError, match="the same held-out captions at every training seed of 'ar'"):
+        read_study(tmp_path, [])
+
+
+def test_rows_of_more_captions_and_of_fewer_do_not_duel(tmp_path: Path, arm: Arm, write_cell: Write) -> None:
+    few = arm("ar", 1)
+    few["values"] = {name: numbers[:5] for name, numbers in few["values"].items()}
+    write_cell(tmp_path, "a", 1, {"diffusion": arm("diffusion", 1)})
+    write_cell(tmp_path, "b", 1, {"ar": few})
+    assert reduce(tmp_path)["duels"] == []
 
 
 def test_two_cells_of_one_arm_and_seed_are_an_error(tmp_path: Path, arm: Arm, write_cell: Write) -> None:

@@ -25,8 +25,10 @@ class Measure(NamedTuple):
     judge: bool = False  # whether it looks through the judge
     oracle: bool = False  # whether it needs data whose truth is known
 
-    def show(self, value: float) -> str:
-        """Return the number in the report's digits."""
+    def show(self, value: float | None) -> str:
+        """Return the number in the report's digits; a dash where there is none, as of a prior that diverged."""
+        if value is None:
+            return "–"
         return f"{100 * value:.1f}" if self.percent else f"{value:.{self.digits}f}"
 
     def signed(self, value: float) -> str:

@@ -18,7 +18,7 @@ from unclip_pl.files import replacing, write_json, write_text
 from unclip_pl.generation.provenance import stage_profiles, stage_seconds, wall_seconds
 from unclip_pl.report.claims import claims_table, judge
 from unclip_pl.report.compute import compute
-from unclip_pl.report.frontier import at_equal, frontier
+from unclip_pl.report.frontier import at_equal, frontier, never_equal
 from unclip_pl.report.page import html, markdown
 from unclip_pl.report.plots import draw_plots, file_name
 from unclip_pl.report.study import CELLS, Key, Study, key_of, read_study, rows_of, study_report, with_baselines
@@ -51,6 +51,7 @@ def draw(folder: Path) -> dict[str, Any]:
     report["frontier"] = frontier(study.arms, rows_of(study.arms))
     report["compute"] = compute(study.arms)
     report["ablations"] += at_equal(study.arms, paper["ablations"])
+    report["never_equal"] = never_equal(study.arms, paper["ablations"])
     report["words"] = paper["words"]
     report["claims"] = judge(report, paper["claims"], paper["gate"])
     sheets = _sheets(folder, study, list(report["priors"]))

@@ -70,7 +70,7 @@ def judge(report: Report, rows: list[dict[str, Any]], gate: dict[str, Any] | Non
     Args:
         report: all numbers, see :func:`unclip_pl.report.study.study_report`.
         rows: the table's claims.
-        gate: what a line of a curve has to reach before any claim is decided; None asks nothing.
+        gate: what a line of a curve or a row of a table has to reach before any claim is decided; None asks nothing.
     """
     told, shut = ("claim", "source", "paper", "why"), _shut(report, gate)
     found = [TESTS[row["test"]](report, row) for row in rows]
@@ -83,15 +83,21 @@ def _shut(report: Report, gate: dict[str, Any] | None) -> str:
     """Return why no claim can be told; empty where the gate's line reaches what it has to."""
     if gate is None:
         return ""
-    measure = MEASURES[gate["measure"]]
-    points = report["curves"].get(gate["curve"], {}).get(gate["line"], {}).get(gate["measure"], [])
-    best = max((point["mean"] for point in points if point["mean"] is not None), default=None)
-    if best is not None and best >= gate["at_least"]:
+    name, line, least = gate["measure"], gate["line"], "at_least" in gate
+    if "table" in gate:
+        row = report["tables"].get(gate["table"], {}).get(line, {"metrics": {}})
+        points = [row["metrics"].get(name, {"mean": None})]
+    else:
+        points = report["curves"].get(gate["curve"], {}).get(line, {}).get(name, [])
+    means = [point["mean"] for point in points if point["mean"] is not None]
+    best, bound = (max if least else min)(means, default=None), gate["at_least" if least else "at_most"]
+    if best is not None and (best >= bound if least else best <= bound):
         return ""
+    measure = MEASURES[name]
     unit = " %" if measure.percent else ""
     reached = "not measured" if best is None else f"{measure.show(best)}{unit} at best"
-    needed = f"{measure.show(gate['at_least'])}{unit}"
-    return f"{measure.label} of {gate['line']}: {reached}, {needed} needed; {gate['else']}"
+    needed = f"{measure.show(bound)}{unit}{'' if least else ' or less'}"
+    return f"{measure.label} of {line}: {reached}, {needed} needed; {gate['else']}"
 
 
 def verdict(interval: dict[str, Any] | None, *, above: bool, balance: float = 0.0, delta: float | None = None) -> str:
@@ -195,7 +201,10 @@ def _decided(answers: list[Answer], *notes: str) -> Finding:
 
 
 def cost_of(interval: dict[str, Any], delta: float | None) -> str:
-    """Return what would bring the half-width of an open interval down to δ; empty where that is unknown."""
+    """Return what would bring the half-width of an open interval down to δ; empty where that is unknown.
+
+    That is the least: an interval as wide as δ lies within it only around a difference of 0.
+    """
     if delta is None or interval.get("low") is None:
         return ""
     half = (interval["high"] - interval["low"]) / 2
@@ -203,7 +212,7 @@ def cost_of(interval: dict[str, Any], delta: float | None) -> str:
         return "open although the half-width is within δ: more seeds and captions move the ends"
     width = half / delta
     more = f"{width**2:.0f}" if width**2 >= 1.95 else f"{width**2:.1f}"
-    return f"open: the half-width is {width:.1f} δ, so it takes about {more} times the seeds and captions"
+    return f"open: the half-width is {width:.1f} δ, so it takes at least {more} times the seeds and captions"
 
 
 def varied(pair: dict[str, Any]) -> str:
@@ -303,6 +312,8 @@ def _remark(found: str, interval: dict[str, Any], delta: float | None, *, balanc
 def _ablation(report: Report, row: dict[str, Any]) -> Finding:
     """Judge by the paired difference of an ablation, or of all of several; further measures may object."""
     lines = {line["title"]: line for line in report["ablations"]}
+    if told := [report["never_equal"][title] for title in row["titles"] if title in report.get("never_equal", {})]:
+        return Finding(UNTOLD, "\n".join(told))
     if any(title not in lines for title in row["titles"]):
         return Finding(UNMEASURED)
     decisive, also = ([lines[title] for title in row.get(key, []) if title in lines] for key in ("titles", "also"))
@@ -323,7 +334,7 @@ def _of_ablations(
     above, delta = _above(row, name), delta_of(report, name)
     intervals = [line["measures"][name]["difference"] for line in decisive]
     found = [verdict(interval, above=above, delta=delta) for interval in intervals]
-    order = [FAILS, OPEN, EQUAL, HOLDS, UNMEASURED]
+    order = [FAILS, UNMEASURED, OPEN, EQUAL, HOLDS]
     places = sorted(range(len(found)), key=lambda i: (order.index(found[i]), -_width(intervals[i])))
     shown = decisive + [line for line in also if name in line["measures"]]
     told = f"{MEASURES[name].label}: " + "; ".join(_of_ablation(line, name, titled=len(shown) > 1) for line in shown)

@@ -15,7 +15,7 @@ from unclip_pl.errors import InputError
 from unclip_pl.evaluation.measures import plain
 from unclip_pl.metrics.crossed import crossed_resamples
 from unclip_pl.report.frontier import PERFECT
-from unclip_pl.report.study import Arm, Key, stacked
+from unclip_pl.report.study import Arm, Key, same_captions, stacked
 
 #: Curves that are drawn against FLOPs, by title, and the cost that their points differ by.
 AXES = {"training budget": "training_flops", "work for an embedding": "flops_per_embedding"}
@@ -25,7 +25,7 @@ EXCESS = {
     "embed_kid": "kernel distance",
     "mean_error": "squared error of the mean",
 }
-#: Row of the best prior that can be learned: the perfect one without what training never shows.
+#: Row of the perfect prior of the training pictures, which lacks what training never shows.
 REACHABLE = "seen posterior"
 #: Steepest slope that a fit may find.
 STEEPEST = 20.0
@@ -40,9 +40,9 @@ def compute(arms: dict[Key, Arm]) -> dict[str, Any]:
     Returns:
         ``points``, by FLOPs: ``x``, ``flops``, ``seeds`` and the ``excess`` of each measure. ``slopes``, measure →
         interval over the ``seeds`` that all points share and captions, and ``start``, the fitted excess at the first
-        point; all None where no power law fits. ``reducible``, the same of the excess over the best prior that can be
-        learned, and ``reachable``, that prior's own excess; both empty where it was not measured. Empty without a
-        perfect prior.
+        point; all None where no power law fits. ``reducible``, the same of the excess over the perfect prior of the
+        training pictures, and ``reachable``, that prior's own excess; both empty where it was not measured. Empty
+        without a perfect prior.
 
     Raises:
         InputError: a point and the perfect prior were measured on different captions.
@@ -130,7 +130,7 @@ def _excess(arm: Arm, floor: Arm, name: str, seeds: list[int]) -> Tensor:
     """
     ours, theirs = ({seed: side[seed] for seed in seeds} for side in (arm, floor))
     rows = [[side[seed]["counts"]["rows"] for seed in seeds] for side in (ours, theirs)]
-    if rows[0] != rows[1]:
+    if rows[0] != rows[1] or not same_captions(ours, theirs):
         raise InputError(
             f"Expected curves on the perfect prior's captions. Got {rows[0]} and {rows[1]}: measure again."
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from unclip_pl.evaluation.measures import MEASURES, plain
 from unclip_pl.evaluation.scores import resampled_means, resampler
 from unclip_pl.metrics.crossed import crossed_resamples
-from unclip_pl.report.study import Arm, Key, captions_of, metrics, stacked, whole
+from unclip_pl.report.study import Arm, Key, captions_of, metrics, same_captions, stacked, whole
 
 #: Curves whose points are settings of a contender's sampling.
 CURVES = ("prior guidance", "candidates", "temperature")
@@ -46,7 +46,7 @@ def frontier(arms: dict[Key, Arm], rows: dict[str, Arm]) -> dict[str, Any]:
     """
     found: dict[str, list[Arm]] = {}
     for key, arm in arms.items():
-        if key.kind == "frontier" or (key.kind == "curve" and key.title in CURVES):
+        if (key.kind == "frontier" or (key.kind == "curve" and key.title in CURVES)) and _is_finite(arm):
             found.setdefault(key.title if key.kind == "frontier" else key.name, []).append(arm)
     perfect = _point(rows[PERFECT]) if PERFECT in rows else None
     wanted = perfect[CONCENTRATION]["mean"] if perfect else 0.0
@@ -62,6 +62,11 @@ def frontier(arms: dict[Key, Arm], rows: dict[str, Arm]) -> dict[str, Any]:
     }
     hulls = {name: {measure: _joined(own, measure) for measure in FIDELITY} for name, own in points.items()}
     return {"reference": perfect, "points": points, "hulls": hulls, "differences": pairs}
+
+
+def _is_finite(arm: Arm) -> bool:
+    """Return whether an arm has its numbers: one that diverged is on no frontier."""
+    return all(math.isfinite(_mean(arm, name)) for name in (CONCENTRATION, *FIDELITY) if name in _numbers(arm))
 
 
 def _point(arm: Arm) -> dict[str, Any]:
@@ -97,9 +102,32 @@ def at_equal(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> list[dict[str
             name: {"paper": {"mean": pair["first"]}, "other": {"mean": pair["second"]}, "difference": pair}
             for name, pair in compared.items()
         }
+        if not measures:
+            continue
         sides = {name: line[name] for name in ("title", *SIDES)}
         seeds = sorted(set.intersection(*(set(arm) for arm in first + second)))
         found.append({**sides, "seeds": seeds, "one_space": True, "measures": measures})
+    return found
+
+
+def never_equal(arms: dict[Key, Arm], named: list[dict[str, Any]]) -> dict[str, str]:
+    """Return title → what keeps two lines of a curve from being compared where one measure is the same for both.
+
+    Args:
+        arms: all arms.
+        named: ablations as for :func:`at_equal`.
+    """
+    found = {}
+    for line in (line for line in named if "at" in line):
+        measure, reached = MEASURES[line["at"]], {}
+        for side in (line[name] for name in SIDES):
+            own = [_mean(arm, line["at"]) for key, arm in arms.items() if key[:3] == ("curve", line["curve"], side)]
+            reached[side] = [mean for mean in own if math.isfinite(mean)]
+        if all(reached.values()) and max(map(min, reached.values())) > min(map(max, reached.values())):
+            shown = ", ".join(
+                f"{side} from {measure.show(min(own))} to {measure.show(max(own))}" for side, own in reached.items()
+            )
+            found[line["title"]] = f"{measure.title}: {shown}; at no setting are the two equal"
     return found
 
 
@@ -114,7 +142,7 @@ def _compare(
     """Return the paired difference of some measures where another one is equal.
 
     It is taken over the training seeds of the settings that are mixed there. Nothing is compared that was measured on
-    different numbers of captions.
+    different captions.
 
     Args:
         first: settings of one side.
@@ -142,8 +170,8 @@ def _compare(
 
 
 def _as_many(arms: list[Arm], name: str) -> bool:
-    """Return whether a measure of all arms is over equally many captions."""
-    return len({captions_of(arm, name) for arm in arms}) == 1
+    """Return whether a measure of all arms is over the same captions, or at least as many."""
+    return len({captions_of(arm, name) for arm in arms}) == 1 and same_captions(*arms)
 
 
 class _Mixture(NamedTuple):

@@ -97,7 +97,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
         sheets: pictures by name.
     """
     claims, choices = claim_table(report), choice_table(report)
-    terms = _terms(report)
+    terms, cost = _terms(report), cost_table(report)
     found: list[tuple[str, list[Block | None]]] = [
         (
             "",
@@ -121,7 +121,7 @@ def sections(report: Report, figures: set[str], sheets: dict[str, Sheet]) -> lis
     found += [
         ("Ablations", [_figure("ablations"), ablation_table(report)]),
         ("Curves", [_figure(curve_file(title), title) for title in report["curves"]]),
-        ("Cost", [Points(terms) if terms else None, cost_table(report)]),
+        ("Cost", [Points(terms) if terms and cost else None, cost]),
         ("Chosen on validation data", [Points(WORDS["choices"]) if choices else None, choices]),
         ("What it stands on", [_figure("attributes"), attribute_table(report), foundation_table(report)]),
         (
@@ -178,7 +178,10 @@ def _provenance(report: Report) -> str:
     meta = report["meta"]
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     hashes = ", ".join(f"{name} {number}" for name, number in meta["config_hashes"].items())
-    measured = ", ".join(name for name in MEASURES if any(name in row["metrics"] for row in report["priors"].values()))
+    rows = [row for table in (report["priors"], *report["tables"].values()) for row in table.values()]
+    there = {name for row in rows for name in row["metrics"]}
+    there |= {name for lines in report["curves"].values() for points in lines.values() for name in points}
+    measured = ", ".join(name for name in MEASURES if name in there)
     return f"{versions}. Base {meta['base']}. Training configs by hash: {hashes or 'none'}. Measured: {measured}."
 
 
@@ -198,7 +201,7 @@ def words(report: Report) -> dict[str, Any]:
 def markdown(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) -> str:
     """Return the report for a terminal or a repository; pictures lie in ``plots/``."""
     findings = "\n".join(f"- {sentence}" for sentence in summary(report))
-    parts = [f"# {title_of(report)}", words(report)["introduction"], _head(report), findings, WORDS["limits"]]
+    parts = [f"# {title_of(report)}", words(report)["introduction"], _head(report), findings, words(report)["limits"]]
     for section in sections(report, set(figures), sheets):
         parts += [f"## {section.title}"] if section.title else []
         parts += [_as_markdown(block, sheets) for block in section.blocks]
@@ -244,7 +247,7 @@ def html(report: Report, figures: dict[str, bytes], sheets: dict[str, Sheet]) ->
     return environment.get_template("page.html.jinja").render(
         title=title_of(report),
         introduction=words(report)["introduction"],
-        head=f"{_head(report)} {WORDS['limits']}",
+        head=f"{_head(report)} {words(report)['limits']}",
         findings=summary(report),
         sections=body,
         palette=colors(report),

@@ -221,8 +221,8 @@ def draw_compute(report: Report) -> Figure:
             axes = figure.add_subplot(len(found), len(EXCESS), row * len(EXCESS) + column + 1)
             for prior, line in lines.items():
                 _excess_line(axes, line, name, palette[prior], prior)
-            reachable = next(iter(lines.values()))["reachable"].get(name, {"mean": 0})["mean"]
-            if reachable > 0:
+            reachable = next(iter(lines.values()))["reachable"].get(name, {"mean": None})["mean"]
+            if reachable is not None and reachable > 0:
                 axes.axhline(reachable, color=REFERENCE, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.set(xscale="log", yscale="log")
             axes.set_title(f"excess {label} ↓", fontsize=9, color=INK, loc="left")
@@ -237,6 +237,7 @@ def draw_compute(report: Report) -> Figure:
 def _excess_line(axes: Axes, line: dict[str, Any], name: str, color: str, label: str) -> None:
     """Draw a contender's points with their intervals, and its power law; what no log axis holds points downwards."""
     points = [(point["flops"], point["excess"][name]) for point in line["points"]]
+    points = [(x, value) for x, value in points if value["mean"] is not None]  # None where training diverged
     above = [(x, value) for x, value in points if value["mean"] > 0]
     axes.plot([x for x, _ in above], [value["mean"] for _, value in above], "o", color=color, markersize=4, label=label)
     for x, value in above:
@@ -261,6 +262,7 @@ def draw_calibration(report: Report) -> Figure:
     points = {
         name: (entry["metrics"]["cos_samples"]["mean"], entry["metrics"]["cos_true"]["mean"])
         for name, entry in report["priors"].items()
+        if entry["metrics"]["cos_samples"]["mean"] is not None  # None where training diverged
     }
     low = min(min(point) for point in points.values()) - 0.06
     axes.plot([low, 1.02], [low, 1.02], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -300,6 +302,8 @@ def draw_cost(report: Report) -> Figure:
     rows = {name: entry for name, entry in report["priors"].items() if not entry["reference"]}
     for name, entry in rows.items():
         value, x = entry["metrics"]["embed_fd"], 1e3 * max(entry["seconds_per_embedding"], 1e-7)
+        if value["mean"] is None:
+            continue  # training diverged
         if value["low"] is not None:
             axes.plot([x, x], [max(value["low"], 1e-5), value["high"]], color=palette[name], linewidth=2, alpha=0.5)
         axes.plot(x, value["mean"], "o", color=palette[name], markersize=8)

@@ -40,7 +40,8 @@ BIASED = ("fd_judge", "embed_fd")
 #: What the name of such a distance ends with.
 CORRECTED = "_corrected"
 #: Measures of pictures that are no means over captions.
-PICTURED = ("fd_judge", "kid_judge", "told_apart", "swapped", "colors_swapped")
+SWAPPED = ("swapped", "colors_swapped")
+PICTURED = ("fd_judge", "kid_judge", "told_apart", *SWAPPED)
 #: Scores that are this near to each other, in parts of them, are a tie: float32 holds no more.
 TIE = 1e-6
 #: Measures whose paired differences are reported.
@@ -163,6 +164,8 @@ def _check_seeds(key: Key, arm: Arm) -> None:
     for other in others:
         for name in ("counts", "sampling", "lr"):
             _require_equal(key, name, first, other, first[name], other[name])
+        if first["heldout"] and other["heldout"]:  # old cells do not say
+            _require_equal(key, "held-out captions", first, other, first["heldout"], other["heldout"])
         _require_equal(key, "measures", first, other, *(sorted(x["values"] | x["resamples"]) for x in (first, other)))
 
 
@@ -264,7 +267,9 @@ def metrics(arm: Arm, *, change: bool = False) -> dict[str, Interval]:
     found |= {name: crossed_resamples(stacked(arm, "resamples", name)) for name in first["resamples"]}
     for name in found:
         if MEASURES[name].percent and not change:
-            found[name] = within_shares(found[name], values[name].shape[1] if name in values else 0)
+            # What is measured once, beside all arms, does not say of how many captions.
+            count = values[name].shape[1] if name in values else pictures_of(arm, name) if "counts" in first else 0
+            found[name] = within_shares(found[name], count)
     return {name: found[name] for name in MEASURES if name in found}
 
 
@@ -303,7 +308,7 @@ def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
     for kind, interval in (("values", crossed_interval), ("resamples", crossed_resamples)):
         if a and all(name in next(iter(arm.values()))[kind] for arm in (a, b)):
             ours, theirs = stacked(a, kind, name), stacked(b, kind, name)
-            if ours.shape != theirs.shape or captions_of(a, name) != captions_of(b, name) or not _same_captions(a, b):
+            if ours.shape != theirs.shape or captions_of(a, name) != captions_of(b, name) or not same_captions(a, b):
                 return None
             both = torch.cat([ours, theirs])
             both = whole(both) if kind == "values" else both
@@ -311,13 +316,17 @@ def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
             means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
             sides = {side: mean if math.isfinite(mean) else None for side, mean in zip(SIDES, means, strict=True)}
             size = first.shape[1] if kind == "values" else captions_of(a, name)
-            return plain(interval(first - second)) | sides | {"seeds": len(a), "captions": size}
+            # What is measured of one network at every seed, such as the study's CLIP, varies by caption alone.
+            seeds = (
+                len(a) if (both != torch.cat([first[:1].expand_as(first), second[:1].expand_as(second)])).any() else 1
+            )
+            return plain(interval(first - second)) | sides | {"seeds": seeds, "captions": size}
     return None
 
 
-def _same_captions(a: Arm, b: Arm) -> bool:
-    """Return whether two arms answered the same held-out captions, as far as their cells say which."""
-    return len({cell["heldout"] for cell in (*a.values(), *b.values()) if cell.get("heldout")}) < 2
+def same_captions(*arms: Arm) -> bool:
+    """Return whether arms answered the same held-out captions, as far as their cells say which."""
+    return len({cell["heldout"] for arm in arms for cell in arm.values() if cell.get("heldout")}) < 2
 
 
 def captions_of(arm: Arm, name: str) -> int:
@@ -328,6 +337,16 @@ def captions_of(arm: Arm, name: str) -> int:
     if name in OF_ASKED:
         return min(ASKED, int(cell["counts"]["rows"]))
     return int(cell["counts"]["captions" if name.removesuffix(CORRECTED) in PICTURED else "rows"])
+
+
+def pictures_of(arm: Arm, name: str) -> int:
+    """Return the number of captions or pictures that a share is taken of, at the seed that has the fewest.
+
+    What is swapped is asked of pictures with all parts; there are at least as many with both colours.
+    """
+    if name in SWAPPED:
+        return min(round(sum(cell["values"]["parts_right"])) for cell in arm.values())
+    return captions_of(arm, name)
 
 
 def differences(groups: list[dict[str, Arm]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -355,9 +374,17 @@ def duels(rows: dict[str, Arm]) -> list[dict[str, Any]]:
 
 
 def duel(first: Arm, second: Arm) -> dict[str, Any]:
-    """Return win rates on every per-caption measure that has a direction; a tie is half a win."""
+    """Return win rates on every per-caption measure that has a direction; a tie is half a win.
+
+    What the two have measured on different captions is no duel.
+    """
     first, second = shared(first, second)
-    names = [name for name in _values(first) if name in _values(second) and MEASURES[name].better != "neither"]
+    names = [
+        name
+        for name, ours in _values(first).items()
+        if len(_values(second).get(name, ())) == len(ours) and MEASURES[name].better != "neither"
+    ]
+    names = names if same_captions(first, second) else []
     rates = {}
     for name in names:
         sign = 1 if MEASURES[name].better == "higher" else -1

@@ -135,7 +135,7 @@ def slope_table(report: Report) -> Table | None:
         ]
         for title, lines in report["compute"].items()
         for name, line in lines.items()
-        for slopes, over in (("slopes", "perfect prior"), ("reducible", "what can be learned"))
+        for slopes, over in (("slopes", "perfect prior"), ("reducible", "perfect prior of the training pictures"))
         if line[slopes]
     ]
     notes = [
@@ -144,7 +144,7 @@ def slope_table(report: Report) -> Table | None:
             "b of excess = a · FLOPs^b; 95 % interval over captions and the training seeds that all points share",
         ),
         (
-            "what can be learned",
+            "of the training pictures",
             "the perfect prior without pairs that training never shows and the caption does not name",
         ),
         ("excess at or below 0", "counts as it is: the fit is Poisson pseudo-maximum likelihood, and drops no point"),
@@ -228,7 +228,10 @@ def cost_table(report: Report) -> Table | None:
         ("sampled with", "guidance 1 is off; of several candidates the one nearest to its caption is kept"),
         ("training s", "median, fastest and slowest of the training seeds: other work may have run beside them"),
         ("–", "a closed form, nothing to train, or not known"),
-        ("training TFLOP", "matrix products, attention included, forward and backward; a multiply-add is two"),
+        (
+            "training TFLOP",
+            "matrix products of forward and backward, with attention, without the optimizer's; a multiply-add is two",
+        ),
         ("evaluations, MFLOP, ms", "for one embedding, candidates and guidance included, on the hardware named above"),
     ]
     return Table("Cost", head, rows, notes) if rows else None
@@ -424,7 +427,7 @@ def _calibration(report: Report) -> str:
     gaps = {
         name: row["metrics"]["calibration_gap"]["mean"]
         for name, row in distinct(report)["priors"].items()
-        if not row["reference"] and row["metrics"]["cos_samples"]["mean"] < 0.9999
+        if not row["reference"] and (row["metrics"]["cos_samples"]["mean"] or 1) < 0.9999  # None where it diverged
     }
     listed = ", ".join(f"{name} {gap:+.3f}" for name, gap in gaps.items())
     return f"Calibration (cos to true less cos between samples, 0 is calibrated): {listed}." if gaps else ""
