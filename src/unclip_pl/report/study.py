@@ -316,12 +316,15 @@ def paired(a: Arm, b: Arm, name: str) -> dict[str, float | None] | None:
             means = [(x if kind == "values" else x[:, 0]).mean().item() for x in (first, second)]
             sides = {side: mean if math.isfinite(mean) else None for side, mean in zip(SIDES, means, strict=True)}
             size = first.shape[1] if kind == "values" else captions_of(a, name)
-            # What is measured of one network at every seed, such as the study's CLIP, varies by caption alone.
-            seeds = (
-                len(a) if (both != torch.cat([first[:1].expand_as(first), second[:1].expand_as(second)])).any() else 1
-            )
+            seeds = 1 if _one_network(a) and _one_network(b) else len(a)
             return plain(interval(first - second)) | sides | {"seeds": seeds, "captions": size}
     return None
+
+
+def _one_network(arm: Arm) -> bool:
+    """Return whether every seed has the same numbers, as of the study's CLIP: then an arm varies by caption alone."""
+    first, *others = arm.values()
+    return all(cell[kind] == first[kind] for cell in others for kind in ("values", "resamples"))
 
 
 def same_captions(*arms: Arm) -> bool:
