@@ -39,8 +39,9 @@ COSTS = (
 BIASED = ("fd_judge", "embed_fd")
 #: What the name of such a distance ends with.
 CORRECTED = "_corrected"
-#: Measures of pictures that are no means over captions.
+#: Shares of those pictures that have what they ask of.
 SWAPPED = ("swapped", "colors_swapped")
+#: Measures of pictures that are no means over captions.
 PICTURED = ("fd_judge", "kid_judge", "told_apart", *SWAPPED)
 #: Scores that are this near to each other, in parts of them, are a tie: float32 holds no more.
 TIE = 1e-6
