@@ -114,10 +114,18 @@ def without_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, opti
     return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field number") else None
 
 
+def without_factories(
+    _app: Sphinx, _what: str, _name: str, _obj: object, _options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Leave out a dataclass's factories: ``<factory>`` is no Python, and without it Sphinx can tell arguments apart."""
+    return (signature.replace("<factory>", "...") if signature else signature), returns
+
+
 def setup(app: Sphinx) -> None:
     """Write the reference before Sphinx looks for pages."""
     app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))
     app.connect("autodoc-process-docstring", google)
+    app.connect("autodoc-process-signature", without_factories)
     app.connect("autodoc-skip-member", without_fields)
     app.connect("missing-reference", at_home)
     reference.write(Path(__file__).parent / "_reference")
