@@ -23,6 +23,8 @@ from unclip_pl.evaluation.foundations import class_embeddings
 from unclip_pl.evaluation.scores import binding, stated_indices
 from unclip_pl.generation.decoding import DecoderSpec
 from unclip_pl.report.claims import UNMEASURED, claims_table
+from unclip_pl.settings import read_yaml
+from unclip_pl.shapes.captions import TEMPLATES, fields
 from unclip_pl.shapes.oracle import SceneOracle, ShapesOracle
 from unclip_pl.shapes.render import VALUES, encode
 from unclip_pl.shapes.scenes import SCENE_VALUES, draw_scenes
@@ -140,6 +142,15 @@ def test_what_is_committed_of_words_was_measured_as_the_recipe_stands(
     words = ["reproduce", "--config", "configs/reproduce/words.yaml", "--run", str(tmp_path / "run"), "--dry_run"]
     assert main(words) == 0
     assert capsys.readouterr().out.endswith("Nothing is to be done.\n")
+
+
+def test_the_gate_of_guidance_asks_for_four_shapes_in_five() -> None:
+    """Where all else is right. The share of what is stated that is a shape follows from the captions' templates."""
+    stated = [fields(template) for template in TEMPLATES]
+    shapes = sum(1 / len(names) for names in stated if "shape" in names) / len(stated)
+    gate = read_yaml(ROOT / "configs/claims/guidance.yaml")["gate"]["at_least"]
+    right = {match: 1 - (1 - match) / shapes for match in (0.9, gate)}
+    assert list(right.values()) == pytest.approx([0.63, 0.81], abs=0.01)
 
 
 def test_a_recipe_brings_its_claims(tmp_path: Path) -> None:

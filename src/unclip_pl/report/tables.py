@@ -74,7 +74,7 @@ def _best(name: str, priors: dict[str, Any]) -> set[str]:
 def metric_cell(name: str, entry: dict[str, Any], *, best: bool = False) -> Field:
     """Return a row's mean with its interval; a dash where it was not measured."""
     value, measure = entry["metrics"].get(name), MEASURES[name]
-    if value is None or value["mean"] is None:
+    if value is None:
         return Field("–")
     return Field(measure.show(value["mean"]), measure.interval(value), best)
 
